@@ -1,0 +1,93 @@
+"""The algebra that makes a trained VanillaNet shallow (paper, Deep Training Strategy).
+
+Both functions are pure: they read their arguments, compute in float64 and return a new plain layer in the dtype of the
+first argument. They know nothing of the network; a module decides what of itself to pass.
+"""
+
+import torch
+from einops import einsum, rearrange
+from torch import nn
+
+__all__ = ["fold_bn", "merge_pointwise"]
+
+
+@torch.no_grad()
+def _conv_like(conv: nn.Conv2d, out_channels: int, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
+    """A Conv2d with the geometry of `conv`, holding `weight` and `bias`, contiguous in the strict sense.
+
+    The values are copied into freshly allocated parameters. A result of matrix algebra may carry strides on its size-1
+    dimensions that read as channels-last, and a convolution that believes them runs on a slow path.
+    """
+    layer = nn.Conv2d(
+        conv.in_channels,
+        out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        bias=True,
+        padding_mode=conv.padding_mode,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    layer.weight.copy_(weight)
+    layer.bias.copy_(bias)
+    layer.requires_grad_(conv.weight.requires_grad)
+    return layer.train(conv.training)
+
+
+def _bias(conv: nn.Conv2d) -> torch.Tensor:
+    """The bias of `conv` in float64, (out,), zero where it has none."""
+    if conv.bias is None:
+        return conv.weight.new_zeros(conv.out_channels, dtype=torch.float64)
+    return conv.bias.double()
+
+
+@torch.no_grad()
+def fold_bn(conv: nn.Conv2d, bn: nn.modules.batchnorm._BatchNorm) -> nn.Conv2d:
+    """One convolution equal to `bn(conv(x))` in eval mode.
+
+    BN(y) = gamma (y - mean) / sqrt(var + eps) + beta is an affine map of each output channel, so with
+    s = gamma / sqrt(var + eps) the weight becomes s W and the bias s (b - mean) + beta.
+
+    Args:
+        conv: weight (out, in / groups, kh, kw), with or without bias; depthwise or dense.
+        bn: affine BatchNorm over `out` channels with running statistics.
+
+    Raises:
+        ValueError: the BatchNorm has another width, no affine parameters or no running statistics.
+    """
+    if bn.num_features != conv.out_channels:
+        raise ValueError(f"cannot fold a BatchNorm of {bn.num_features} channels into {conv.out_channels}")
+    if bn.running_var is None or bn.weight is None:
+        raise ValueError("cannot fold a BatchNorm without running statistics and affine parameters")
+    scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+    weight = conv.weight.double() * rearrange(scale, "out -> out 1 1 1")
+    bias = scale * (_bias(conv) - bn.running_mean.double()) + bn.bias.double()
+    return _conv_like(conv, conv.out_channels, weight, bias)
+
+
+@torch.no_grad()
+def merge_pointwise(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
+    """One convolution equal to `second(first(x))`, where `second` is 1x1 (paper, Deep Training Strategy).
+
+    W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2). `first` may have any kernel, stride and padding: `second` acts on
+    its outputs only, so zero padding before `first` stays what it is.
+
+    Args:
+        first: weight (mid, in, kh, kw).
+        second: weight (out, mid, 1, 1), stride 1, no padding.
+
+    Raises:
+        ValueError: `second` is not pointwise, either one is grouped, or the widths do not meet.
+    """
+    pointwise = second.kernel_size == (1, 1) and second.stride == (1, 1) and second.padding == (0, 0)
+    if not pointwise or second.groups != 1 or first.groups != 1:
+        raise ValueError("only a dense convolution followed by a dense 1x1 convolution of stride 1 can be merged")
+    if first.out_channels != second.in_channels:
+        raise ValueError(f"cannot merge {first.out_channels} outputs into {second.in_channels} inputs")
+    mixing = rearrange(second.weight.double(), "out mid 1 1 -> out mid")
+    weight = einsum(mixing, first.weight.double(), "out mid, mid cin kh kw -> out cin kh kw")
+    bias = einsum(mixing, _bias(first), "out mid, mid -> out") + _bias(second)
+    return _conv_like(first, second.out_channels, weight, bias)

@@ -1,0 +1,665 @@
+"""VanillaNet, an image classifier of 5 to 13 layers without shortcuts and attention.
+
+Chen, Wang, Guo, Tao, "VanillaNet: the Power of Minimalism in Deep Learning", NeurIPS 2023, https://arxiv.org/abs/2305.12972
+
+The network has two forms with the same function. In the *train form* every layer is a pair of convolutions with a
+nonlinearity between them that fades out during training ("Deep Training Strategy" in the paper). Once it has faded
+the pair is linear, and `switch_to_deploy` merges it into one convolution: the *deploy form* really has 5 to 13 layers.
+The series-informed activation makes up for the depth ("Series Informed Activation Function").
+"""
+
+import argparse
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import SelectAdaptivePool2d, get_device_dtype, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .fusion import fold_bn, merge_pointwise
+
+__all__ = ["Block", "FadingReLU", "SeriesActivation", "VanillaNet"]  # register_model adds the entry points
+
+BN_EPS = 1e-6
+SAFE_GLOBALS = [argparse.Namespace]  # the one class in the released checkpoints beside tensors and plain data
+ADA_POOL_IMG_SIZE = 224  # the input size that the published adaptive pool sizes belong to
+
+
+class FadingReLU(nn.Module):
+    """The nonlinearity of deep training, A'(x) = (1 - lambda) ReLU(x) + lambda x (paper, Deep Training Strategy).
+
+    Lambda is a LeakyReLU's slope: 0 gives ReLU, 1 the identity, which is returned at no cost. It is held twice, as a
+    Python number and as a tensor, because each has a reader that the other cannot serve: the number decides in eager
+    mode without waiting for the device, the tensor lets a compiled graph see a new value without being compiled again.
+    Neither is in the state dict. Any shape, the shape is kept.
+    """
+
+    def __init__(self, slope: float = 1.0, device=None, dtype=None):
+        super().__init__()
+        self.slope = slope
+        self.register_buffer("slope_tensor", torch.tensor(slope, device=device, dtype=dtype), persistent=False)
+
+    def set_slope(self, slope: float) -> None:
+        """Set lambda in place. Raises ValueError outside [0, 1]."""
+        if not 0.0 <= slope <= 1.0:
+            raise ValueError(f"the slope of the fading activation must be in [0, 1], not {slope}")
+        self.slope = float(slope)
+        self.slope_tensor.fill_(slope)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # While compiling, the number must not be read: the graph would be guarded on it. The compiler fuses the
+        # pointwise operation below into the normalization before it, so nothing is lost.
+        if not torch.compiler.is_compiling() and self.slope == 1.0:
+            return x
+        return torch.where(x > 0, x, x * self.slope_tensor)
+
+    def extra_repr(self) -> str:
+        return f"slope={self.slope}"
+
+
+class SeriesActivation(nn.Conv2d):
+    """The series-informed activation (paper, Series Informed Activation Function), (N, C, H, W) -> (N, C, H, W).
+
+    A_s(x)[h, w, c] = sum over i, j in {-n..n} of a[i, j, c] ReLU(x[h + i, w + j, c]), then BatchNorm: a ReLU followed
+    by a depthwise convolution of (2n+1) x (2n+1). The deploy form has the BatchNorm folded into weight and bias.
+
+    Args:
+        dim: channels C.
+        act_num: n; 0 leaves one weight a channel, a plain ReLU up to scale.
+        deploy: build the deploy form.
+    """
+
+    def __init__(self, dim: int, act_num: int = 3, deploy: bool = False, device=None, dtype=None):
+        if act_num < 0:
+            raise ValueError(f"act_num must be 0 or more, not {act_num}")
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, dim, 2 * act_num + 1, padding=act_num, groups=dim, bias=deploy, **dd)
+        self.bn = None if deploy else nn.BatchNorm2d(dim, eps=BN_EPS, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self._conv_forward(F.relu(x), self.weight, self.bias)
+        if self.bn is not None:
+            x = self.bn(x)
+        return x
+
+    def switch_to_deploy(self) -> None:
+        """Fold the BatchNorm in. A second call does nothing."""
+        if self.bn is None:
+            return
+        folded = fold_bn(self, self.bn)
+        self.weight, self.bias, self.bn = folded.weight, folded.bias, None
+
+
+def _conv_bn(dim: int, dim_out: int, kernel_size: int = 1, stride: int = 1, padding: int = 0, **dd) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(dim, dim_out, kernel_size, stride, padding, **dd),
+        nn.BatchNorm2d(dim_out, eps=BN_EPS, **dd),
+    )
+
+
+def _check_faded(slope: float) -> None:
+    """Merging a pair whose nonlinearity still acts would give another function."""
+    if slope != 1.0:
+        raise ValueError(
+            f"the activation slope is {slope}: pairs of layers can be merged only at 1, where they are linear; "
+            "train past decay_epochs, or call change_act(1.0) if the weights are known to be finished"
+        )
+
+
+class Block(nn.Module):
+    """One stage, (N, dim, H, W) -> (N, dim_out, H / stride, W / stride): 1x1 convolution(s), max-pool, activation.
+
+    Args:
+        dim: input channels.
+        dim_out: output channels.
+        act_num: n of the series activation.
+        stride: kernel and stride of the max-pool; 1 has none.
+        deploy: build the deploy form, one convolution `conv` in the place of `conv1` and `conv2`.
+        ada_pool: pool adaptively to this height and width instead; 0 or None: by `stride`.
+    """
+
+    __jit_unused_properties__ = ("act_learn", "deploy")
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int,
+        act_num: int = 3,
+        stride: int = 2,
+        deploy: bool = False,
+        ada_pool: int | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = None if deploy else _conv_bn(dim, dim, **dd)
+        self.relu = None if deploy else FadingReLU(**dd)
+        self.conv2 = None if deploy else _conv_bn(dim, dim_out, **dd)
+        self.conv = nn.Conv2d(dim, dim_out, 1, **dd) if deploy else None
+        if ada_pool:
+            self.pool = nn.AdaptiveMaxPool2d((ada_pool, ada_pool))
+        else:
+            self.pool = nn.Identity() if stride == 1 else nn.MaxPool2d(stride)
+        self.act = SeriesActivation(dim_out, act_num, deploy, **dd)
+
+    @property
+    def deploy(self) -> bool:
+        return self.conv is not None
+
+    @property
+    def act_learn(self) -> float:
+        """Lambda; 1 in deploy form."""
+        return 1.0 if self.relu is None else self.relu.slope
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.conv is not None:
+            x = self.conv(x)
+        else:
+            x = self.conv2(self.relu(self.conv1(x)))  # (N, dim, H, W) -> (N, dim_out, H, W)
+        x = self.pool(x)  # -> (N, dim_out, H / stride, W / stride)
+        return self.act(x)
+
+    def switch_to_deploy(self) -> None:
+        """Fuse in place. A second call does nothing; ValueError while lambda is below 1."""
+        if self.deploy:
+            return
+        _check_faded(self.act_learn)
+        self.conv = merge_pointwise(fold_bn(*self.conv1), fold_bn(*self.conv2))
+        self.conv1 = self.relu = self.conv2 = None
+        self.act.switch_to_deploy()
+
+
+class _RootFusion(nn.Module):
+    """Passes `switch_to_deploy` on to the network that holds it.
+
+    timm's `reparameterize_model` calls the children of the module it is given, never that module itself. The stem and
+    the classifier are fused by the network, so the network keeps this parameterless child to be reached through.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self._network = (network,)  # in a tuple, where it is not registered as a submodule
+
+    def switch_to_deploy(self) -> None:
+        self._network[0].switch_to_deploy()
+
+
+class VanillaNet(nn.Module):
+    """The network (paper, A Vanilla Neural Architecture), (N, in_chans, H, W) -> (N, num_classes).
+
+    Args:
+        in_chans: input channels.
+        num_classes: classes; 0 leaves the classifier out, and the output is the pooled features.
+        dims: channels of the stem and of each stage, one more than `strides`.
+        drop_rate: dropout before the classifier.
+        act_num: n of the series activations; 3 for classification, 4 for detection.
+        strides: max-pool stride of each stage.
+        deploy: build the deploy form.
+        ada_pool: adaptive pool size of each stage (0: pool by stride). The stem then has stride 3 and padding 1.
+        width_mult: factor on `dims`.
+        global_pool: timm's pool types: avg, max, avgmax, catavgmax; an empty string keeps the map, (N, classes, h, w).
+        img_size: with `ada_pool`, the input size to adapt the pool sizes to; the sizes given are for 224.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: lists whose lengths do not fit, a width without channels, an unknown argument value.
+    """
+
+    __jit_unused_properties__ = ("act_learn", "deploy")
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        dims: Sequence[int] = (512, 1024, 2048, 4096, 4096),
+        drop_rate: float = 0.0,
+        act_num: int = 3,
+        strides: Sequence[int] = (2, 2, 2, 1),
+        deploy: bool = False,
+        ada_pool: Sequence[int] | None = None,
+        *,
+        width_mult: float = 1.0,
+        global_pool: str = "avg",
+        img_size: int | tuple[int, int] | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dims, strides = tuple(dims), tuple(strides)
+        pools = tuple(ada_pool) if ada_pool else (0,) * len(strides)
+        if len(dims) != len(strides) + 1 or len(pools) != len(strides):
+            raise ValueError(
+                f"dims must have one entry more than strides, ada_pool as many; got {len(dims)}, {len(strides)}"
+                + (f" and {len(pools)}" if ada_pool else "")
+            )
+        dims = tuple(round(dim * width_mult) for dim in dims)
+        if min(dims) < 1:
+            raise ValueError(f"width_mult {width_mult} leaves a layer without channels")
+        dd = {"device": device, "dtype": dtype}
+        self._fusion = _RootFusion(self)  # first, so that timm's walk reaches it before the parts
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = dims[-1]
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        stem_stride, stem_padding = (3, 1) if ada_pool else (4, 0)
+        if ada_pool and img_size is not None:
+            pools = _adapt_pools(pools, strides, img_size, stem_stride, stem_padding)
+        stem = {"kernel_size": 4, "stride": stem_stride, "padding": stem_padding, **dd}
+        for name in ("stem1", "relu", "stem2", "stem", "stages", "cls1", "cls2", "cls"):
+            self.register_module(name, None)  # both forms' slots exist, so fusing under timm's walk adds no child
+        if deploy:
+            self.stem = nn.Sequential(
+                nn.Conv2d(in_chans, dims[0], **stem), SeriesActivation(dims[0], act_num, deploy, **dd)
+            )
+        else:
+            self.relu = FadingReLU(**dd)
+            self.stem1 = _conv_bn(in_chans, dims[0], **stem)
+            self.stem2 = _conv_bn(dims[0], dims[0], **dd).append(SeriesActivation(dims[0], act_num, **dd))
+        self.stages = nn.Sequential(
+            *(
+                Block(dim, dim_out, act_num, stride, deploy, pool, **dd)
+                for dim, dim_out, stride, pool in zip(dims[:-1], dims[1:], strides, pools, strict=True)
+            )
+        )
+        self._levels = _feature_levels(strides)
+        reduction, reductions = stem_stride, [stem_stride]
+        for stride in strides:
+            reduction *= stride
+            reductions.append(reduction)
+        self.feature_info = [
+            {
+                "num_chs": dims[level],
+                "reduction": reductions[level],
+                "module": f"stages.{level - 1}" if level else ("stem" if deploy else "stem2"),
+            }
+            for level in self._levels
+        ]
+        self._build_head(num_classes, global_pool, deploy, **dd)
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _build_head(self, num_classes: int, global_pool: str, deploy: bool, **dd) -> None:
+        pool = SelectAdaptivePool2d(pool_type=global_pool)
+        self.head_hidden_size = self.num_features * pool.feat_mult()
+        self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
+        features = [pool, nn.Dropout(self.drop_rate)]
+        logits = [nn.Conv2d(self.head_hidden_size, num_classes, 1, **dd)] if num_classes else []
+        if deploy:
+            self.cls = nn.Sequential(*features, *logits)
+            return
+        if num_classes:
+            logits.append(nn.BatchNorm2d(num_classes, eps=BN_EPS, **dd))
+        self.cls1 = nn.Sequential(*features, *logits)
+        self.cls2 = nn.Sequential(*([nn.Conv2d(num_classes, num_classes, 1, **dd)] if num_classes else []))
+
+    # -- the two forms
+
+    @property
+    def deploy(self) -> bool:
+        """True for the deploy form."""
+        return self.stem is not None
+
+    @property
+    def act_learn(self) -> float:
+        """Lambda, the slope of the fading activations; 1 in deploy form."""
+        return 1.0 if self.relu is None else self.relu.slope
+
+    @torch.jit.ignore
+    def change_act(self, slope: float) -> None:
+        """Set lambda (paper, Deep Training Strategy) everywhere in the network.
+
+        Raises:
+            ValueError: outside [0, 1], or below 1 on a deployed network, which has no such activation left.
+        """
+        if self.deploy and slope != 1.0:
+            raise ValueError(f"a deployed network has no fading activation to set to {slope}")
+        for module in self.modules():
+            if isinstance(module, FadingReLU):
+                module.set_slope(slope)
+
+    @torch.jit.ignore
+    def switch_to_deploy(self) -> None:
+        """Fuse into the deploy form, in place (paper, Deep Training Strategy). A second call does nothing.
+
+        Raises:
+            ValueError: lambda is below 1, where fusing would change the function; nothing has been touched then.
+        """
+        if self.deploy:
+            return
+        _check_faded(min(module.slope for module in self.modules() if isinstance(module, FadingReLU)))
+        stem_conv, stem_bn, stem_act = self.stem2
+        stem_act.switch_to_deploy()
+        self.stem = nn.Sequential(merge_pointwise(fold_bn(*self.stem1), fold_bn(stem_conv, stem_bn)), stem_act)
+        for block in self.stages:
+            block.switch_to_deploy()
+        pool, dropout, *logits = self.cls1
+        self.cls = nn.Sequential(
+            pool, dropout, *([merge_pointwise(fold_bn(*logits), self.cls2[0])] if logits else [])
+        ).train(self.training)
+        self.stem.train(self.training)
+        self.relu = self.stem1 = self.stem2 = self.cls1 = self.cls2 = None
+        if self.feature_info[0]["module"] == "stem2":
+            self.feature_info[0]["module"] = "stem"
+
+    # -- forward
+
+    def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, H, W) -> (N, dims[0], H/4, W/4); a third instead of a quarter with `ada_pool`."""
+        if self.stem is not None:
+            return self.stem(x)
+        return self.stem2(self.relu(self.stem1(x)))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, H, W) -> (N, num_features, H/32, W/32), unpooled."""
+        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+            x = _checkpointed(self.forward_stem, self, x)
+            for stage in self.stages:
+                x = _checkpointed(stage, stage, x)
+            return x
+        x = self.forward_stem(x)
+        return self.stages(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """(N, num_features, h, w) -> (N, num_classes), or pooled features (N, head_hidden_size)."""
+        if self.cls is not None:
+            x = self.cls[1](self.cls[0](x)) if pre_logits else self.cls(x)
+        elif pre_logits or self.num_classes == 0:
+            x = self.cls1[1](self.cls1[0](x))
+        else:
+            x = self.cls2(self.relu(self.cls1(x)))
+        return self.flatten(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+    # -- what timm asks of a model
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
+        """The feature maps at the levels of `feature_info`, each from the last stage before a downsampling.
+
+        Args:
+            x: (N, in_chans, H, W).
+            indices: levels to return: a number (the last so many), a list (negative counts from the end), or all.
+            norm: accepted for timm's sake; there is no final norm to apply.
+            stop_early: skip the stages after the last level asked for.
+            output_fmt: NCHW, the only layout.
+            intermediates_only: leave the final features out.
+
+        Returns:
+            A list of (N, C, h, w), or the final features and that list.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be NCHW, not {output_fmt}")
+        take, last = feature_take_indices(len(self._levels), indices)
+        wanted = [self._levels[index] for index in take]
+        x = self.forward_stem(x)
+        maps = {0: x}
+        stages = self.stages[: self._levels[last]] if stop_early else self.stages
+        for position, stage in enumerate(stages, 1):
+            x = stage(x)
+            maps[position] = x
+        intermediates = [maps[level] for level in wanted]
+        return intermediates if intermediates_only else (x, intermediates)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the given levels do not need: the stages after the last one and, by default, the classifier."""
+        take, last = feature_take_indices(len(self._levels), indices)
+        cut = self._levels[last] < len(self.stages)
+        if cut:
+            self.stages = self.stages[: self._levels[last]]
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or cut:  # a classifier for other features than these is of no use
+            self.reset_classifier(0, "")
+        return take
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """The convolutions that make the logits: two in train form, one in deploy form; Identity without classes."""
+        if not self.num_classes:
+            return nn.Identity()
+        return self.cls[2] if self.deploy else (self.cls1[2], self.cls2[0])
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new, freshly initialized classifier for `num_classes`; 0 removes it. `global_pool` None keeps the pool."""
+        head = self.cls if self.deploy else self.cls1
+        if global_pool is None:
+            global_pool = head[0].pool_type
+        self.num_classes = num_classes
+        self._build_head(num_classes, global_pool, self.deploy, **get_device_dtype(self))
+        for module in (self.cls, self.cls1, self.cls2):
+            if module is not None:
+                module.apply(self._init_weights).train(self.training)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each layer's activations in the backward pass instead of storing them."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for layer decay: the stem, each stage, the classifier; the same coarse and fine."""
+        return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^cls", (99999,))]}
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """No parameter beyond the biases and BatchNorms, which every optimizer set-up spares."""
+        return set()
+
+
+def _feature_levels(strides: Sequence[int]) -> tuple[int, ...]:
+    """Positions (0: the stem, i: stage i) of the last layer at each resolution: (2, 2, 1) -> (0, 1, 3)."""
+    return (*(i for i, stride in enumerate(strides) if stride > 1), len(strides))
+
+
+def _adapt_pools(
+    pools: Sequence[int], strides: Sequence[int], img_size: int | tuple[int, int], stem_stride: int, stem_padding: int
+) -> tuple[int, ...]:
+    """The adaptive pool sizes for another input size; the rule, ceil(size / stride), gives 38, 19, 10 at 224."""
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if height != width:
+        raise ValueError(f"adaptive pooling is square, img_size {height}x{width} is not")
+    if height == ADA_POOL_IMG_SIZE:
+        return tuple(pools)
+    size, adapted = (height + 2 * stem_padding - 4) // stem_stride + 1, []
+    for pool, stride in zip(pools, strides, strict=True):
+        size = -(-size // stride)
+        adapted.append(size if pool else 0)
+    return tuple(adapted)
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module):
+    """BatchNorms use the batch, as in training, but leave their running statistics alone."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def _checkpointed(function, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Gradient checkpointing whose second forward pass does not move BatchNorm statistics a second time."""
+    return checkpoint(function, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(module)))
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights in a released checkpoint, less the classifier's BatchNorm if the model has other classes.
+
+    timm drops the convolutions named in `classifier` itself, but knows nothing of the BatchNorm between them.
+    """
+    for key in ("model_ema", "model"):
+        if key in state_dict:
+            state_dict = state_dict[key]
+            break
+    own = model.state_dict()
+    return {
+        name: value
+        for name, value in state_dict.items()
+        if not name.startswith("cls1.3.") or (name in own and own[name].shape == value.shape)
+    }
+
+
+# -- variants: dims in units of 128 * 4 channels (paper, the table of architectures)
+
+_UNIT = 128 * 4
+
+
+def _variant(units: str, strides: str, width_mult: float = 1.0, ada_pool: Sequence[int] | None = None) -> dict:
+    return {
+        "dims": tuple(_UNIT * int(unit) for unit in units),
+        "strides": tuple(int(stride) for stride in strides),
+        "width_mult": width_mult,
+        "ada_pool": ada_pool,
+    }
+
+
+VARIANTS = {
+    "vanillanet_5": _variant("1248", "222"),
+    "vanillanet_6": _variant("12488", "2221"),
+    "vanillanet_7": _variant("112488", "12221"),
+    "vanillanet_8": _variant("1124488", "122121"),
+    "vanillanet_9": _variant("11244488", "1221121"),
+    "vanillanet_10": _variant("112444488", "12211121"),
+    "vanillanet_11": _variant("1124444488", "122111121"),
+    "vanillanet_12": _variant("11244444488", "1221111121"),
+    "vanillanet_13": _variant("112444444488", "12211111121"),
+    "vanillanet_13_x1_5": _variant("112444444488", "12211111121", 1.5),
+    "vanillanet_13_x1_5_ada_pool": _variant(
+        "112444444488", "12211111121", 1.5, ada_pool=(0, 38, 19, 0, 0, 0, 0, 0, 0, 10, 0)
+    ),
+}
+
+
+def _cfg(variant: str, **kwargs) -> dict[str, Any]:
+    return {
+        "url": f"https://github.com/huawei-noah/VanillaNet/releases/download/ckpt/{variant}.pth",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem1.0",
+        "classifier": ("cls1.2", "cls2.0"),
+        "license": "mit",
+        "paper_ids": "arXiv:2305.12972",
+        "paper_name": "VanillaNet: the Power of Minimalism in Deep Learning",
+        "origin_url": "https://github.com/huawei-noah/VanillaNet",
+        **kwargs,
+    }
+
+
+_ADA_POOL_CFG = {"pool_size": (10, 10), "fixed_input_size": True}
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{variant}.in1k": _cfg(variant, **(_ADA_POOL_CFG if spec["ada_pool"] else {}))
+        for variant, spec in VARIANTS.items()
+    }
+)
+
+
+def _create_vanillanet(variant: str, pretrained: bool = False, deploy: bool = False, **kwargs) -> VanillaNet:
+    # What is released is the train form, so a pretrained deploy form is loaded first and fused then.
+    fuse = pretrained and deploy
+    with torch.serialization.safe_globals(SAFE_GLOBALS):
+        model = build_model_with_cfg(
+            VanillaNet,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+            deploy=deploy and not fuse,
+            **dict(VARIANTS[variant], **kwargs),
+        )
+    if fuse:
+        (model.model if kwargs.get("features_only") else model).switch_to_deploy()
+    return model
+
+
+@register_model
+def vanillanet_5(pretrained: bool = False, **kwargs) -> VanillaNet:
+    return _create_vanillanet("vanillanet_5", pretrained, **kwargs)
+
+
+@register_model
+def vanillanet_6(pretrained: bool = False, **kwargs) -> VanillaNet:
+    return _create_vanillanet("vanillanet_6", pretrained, **kwargs)
+
+
+@register_model
+def vanillanet_7(pretrained: bool = False, **kwargs) -> VanillaNet:
+    return _create_vanillanet("vanillanet_7", pretrained, **kwargs)
+
+
+@register_model
+def vanillanet_8(pretrained: bool = False, **kwargs) -> VanillaNet:
+    return _create_vanillanet("vanillanet_8", pretrained, **kwargs)
+
+
+@register_model
+def vanillanet_9(pretrained: bool = False, **kwargs) -> VanillaNet:
+    return _create_vanillanet("vanillanet_9", pretrained, **kwargs)
+
+
+@register_model
+def vanillanet_10(pretrained: bool = False, **kwargs) -> VanillaNet:
+    return _create_vanillanet("vanillanet_10", pretrained, **kwargs)
+
+
+@register_model
+def vanillanet_11(pretrained: bool = False, **kwargs) -> VanillaNet:
+    return _create_vanillanet("vanillanet_11", pretrained, **kwargs)
+
+
+@register_model
+def vanillanet_12(pretrained: bool = False, **kwargs) -> VanillaNet:
+    return _create_vanillanet("vanillanet_12", pretrained, **kwargs)
+
+
+@register_model
+def vanillanet_13(pretrained: bool = False, **kwargs) -> VanillaNet:
+    return _create_vanillanet("vanillanet_13", pretrained, **kwargs)
+
+
+@register_model
+def vanillanet_13_x1_5(pretrained: bool = False, **kwargs) -> VanillaNet:
+    return _create_vanillanet("vanillanet_13_x1_5", pretrained, **kwargs)
+
+
+@register_model
+def vanillanet_13_x1_5_ada_pool(pretrained: bool = False, **kwargs) -> VanillaNet:
+    return _create_vanillanet("vanillanet_13_x1_5_ada_pool", pretrained, **kwargs)
