@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import SelectAdaptivePool2d, get_device_dtype, trunc_normal_
+from timm.layers import SelectAdaptivePool2d, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
@@ -51,6 +51,12 @@ class FadingReLU(nn.Module):
             raise ValueError(f"the slope of the fading activation must be in [0, 1], not {slope}")
         self.slope = float(slope)
         self.slope_tensor.fill_(slope)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves and conversions end with the exact value, since a cast rounds it and `to_empty` leaves it undefined."""
+        super()._apply(fn, recurse)
+        self.slope_tensor.fill_(self.slope)
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # While compiling, the number must not be read: the graph would be guarded on it. The compiler fuses the
@@ -181,11 +187,15 @@ class _RootFusion(nn.Module):
 
     timm's `reparameterize_model` calls the children of the module it is given, never that module itself. The stem and
     the classifier are fused by the network, so the network keeps this parameterless child to be reached through.
+    It is the identity, because timm's feature list runs all children of a network in their order.
     """
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self._network = (network,)  # in a tuple, where it is not registered as a submodule
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
     def switch_to_deploy(self) -> None:
         self._network[0].switch_to_deploy()
@@ -209,7 +219,8 @@ class VanillaNet(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: lists whose lengths do not fit, a width without channels, an unknown argument value.
+        ValueError: lists whose lengths do not fit, a stride below 1, a width without channels, an unknown pool type,
+            `img_size` without `ada_pool`.
     """
 
     __jit_unused_properties__ = ("act_learn", "deploy")
@@ -234,6 +245,8 @@ class VanillaNet(nn.Module):
         super().__init__()
         dims, strides = tuple(dims), tuple(strides)
         pools = tuple(ada_pool) if ada_pool else (0,) * len(strides)
+        if img_size is not None and not ada_pool:
+            raise ValueError("img_size belongs to ada_pool; without it the network takes any input size")
         if len(dims) != len(strides) + 1 or len(pools) != len(strides):
             raise ValueError(
                 f"dims must have one entry more than strides, ada_pool as many; got {len(dims)}, {len(strides)}"
@@ -242,6 +255,8 @@ class VanillaNet(nn.Module):
         dims = tuple(round(dim * width_mult) for dim in dims)
         if min(dims) < 1:
             raise ValueError(f"width_mult {width_mult} leaves a layer without channels")
+        if min(strides, default=0) < 1:
+            raise ValueError(f"there must be stages, with strides of 1 or more, not {strides}")
         dd = {"device": device, "dtype": dtype}
         self._fusion = _RootFusion(self)  # first, so that timm's walk reaches it before the parts
         self.num_classes = num_classes
@@ -279,7 +294,7 @@ class VanillaNet(nn.Module):
             {
                 "num_chs": dims[level],
                 "reduction": reductions[level],
-                "module": f"stages.{level - 1}" if level else ("stem" if deploy else "stem2"),
+                "module": f"stages.{level - 1}" if level else ("stem.1" if deploy else "stem2.2"),
             }
             for level in self._levels
         ]
@@ -294,6 +309,8 @@ class VanillaNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def _build_head(self, num_classes: int, global_pool: str, deploy: bool, **dd) -> None:
+        if global_pool.removeprefix("fast") not in ("", "avg", "max", "avgmax", "catavgmax"):
+            raise ValueError(f"global_pool must be one of timm's pool types, not {global_pool!r}")
         pool = SelectAdaptivePool2d(pool_type=global_pool)
         self.head_hidden_size = self.num_features * pool.feat_mult()
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
@@ -353,8 +370,10 @@ class VanillaNet(nn.Module):
         ).train(self.training)
         self.stem.train(self.training)
         self.relu = self.stem1 = self.stem2 = self.cls1 = self.cls2 = None
-        if self.feature_info[0]["module"] == "stem2":
-            self.feature_info[0]["module"] = "stem"
+        if self.feature_info[0]["module"] == "stem2.2":
+            self.feature_info[0]["module"] = "stem.1"
+        # What timm's save_for_hf writes down, so that create_model builds the form that the weights are in.
+        self._model_args = dict(getattr(self, "_model_args", {}), deploy=True)
 
     # -- forward
 
@@ -366,7 +385,7 @@ class VanillaNet(nn.Module):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_chans, H, W) -> (N, num_features, H/32, W/32), unpooled."""
-        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
+        if self.grad_checkpointing and not torch.jit.is_scripting():
             x = _checkpointed(self.forward_stem, self, x)
             for stage in self.stages:
                 x = _checkpointed(stage, stage, x)
@@ -417,11 +436,11 @@ class VanillaNet(nn.Module):
             raise ValueError(f"output_fmt must be NCHW, not {output_fmt}")
         take, last = feature_take_indices(len(self._levels), indices)
         wanted = [self._levels[index] for index in take]
-        x = self.forward_stem(x)
+        x = _checkpointed(self.forward_stem, self, x) if self.grad_checkpointing else self.forward_stem(x)
         maps = {0: x}
         stages = self.stages[: self._levels[last]] if stop_early else self.stages
         for position, stage in enumerate(stages, 1):
-            x = stage(x)
+            x = _checkpointed(stage, stage, x) if self.grad_checkpointing else stage(x)
             maps[position] = x
         intermediates = [maps[level] for level in wanted]
         return intermediates if intermediates_only else (x, intermediates)
@@ -435,6 +454,8 @@ class VanillaNet(nn.Module):
         cut = self._levels[last] < len(self.stages)
         if cut:
             self.stages = self.stages[: self._levels[last]]
+            self._levels = self._levels[: last + 1]
+            self.feature_info = self.feature_info[: last + 1]
             self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or cut:  # a classifier for other features than these is of no use
             self.reset_classifier(0, "")
@@ -454,7 +475,8 @@ class VanillaNet(nn.Module):
         if global_pool is None:
             global_pool = head[0].pool_type
         self.num_classes = num_classes
-        self._build_head(num_classes, global_pool, self.deploy, **get_device_dtype(self))
+        weight = next(self.parameters())
+        self._build_head(num_classes, global_pool, self.deploy, device=weight.device, dtype=weight.dtype)
         for module in (self.cls, self.cls1, self.cls2):
             if module is not None:
                 module.apply(self._init_weights).train(self.training)
@@ -467,7 +489,7 @@ class VanillaNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups for layer decay: the stem, each stage, the classifier; the same coarse and fine."""
-        return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^cls", (99999,))]}
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)", "head": r"^cls"}
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -515,20 +537,34 @@ def _checkpointed(function, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights in a released checkpoint, less the classifier's BatchNorm if the model has other classes.
+    """The weights in a released checkpoint, less what of the classifier does not fit the model.
 
-    timm drops the convolutions named in `classifier` itself, but knows nothing of the BatchNorm between them.
+    timm drops the convolutions named in `classifier` itself if the model has other classes, but knows nothing of the
+    BatchNorm between them. It then no longer loads strictly, so the rest is compared here.
+
+    Raises:
+        RuntimeError: the names of the stem or of the stages are not the model's.
     """
     for key in ("model_ema", "model"):
-        if key in state_dict:
+        if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
             break
     own = model.state_dict()
+    alien = sorted(name for name in own.keys() ^ state_dict.keys() if not name.startswith("cls"))
+    if alien:
+        raise RuntimeError(f"not the weights of this network: {len(alien)} names differ, among them {alien[:4]}")
     return {
         name: value
         for name, value in state_dict.items()
-        if not name.startswith("cls1.3.") or (name in own and own[name].shape == value.shape)
+        if not name.startswith("cls") or (name in own and own[name].shape == value.shape)
     }
+
+
+def _fused_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """As above for a network that is wanted in deploy form, where the file may hold either form."""
+    if "stem.0.weight" in state_dict:
+        model.switch_to_deploy()
+    return checkpoint_filter_fn(state_dict, model)
 
 
 # -- variants: dims in units of 128 * 4 channels (paper, the table of architectures)
@@ -593,20 +629,28 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_vanillanet(variant: str, pretrained: bool = False, deploy: bool = False, **kwargs) -> VanillaNet:
-    # What is released is the train form, so a pretrained deploy form is loaded first and fused then.
+    kwargs = dict(VARIANTS[variant], **kwargs)
+    # What is released is the train form, so a pretrained deploy form is built so, loaded, and fused then.
     fuse = pretrained and deploy
     with torch.serialization.safe_globals(SAFE_GLOBALS):
         model = build_model_with_cfg(
             VanillaNet,
             variant,
             pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+            pretrained_filter_fn=_fused_filter_fn if fuse else checkpoint_filter_fn,
+            feature_cfg={
+                "out_indices": tuple(range(len(_feature_levels(kwargs["strides"])))),
+                "feature_cls": "getter",
+                "flatten_sequential": True,  # for feature_cls list and dict, which find only children of the network
+            },
             deploy=deploy and not fuse,
-            **dict(VARIANTS[variant], **kwargs),
+            **kwargs,
         )
     if fuse:
-        (model.model if kwargs.get("features_only") else model).switch_to_deploy()
+        network = getattr(model, "model", model)  # features_only wraps it
+        if not isinstance(network, VanillaNet):
+            raise ValueError("features of a pretrained deploy form are there through feature_cls='getter' only")
+        network.switch_to_deploy()
     return model
 
 

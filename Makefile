@@ -1,0 +1,35 @@
+# Everything runs in .venv, which `make setup` creates and, when the requirements change, brings up to date.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+DEMO := outputs/demo
+
+.PHONY: setup demo test test-all lint clean
+
+setup: $(READY)
+
+# torch is asked for together with torchvision, which pins the build it belongs to.
+$(READY): requirements.txt requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+demo: setup
+	rm -rf $(DEMO)
+	$(BIN)/python main.py @recipes/demo.args
+	$(BIN)/python main.py @recipes/demo.args --finetune $(DEMO)/checkpoint-last.pth \
+		--model_key model_ema --switch_to_deploy $(DEMO)/deploy.pth
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) outputs .pytest_cache .ruff_cache

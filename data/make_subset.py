@@ -1,0 +1,79 @@
+"""Cut the embedded subset of Fashion-MNIST out of the full set: 1,000 training and 200 test images of each class.
+
+    python data/make_subset.py /usr/share/datasets/fashion-mnist
+
+The source is a folder with the four gzipped idx files of the full set (Debian's package `dataset-fashion-mnist`, or
+`FashionMNIST/raw` as torchvision downloads it). From each split the first images of each class are taken and stay in
+their order, so the result depends on nothing but the source.
+"""
+
+import argparse
+import gzip
+import logging
+from pathlib import Path
+
+import numpy as np
+
+PER_CLASS = {"train": 1000, "t10k": 200}
+IMAGE_HEADER, LABEL_HEADER = 16, 8  # bytes before the pixels and labels in the idx format
+IMAGE_MAGIC, LABEL_MAGIC = 0x803, 0x801
+CLASSES, SIDE = 10, 28
+
+_logger = logging.getLogger(__name__)
+
+
+def select(labels: np.ndarray, per_class: int) -> np.ndarray:
+    """Ascending indices of the first `per_class` samples of each class; `labels` is (N,).
+
+    Raises ValueError where a class has fewer.
+    """
+    groups = [np.flatnonzero(labels == label)[:per_class] for label in range(CLASSES)]
+    for label, group in enumerate(groups):
+        if len(group) < per_class:
+            raise ValueError(f"class {label} has {len(group)} images, {per_class} are needed: is this the full set?")
+    return np.sort(np.concatenate(groups))
+
+
+def write_gzip(path: Path, payload: bytes) -> None:
+    """Write `payload` gzipped. Neither a time nor a name goes into the header, so equal content gives equal files."""
+    with open(path, "wb") as file, gzip.GzipFile("", "wb", compresslevel=9, fileobj=file, mtime=0) as archive:
+        archive.write(payload)
+
+
+def cut(source: Path, target: Path, split: str) -> int:
+    """Cut one split ("train" or "t10k") of the set in folder `source` into folder `target`; returns its image count.
+
+    Raises ValueError where the source is no full Fashion-MNIST.
+    """
+    names = f"{split}-images-idx3-ubyte.gz", f"{split}-labels-idx1-ubyte.gz"
+    image_bytes, label_bytes = (gzip.decompress((source / name).read_bytes()) for name in names)
+    labels = np.frombuffer(label_bytes, np.uint8, offset=LABEL_HEADER)
+    pixels = np.frombuffer(image_bytes, np.uint8, offset=IMAGE_HEADER)
+    if pixels.size != labels.size * SIDE * SIDE:
+        raise ValueError(f"{source / names[0]} holds {pixels.size} pixels, {labels.size} images of 28x28 were expected")
+    images = pixels.reshape(-1, SIDE, SIDE)
+    chosen = select(labels, PER_CLASS[split])
+    image_header = np.array([IMAGE_MAGIC, len(chosen), SIDE, SIDE], ">u4").tobytes()
+    label_header = np.array([LABEL_MAGIC, len(chosen)], ">u4").tobytes()
+    target.mkdir(parents=True, exist_ok=True)
+    write_gzip(target / names[0], image_header + images[chosen].tobytes())
+    write_gzip(target / names[1], label_header + labels[chosen].tobytes())
+    return len(chosen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Cut the embedded subset of Fashion-MNIST out of the full set.")
+    parser.add_argument("source", type=Path, help="folder with the four gzipped idx files of the full set")
+    parser.add_argument("--target", type=Path, default=Path(__file__).parent / "fashion-mnist", help="folder to write")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for split in PER_CLASS:
+        try:
+            count = cut(args.source, args.target, split)
+        except (OSError, EOFError, ValueError) as error:
+            parser.error(str(error))
+        _logger.info("%s: %d images to %s", split, count, args.target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Meters, which gather numbers on the device, and sinks, which take `log(metrics, step)` and put it somewhere.
+
+The training loop knows neither: it returns numbers, and `main.py` hands them to the sinks of rank 0.
+"""
+
+import csv
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from terminaltables import AsciiTable
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+Metrics = Mapping[str, float | int]
+
+
+class SumMeter:
+    """Named sums in one float64 tensor on the device; adding to it does not wait for the device.
+
+    Args:
+        names: of the sums, in order.
+    """
+
+    def __init__(self, names: Iterable[str], device: torch.device):
+        self.names = tuple(names)
+        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+
+    def add(self, **values: torch.Tensor | float) -> None:
+        for position, name in enumerate(self.names):
+            self.sums[position] += values[name]  # a Python number is passed to the kernel, a tensor read on the device
+
+    def values(self) -> dict[str, float]:
+        """The sums as numbers; waits for the device."""
+        return dict(zip(self.names, self.sums.tolist(), strict=True))
+
+
+def table(rows: Iterable[Iterable[object]], title: str | None = None, text_columns: int = 1) -> str:
+    """Rows, the first being the header, as text; columns after the first `text_columns` are right-aligned."""
+    drawn = AsciiTable([[str(cell) for cell in row] for row in rows], title)
+    for column in range(text_columns, len(drawn.table_data[0])):
+        drawn.justify_columns[column] = "right"
+    return drawn.table
+
+
+def progress(batches: Iterable, *, description: str, total: int, initial: int = 0, enabled: bool = True) -> Iterator:
+    """`batches` behind a progress bar with rate and remaining time, where standard error is a terminal."""
+    if not (enabled and sys.stderr.isatty()):
+        return iter(batches)
+    return iter(tqdm(batches, desc=description, total=total, initial=initial, leave=False, dynamic_ncols=True))
+
+
+class Sink(Protocol):
+    def log(self, metrics: Metrics, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _format(value: float | int) -> str:
+    return f"{value:d}" if isinstance(value, int) else f"{value:.4g}"
+
+
+class ConsoleSink:
+    """One line a call through `logging`, above a progress bar if there is one."""
+
+    def __init__(self, label: str):
+        self.label = label
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):
+            logger.info("%s %d: %s", self.label, step, "  ".join(f"{k} {_format(v)}" for k, v in metrics.items()))
+
+    def close(self) -> None:
+        pass
+
+
+class CsvSink:
+    """`summary.csv`, a row an epoch. A column may be empty in an epoch that was not evaluated.
+
+    Args:
+        path: of the file.
+        start: rows from this step on are of a part of the run that is being repeated, and are dropped.
+    """
+
+    def __init__(self, path: Path, start: int = 0):
+        self.path = path
+        self.rows: list[dict[str, object]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < start]
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        self.rows.append({"epoch": step, **metrics})
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        # Rewritten as a whole, because a later row may bring a column that the header lacks.
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def close(self) -> None:
+        pass
+
+
+class JsonLinesSink:
+    """`log.jsonl`, an object a call; `start` as in `CsvSink`, `key` names the step."""
+
+    def __init__(self, path: Path, key: str, start: int = 0):
+        self.key = key
+        kept = []
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if self._before(line, start)]
+        path.write_text("".join(kept))
+        self.file = path.open("a", buffering=1)
+
+    def _before(self, line: str, start: int) -> bool:
+        try:
+            return json.loads(line)[self.key] < start
+        except (ValueError, KeyError):  # the last line of a killed run may be cut
+            return False
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        self.file.write(json.dumps({self.key: step, **metrics}) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoardSink:
+    """TensorBoard events; every metric is a scalar under `prefix`."""
+
+    def __init__(self, folder: Path, prefix: str):
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(logdir=str(folder), filename_suffix=f".{prefix}")
+        self.prefix = prefix
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"{self.prefix}/{name}", value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbSink:
+    """Weights & Biases; wandb is imported only here, as most runs do without it."""
+
+    def __init__(self, run, prefix: str):
+        self.run, self.prefix = run, prefix
+        self.run.define_metric(f"{prefix}_step")
+        self.run.define_metric(f"{prefix}/*", step_metric=f"{prefix}_step")
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        values = {f"{self.prefix}/{name}": value for name, value in metrics.items()}
+        self.run.log({f"{self.prefix}_step": step, **values})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class CurvesSink:
+    """`curves.png`: loss, accuracy of model and EMA, learning rate and lambda by epoch, drawn anew from the CSV."""
+
+    panels = (
+        ("loss", ("train_loss", "test_loss")),
+        ("top-1 (%)", ("test_acc1", "ema_acc1")),
+        ("learning rate", ("lr",)),
+        ("lambda", ("act_learn",)),
+    )
+
+    def __init__(self, path: Path, table: CsvSink):
+        self.path, self.table = path, table
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 6), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, (title, names) in zip(figure.subplots(2, 2).flat, self.panels, strict=True):
+            for name in names:
+                points = [(int(r["epoch"]), float(r[name])) for r in self.table.rows if r.get(name) not in (None, "")]
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker=".", label=name)
+            axes.set(title=title, xlabel="epoch")
+            axes.grid(alpha=0.3)
+            if len(names) > 1 and axes.lines:
+                axes.legend()
+        figure.savefig(self.path, dpi=100)
+
+    def close(self) -> None:
+        pass
+
+
+class Sinks:
+    """Several sinks as one."""
+
+    def __init__(self, *sinks: Sink):
+        self.sinks = sinks
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        for sink in self.sinks:
+            sink.log(metrics, step)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()

@@ -1,0 +1,111 @@
+"""Parameter groups, the optimizer, and the schedules as pure functions of a step."""
+
+import math
+from collections.abc import Collection, Sequence
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+__all__ = [
+    "activation_slope",
+    "build_optimizer",
+    "cosine_schedule",
+    "set_hyperparameters",
+]
+
+
+def cosine_schedule(
+    step: float, total_steps: float, *, base: float, final: float, warmup_steps: float = 0, warmup_start: float = 0.0
+) -> float:
+    """A linear warm-up followed by half a cosine.
+
+    Args:
+        step: optimizer steps taken so far, counted from 0; the value is the one to take the next step with.
+        total_steps: length of the whole schedule; from there on the value is `final`.
+        base: value at the end of the warm-up.
+        final: value at the end.
+        warmup_steps: length of the warm-up, which begins at `warmup_start`; 0 has none.
+    """
+    if step < warmup_steps:
+        return warmup_start + (base - warmup_start) * step / warmup_steps
+    if step >= total_steps:
+        return final
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+
+
+def activation_slope(epoch: int, *, decay_epochs: int, linear: bool = True, start: float = 0.0) -> float:
+    """Lambda of an epoch (paper, Deep Training Strategy): from `start` at epoch 0 to exactly 1 at `decay_epochs`.
+
+    Args:
+        epoch: counted from 0; lambda is constant within an epoch.
+        decay_epochs: length of the ramp; 0 trains without deep training, lambda 1 throughout.
+        linear: epoch / decay_epochs; otherwise half a cosine.
+        start: lambda of the network that training begins with, 1 for a finished one.
+    """
+    if epoch >= decay_epochs:
+        return 1.0
+    ramp = epoch / decay_epochs
+    if not linear:
+        ramp = 0.5 * (1 - math.cos(math.pi * ramp))
+    return start + (1 - start) * ramp
+
+
+def build_optimizer(
+    model: nn.Module,
+    opt: str,
+    *,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    eps: float | None = None,
+    betas: Sequence[float] | None = None,
+    momentum: float | None = None,
+    explicit: Collection[str] = (),
+) -> torch.optim.Optimizer:
+    """One of timm's optimizers over groups without weight decay for biases and BatchNorms.
+
+    With `layer_decay` below 1 the rate of layer l is scaled by layer_decay ** (layers + 1 - l), the stem being layer 0
+    and the classifier the last; the layers are counted by the model's `group_matcher`. The scale is a group's
+    `lr_scale`, read by `set_hyperparameters`.
+
+    Args:
+        eps, betas, momentum: passed on to an optimizer that takes them.
+        explicit: those of the three that the user asked for; one that the optimizer does not take is then an error.
+
+    Raises:
+        ValueError: an unknown optimizer, one that needs second derivatives, or an argument that it does not take.
+    """
+    try:
+        info = get_optimizer_info(opt.lower().removeprefix("lookahead_"))
+    except ValueError as error:
+        raise ValueError(f"--opt {opt} is not one of timm's optimizers ({error})") from None
+    if info.second_order:
+        raise ValueError(f"--opt {opt} needs second derivatives, which this training loop does not compute")
+    skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    if layer_decay < 1.0:
+        groups = param_groups_layer_decay(model, weight_decay, skip, layer_decay=layer_decay)
+    else:
+        groups = param_groups_weight_decay(model, weight_decay, skip)
+    kwargs = {}
+    for name, value, taken in (
+        ("eps", eps, info.has_eps),
+        ("betas", betas, info.has_betas),
+        ("momentum", momentum, info.has_momentum),
+    ):
+        if taken and value is not None:
+            kwargs[name] = value
+        elif name in explicit:
+            raise ValueError(f"--opt {opt} takes no {name}; leave that flag out")
+    if "betas" in kwargs and len(kwargs["betas"]) != info.num_betas:
+        raise ValueError(f"--opt {opt} takes {info.num_betas} values for --opt_betas, not {len(kwargs['betas'])}")
+    return create_optimizer_v2(groups, opt, lr=lr, weight_decay=weight_decay, **kwargs)
+
+
+def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Write a step's learning rate, scaled by group, and weight decay into the groups that have one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+        if group["weight_decay"] > 0:
+            group["weight_decay"] = weight_decay

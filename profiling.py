@@ -1,0 +1,102 @@
+"""What a network costs: layers, parameters, multiply-accumulates, images per second."""
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from statistics import median
+
+import torch
+from torch import nn
+from torchprofile import profile_macs
+
+from models.vanillanet import SeriesActivation
+
+__all__ = ["count_layers", "count_macs", "count_params", "profile", "throughput"]
+
+WARM_UP_ROUNDS = 2
+
+
+def count_layers(model: nn.Module) -> int:
+    """Convolutions and linear layers, as the paper counts depth: VanillaNet-N in deploy form has N.
+
+    The depthwise convolution of a series activation belongs to the activation and is left out. Projections on
+    shortcuts are counted, so ResNet-18 has 21.
+    """
+    layers = (nn.Conv2d, nn.Linear)
+    return sum(isinstance(m, layers) and not isinstance(m, SeriesActivation) for m in model.modules())
+
+
+def count_params(model: nn.Module) -> int:
+    """Numbers in the parameters; buffers such as BatchNorm statistics are left out."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, input_size: int | tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one image through `model` as it is; it must be in eval mode.
+
+    What the paper calls FLOPs. Counted by torchprofile from a traced forward pass, so the arithmetic is really done.
+
+    Args:
+        model: its `in_chans` (3 without one) is the input's depth.
+        input_size: height and width of a square image, or (channels, height, width).
+
+    Raises:
+        ValueError: the network is in train mode, where the pass would move its BatchNorm statistics.
+    """
+    if model.training:
+        raise ValueError("multiply-accumulates are counted in eval mode, and this network is in train mode")
+    if isinstance(input_size, int):
+        input_size = (getattr(model, "in_chans", 3), input_size, input_size)
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    with torch.no_grad(), warnings.catch_warnings():
+        # The choice in a fading ReLU costs no multiplication, and torchprofile warns of each operator it cannot count.
+        warnings.filterwarnings("ignore", message='No handlers found: "aten::where"')
+        return profile_macs(model, image)
+
+
+def profile(model: nn.Module, input_size: int | tuple[int, int, int]) -> tuple[int, int, int]:
+    """(layers, parameters, multiply-accumulates) of `model`, counted on a copy in eval mode.
+
+    Args:
+        input_size: as for `count_macs`.
+    """
+    model = copy.deepcopy(model).eval()
+    return count_layers(model), count_params(model), count_macs(model, input_size)
+
+
+@torch.inference_mode()
+def throughput(
+    models: Sequence[nn.Module],
+    images: torch.Tensor,
+    *,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    rounds: int = 10,
+) -> list[float]:
+    """Images per second of each network, from the median over interleaved rounds.
+
+    Interleaved, so that whatever else the machine does meets all networks alike and their ratio can be trusted.
+
+    Args:
+        models: networks in eval mode on the device of `images`.
+        images: one batch, (N, in_chans, H, W).
+        autocast: makes the context to compute in.
+        rounds: forward passes that count, of each network.
+
+    Raises:
+        ValueError: a network is in train mode.
+    """
+    if any(model.training for model in models):
+        raise ValueError("throughput is measured in eval mode, and one of the networks is in train mode")
+    seconds: list[list[float]] = [[] for _ in models]
+    for _ in range(WARM_UP_ROUNDS + rounds):
+        for model, times in zip(models, seconds, strict=True):
+            start = time.perf_counter()
+            with autocast():
+                model(images)
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
+            times.append(time.perf_counter() - start)
+    return [len(images) / median(times[WARM_UP_ROUNDS:]) for times in seconds]

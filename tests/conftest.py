@@ -1,0 +1,62 @@
+"""What the tests of the network share."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def randomized() -> Callable[[nn.Module], nn.Module]:
+    """A function that gives a network BatchNorms as after training, in place, and returns it in eval mode.
+
+    Fresh statistics make folding trivial. The convolutions get weights that keep activations near 1 through all
+    layers, so that the logits depend on the image and a wrong fusion shows.
+    """
+
+    @torch.no_grad()
+    def randomize(model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.normal_(std=(2 / module.weight[0].numel()) ** 0.5)
+                if module.bias is not None:
+                    module.bias.normal_(std=0.2)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(std=0.2)
+                module.running_mean.normal_(std=0.2)
+                module.running_var.uniform_(0.5, 2.0)
+                module.num_batches_tracked.fill_(7)
+        return model.eval()
+
+    return randomize
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def dispatched() -> Callable[[nn.Module, torch.Tensor], list[str]]:
+    """A function that lists the operators of one forward pass."""
+
+    @torch.no_grad()
+    def record(model: nn.Module, images: torch.Tensor) -> list[str]:
+        with _Recorder() as recorder:
+            model(images)
+        return recorder.names
+
+    return record

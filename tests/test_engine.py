@@ -1,0 +1,310 @@
+"""The training step and the evaluation, on tensors."""
+
+import copy
+import math
+
+import pytest
+import torch
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import engine
+import models
+from engine import FiniteGuard, NonFiniteError, Precision, Progress, build_criterion, evaluate, train_one_epoch
+
+CPU = torch.device("cpu")
+
+
+def tiny():
+    torch.manual_seed(0)
+    return models.VanillaNet(num_classes=10, dims=(8, 8, 16), strides=(1, 2))
+
+
+def batches(count, size=8, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, 3, 16, 16, generator=generator), torch.randint(10, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def train(model, data, **kwargs):
+    """One epoch with SGD; returns (finished, progress, meter, the number of updates each schedule call saw)."""
+    precision = kwargs.pop("precision", Precision(CPU))
+    scaler = kwargs.pop("scaler", precision.scaler())
+    lr = kwargs.pop("lr", 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    progress, meter, seen = Progress(), engine.train_meter(CPU), []
+    finished = train_one_epoch(
+        model,
+        data,
+        optimizer=optimizer,
+        criterion=kwargs.pop("criterion", nn.CrossEntropyLoss()),
+        precision=precision,
+        scaler=scaler,
+        guard=kwargs.pop("guard", None) or FiniteGuard(model, rank=0, world_size=1),
+        progress=progress,
+        meter=meter,
+        num_batches=len(data),
+        set_schedules=seen.append,
+        ema_source=model,
+        **kwargs,
+    )
+    return finished, progress, meter.values(), seen
+
+
+def parameters(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_a_window_is_the_mean_of_its_batches():
+    """Accumulating gives the step that the averaged gradients give; eval mode keeps BatchNorm out of the comparison."""
+
+    class Frozen(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def train(self, mode=True):
+            return super().train(False)
+
+        def forward(self, x):
+            return self.network(x)
+
+    data = batches(2, size=4)
+    accumulated = Frozen(tiny().double())
+    joined = copy.deepcopy(accumulated)
+    train(accumulated, [(x.double(), y) for x, y in data], update_freq=2)
+    both = torch.cat([x.double() for x, _ in data]), torch.cat([y for _, y in data])
+    train(joined, [both])
+    # The loss is taken in float32, which is what limits the agreement.
+    assert (parameters(accumulated) - parameters(joined)).abs().max() < 1e-6
+
+
+def test_the_tail_of_the_accumulation_is_not_lost():
+    finished, progress, sums, seen = train(tiny(), batches(7), update_freq=3)
+    assert finished
+    assert (progress.step, progress.updates, progress.samples) == (3, 3, 56)
+    assert sums["count"] == 56
+    assert seen == [0, 1, 2]
+
+
+def test_the_tail_window_is_averaged_over_its_own_length():
+    data = batches(1)
+    alone, tail = tiny(), tiny()
+    train(alone, data, update_freq=1)
+    train(tail, data, update_freq=4)
+    assert torch.equal(parameters(alone), parameters(tail))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_clipping_in_every_precision(dtype):
+    model = tiny()
+    before = parameters(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=dtype is torch.float16)
+    train(model, batches(1), precision=Precision(CPU, dtype), scaler=scaler, clip_grad=0.01, lr=1.0)
+    moved = (parameters(model) - before).norm().item()
+    assert moved == pytest.approx(0.01, rel=1e-2)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_stops_before_the_parameters_change(where):
+    model = tiny()
+    data = batches(5)
+    if where == "loss":
+        data[3][0][0] = math.nan
+    else:
+        calls = []
+
+        def poison(grad):
+            calls.append(1)
+            return grad * math.inf if len(calls) == 4 else grad
+
+        model.cls2[0].weight.register_hook(poison)
+    reference = copy.deepcopy(model) if where == "loss" else tiny()
+    emas = [ModelEmaV3(model, 0.5)]
+    reference_emas = [ModelEmaV3(reference, 0.5)]
+    train(reference, batches(5)[:3], emas=reference_emas)
+    with pytest.raises(NonFiniteError, match=f"step 3: non-finite {where} on rank 0"):
+        train(model, data, emas=emas)
+    assert torch.equal(parameters(model), parameters(reference))
+    assert torch.equal(parameters(emas[0]), parameters(reference_emas[0]))
+
+
+def test_deferred_guard_undoes_the_bad_step_and_all_after_it():
+    """What a GPU does, step by step on the CPU: the verdict is read late, and the parameters are still the old ones."""
+    model = tiny()
+    guard = FiniteGuard(model, rank=0, world_size=1)
+    guard.deferred = True
+    guard.backup = [torch.empty_like(p) for p in guard.parameters]
+    history = []
+    for step, loss in enumerate([1.0, math.nan, 1.0]):
+        history.append(parameters(model))
+        guard.examine(torch.tensor(loss), torch.tensor(1.0), step=step, scaled=False)
+        with torch.no_grad():
+            for parameter in guard.parameters:
+                parameter += 1.0
+        guard.undo_if_bad()
+    assert torch.equal(history[1], history[0] + 1.0)
+    assert torch.equal(parameters(model), history[1])
+    with pytest.raises(NonFiniteError, match="step 1"):
+        guard.check()
+
+
+def test_a_step_that_the_scaler_skips_moves_nothing():
+    model = tiny()
+    emas = [ModelEmaV3(model, 0.5)]
+    before, average = parameters(model), parameters(emas[0])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)  # overflows float32 gradients of float16 activations
+    precision = Precision(CPU, torch.float16)
+    data = batches(2)
+    _, progress, _, seen = train(model, data[:1], precision=precision, scaler=scaler, emas=emas)
+    assert (progress.step, progress.updates) == (1, 0)
+    assert torch.equal(parameters(model), before)
+    assert torch.equal(parameters(emas[0]), average)
+    assert scaler.get_scale() == 2.0**59
+    assert seen == [0]
+
+
+def test_after_step_ends_the_epoch():
+    calls = []
+    finished, progress, _, _ = train(tiny(), batches(6), after_step=lambda: calls.append(1) or len(calls) == 2)
+    assert not finished
+    assert progress.step == 2
+
+
+def test_the_host_reads_the_device_at_logging_steps_only(monkeypatch):
+    """Counts the reads that would wait for a GPU."""
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, _o=original, _n=name, **k: reads.append(_n) or _o(self, *a, **k)
+        )
+    model = tiny()
+    guard = FiniteGuard(model, rank=0, world_size=1)
+    guard.deferred = True
+    guard.backup = [torch.empty_like(p) for p in guard.parameters]
+    counts = []
+    train(
+        model,
+        batches(8),
+        guard=guard,
+        emas=[ModelEmaV3(model, 0.9)],
+        clip_grad=1.0,
+        log_every=4,
+        on_log=lambda step, values: counts.append((step, len(reads))),
+    )
+    per_log = counts[0][1]
+    assert [step for step, _ in counts] == [4, 8]
+    assert counts[1][1] == 2 * per_log  # nothing was read in between
+    assert per_log <= 4
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "targets", "expected"),
+    [
+        ({"mixing": False, "smoothing": 0.0, "bce": False}, "hard", lambda z, y: nn.functional.cross_entropy(z, y)),
+        (
+            {"mixing": False, "smoothing": 0.1, "bce": False},
+            "hard",
+            lambda z, y: nn.functional.cross_entropy(z, y, label_smoothing=0.1),
+        ),
+        ({"mixing": True, "smoothing": 0.1, "bce": False}, "soft", lambda z, y: nn.functional.cross_entropy(z, y)),
+        (
+            {"mixing": True, "smoothing": 0.1, "bce": True},
+            "soft",
+            lambda z, y: nn.functional.binary_cross_entropy_with_logits(z, y),
+        ),
+        (
+            {"mixing": False, "smoothing": 0.0, "bce": True},
+            "hard",
+            lambda z, y: nn.functional.binary_cross_entropy_with_logits(z, nn.functional.one_hot(y, 10).float()),
+        ),
+    ],
+)
+def test_losses(kwargs, targets, expected):
+    torch.manual_seed(0)
+    logits, hard = torch.randn(6, 10), torch.randint(10, (6,))
+    target = hard if targets == "hard" else torch.softmax(torch.randn(6, 10), 1)
+    loss = build_criterion(**kwargs, bce_target_thresh=None)(logits, target)
+    assert loss.item() == pytest.approx(expected(logits, target).item(), rel=1e-5)
+
+
+def test_mixup_reaches_the_loss_and_accuracy_counts_hard_labels():
+    torch.manual_seed(0)
+    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=10)
+    criterion = build_criterion(mixing=True, smoothing=0.1, bce=True, bce_target_thresh=None)
+    _, _, sums, _ = train(tiny(), batches(3), mixup=mixup, criterion=criterion)
+    assert sums["count"] == 24
+    assert 0 < sums["loss"] / 24 < 1.0  # a cross-entropy over ten classes would begin at 2.3
+
+
+class Echo(nn.Module):
+    """Logits are the image's own first values."""
+
+    def forward(self, x):
+        return x.flatten(1)[:, :10]
+
+
+def test_evaluate_counts():
+    torch.manual_seed(0)
+    logits = torch.randn(23, 10)
+    targets = torch.randint(10, (23,))
+    real = [[int(t)] if i % 3 else [] for i, t in enumerate(targets)]
+    real[1] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    index = torch.arange(23)
+    parts = [slice(0, 8), slice(8, 16), slice(16, 23)]
+    data = [(logits[s].reshape(-1, 1, 2, 5), targets[s], index[s]) for s in parts]
+    result = evaluate(Echo().train(), data, precision=Precision(CPU), real_targets=real)
+    order = logits.argsort(1, descending=True)
+    assert result.count == 23
+    assert result.acc1 == pytest.approx(100 * (order[:, 0] == targets).float().mean().item())
+    assert result.acc5 == pytest.approx(100 * (order[:, :5] == targets[:, None]).any(1).float().mean().item())
+    assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), abs=1e-6)
+    judged = [int(order[i, 0]) in real[i] for i in range(23) if real[i]]
+    assert result.real_acc1 == pytest.approx(100 * sum(judged) / len(judged))
+
+
+def test_evaluate_with_few_classes_and_none_at_all():
+    data = [(torch.eye(3).reshape(3, 3, 1, 1), torch.arange(3), torch.arange(3))]
+
+    class Three(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)
+
+    result = evaluate(Three(), data, precision=Precision(CPU))
+    assert (result.acc1, result.acc5) == (100.0, 100.0)
+    with pytest.raises(ValueError, match="no image"):
+        evaluate(Three(), [], precision=Precision(CPU))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_loop_does_not_synchronize_on_a_gpu():
+    device = torch.device("cuda")
+    model = tiny().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = [(x.pin_memory(), y.pin_memory()) for x, y in batches(8)]
+    precision = Precision(device, torch.bfloat16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_one_epoch(
+            model,
+            data,
+            optimizer=optimizer,
+            criterion=nn.CrossEntropyLoss(),
+            precision=precision,
+            scaler=precision.scaler(),
+            guard=FiniteGuard(model, rank=0, world_size=1),
+            progress=Progress(),
+            meter=engine.train_meter(device),
+            num_batches=9,  # one more than there are, so that no step is the last, which logs
+            set_schedules=lambda updates: None,
+            log_every=100,
+        )
+    except StopIteration:
+        pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

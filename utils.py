@@ -1,0 +1,463 @@
+"""Process and disk: distributed set-up, seeding, logging, checkpoints."""
+
+import argparse
+import contextlib
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+# -- processes
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others: its rank in 0..size-1, the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        return self.size > 1
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank. A host-side collective: it does not wait for the device."""
+        if not self.distributed:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all ranks, on the device of `values`."""
+        if self.distributed:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """The plain Python `value` of every rank, in the order of ranks."""
+        values = [value]
+        if self.distributed:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.distributed:
+            self.any(False)  # gloo, so that it neither waits for the device nor needs one
+
+    def sync_buffers(self, *modules: nn.Module) -> None:
+        """Copy every buffer (BatchNorm statistics) of rank 0 to the other ranks."""
+        if self.distributed:
+            for module in modules:
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, src=0)
+
+
+def _first_slurm_host(nodelist: str) -> str:
+    """The first host of SLURM's compact notation: `node[003-010,12],other` -> `node003`."""
+    match = re.match(r"([^\[,]+)(?:\[(\w+))?", nodelist)
+    return match.group(1) + (match.group(2) or "")
+
+
+def _launched_as(env: Mapping[str, str], on_itp: bool) -> tuple[int, int, int] | None:
+    """(rank, world size, local rank) as torchrun, SLURM's srun or, with `on_itp`, OpenMPI tell it; None if alone."""
+    if on_itp:
+        if "OMPI_COMM_WORLD_RANK" not in env:
+            raise ValueError("--dist_on_itp true needs to be started by OpenMPI's mpirun")
+        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+    elif "RANK" in env and "WORLD_SIZE" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun only, not in a batch script's own shell
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    else:
+        return None
+    rank, size, local_rank = (int(env.get(name, 0)) for name in names)
+    return rank, size, local_rank
+
+
+def init_world(
+    device: str,
+    *,
+    dist_url: str = "env://",
+    on_itp: bool = False,
+    world_size: int | None = None,
+    local_rank: int | None = None,
+    timeout: timedelta = timedelta(minutes=30),
+) -> World:
+    """Join the other processes, if there are any: gloo for the CPU, and NCCL besides on GPUs.
+
+    Args:
+        device: `cuda` (the local rank picks the card), `cuda:1`, `cpu`, ...
+        dist_url: `env://` or `tcp://host:port`; under SLURM without MASTER_ADDR, the job's first node.
+        on_itp: take the ranks from OpenMPI.
+        world_size, local_rank: what the user asked for; checked against, or completing, what the launcher says.
+        timeout: how long a collective waits for a rank that does not come.
+
+    Raises:
+        ValueError: no such device, or a world size that the launcher does not know of.
+    """
+    launch = _launched_as(os.environ, on_itp)
+    rank, size, launched_local_rank = launch or (0, 1, 0)
+    if world_size is not None and world_size > 1 and world_size != size:
+        raise ValueError(
+            f"--world_size {world_size} but {size} process(es) were started; "
+            f"use torchrun --nproc_per_node={world_size}, which sets it"
+        )
+    if local_rank is None or local_rank < 0 or "LOCAL_RANK" in os.environ:
+        local_rank = launched_local_rank
+    target = torch.device(device)
+    if target.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {device}: no CUDA device is available here; use --device cpu")
+        target = torch.device("cuda", local_rank if target.index is None else target.index)
+        if target.index >= torch.cuda.device_count():
+            raise ValueError(f"process {local_rank} has no GPU of its own: {torch.cuda.device_count()} are visible")
+        torch.cuda.set_device(target)
+    if size > 1:
+        if "SLURM_STEP_NODELIST" in os.environ or "SLURM_JOB_NODELIST" in os.environ:
+            hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+            os.environ.setdefault("MASTER_ADDR", _first_slurm_host(hosts))
+            os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo",
+            init_method=dist_url,
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+        )
+    return World(rank, size, target)
+
+
+def close_world(world: World) -> None:
+    if world.distributed:
+        dist.destroy_process_group()
+
+
+class StopRequest:
+    """Remembers SIGTERM, SIGINT and SIGUSR1 (SLURM's warning before the time limit) instead of dying of them.
+
+    The training loop asks `received` after each step. Further signals change nothing, so that a second one during the
+    save does no harm. The exit code of a run stopped so is 128 + the signal's number, as a shell reports it.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self):
+        self.received: int | None = None
+        for number in self.signals:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame) -> None:
+        if self.received is None:
+            self.received = number
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + (self.received or signal.SIGTERM)
+
+
+def setup_logging(rank: int) -> None:
+    """Messages of rank 0, and warnings of the others with their rank, on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(True)
+
+
+# -- random numbers
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, NumPy's, torch's and the device's generators, as plain data and tensors."""
+    kind, keys, *rest = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# -- checkpoints
+
+SAFE_GLOBALS = [argparse.Namespace]  # the one class in published checkpoints beside tensors and plain data
+TEMPORARY = ("writing-", ".tmp")  # no leading dot: torch takes the archive's name from the stem
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, read, or used for this network; the message is one line."""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path):
+    """Yields a temporary path beside `path`; what was written there is flushed and renamed over `path`, or removed."""
+    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY[0], suffix=TEMPORARY[1], dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _fsync(temporary)
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private
+        temporary.replace(path)
+        _fsync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Write atomically: whoever reads `path` finds the old file or the whole new one, also after a kill.
+
+    Raises:
+        CheckpointError: names the path and the cause; the previous file is untouched and nothing stray is left.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _replacing(path) as temporary:
+            torch.save(dict(checkpoint), temporary)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
+        raise CheckpointError(f"cannot write {path}: {_first_line(error)}") from error
+
+
+def link_checkpoint(source: Path, path: Path) -> None:
+    """Give the file `source` a second name, atomically; a copy where the file system has no hard links."""
+    try:
+        with _replacing(path) as temporary:
+            temporary.unlink()
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {_first_line(error)}") from error
+
+
+def is_intact(path: str | Path) -> bool:
+    """Whether the file is whole: every record of torch's zip format matches its CRC-32."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError):
+        return False
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU without running code from it.
+
+    Raises:
+        CheckpointError: missing, truncated, damaged, or holding anything but tensors, plain data and the
+            `argparse.Namespace` of published checkpoints.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    if zipfile.is_zipfile(path) and not is_intact(path):
+        raise CheckpointError(f"{path} is damaged (a checksum does not match)")
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        refused = re.search(r"[Uu]nsupported (?:global|class|operand)[^\n]*", str(error))
+        cause = f"refused: {refused.group(0)}" if refused else "it is truncated or no PyTorch checkpoint"
+        raise CheckpointError(f"cannot load {path}: {cause}") from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"cannot load {path}: it holds a {type(checkpoint).__name__}, not a dict")
+    return checkpoint
+
+
+def checkpoint_weights(
+    checkpoint: Mapping[str, Any],
+    *,
+    key: str = "model|module",
+    whole_file: bool = False,
+    prefix: str = "",
+    path: str | Path = "the checkpoint",
+) -> dict[str, torch.Tensor]:
+    """The state dict in a checkpoint.
+
+    Args:
+        key: alternatives separated by `|`, the first one there is taken.
+        whole_file: without the key, take the whole file if that is itself a state dict.
+        prefix: what the names are prefixed with; names without it are left out.
+
+    Raises:
+        CheckpointError: no such key, or no tensors under it.
+    """
+    for name in key.split("|"):
+        if name in checkpoint:
+            weights = checkpoint[name]
+            break
+    else:
+        if not (whole_file and all(isinstance(value, torch.Tensor) for value in checkpoint.values())):
+            keys = ", ".join(map(str, list(checkpoint)[:12]))
+            raise CheckpointError(f"{path} has no key {key}; choose one by --model_key: {keys}")
+        name, weights = "no key", checkpoint
+    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise CheckpointError(f"what {path} holds under {name} is no state dict")
+    if prefix:
+        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if not weights:
+            raise CheckpointError(f"no name in {path} begins with --model_prefix {prefix}")
+    return dict(weights)
+
+
+def load_weights(
+    model: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    path: str | Path = "the checkpoint",
+    allow_other_classes: bool = False,
+) -> list[str]:
+    """Load strictly, and all or nothing: on an error the model is as it was.
+
+    Args:
+        allow_other_classes: leave out the classifier, as the model initialized it, where its shapes differ.
+
+    Returns:
+        The names left out.
+
+    Raises:
+        CheckpointError: one line that counts the mismatches and shows the first of each kind.
+    """
+    own = model.state_dict()
+    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    skipped: list[str] = []
+    classifier = [name for name in own if name.startswith("cls")]
+    if allow_other_classes and shapes and set(shapes) <= set(classifier) and set(classifier) <= set(weights):
+        skipped = classifier
+        shapes = []
+    missing = [name for name in own if name not in weights]
+    unexpected = [name for name in weights if name not in own]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing ({missing[0]})")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected ({unexpected[0]})")
+    if shapes:
+        theirs, ours = (tuple(state[shapes[0]].shape) for state in (weights, own))
+        problems.append(f"{len(shapes)} of another shape ({shapes[0]}: {theirs}, the network's {ours})")
+    if problems:
+        hint = "is it of another variant, form (--deploy) or class count?"
+        raise CheckpointError(f"{path} does not fit this network: {'; '.join(problems)}; {hint}")
+    model.load_state_dict({name: own[name] if name in skipped else weights[name] for name in own}, strict=True)
+    return skipped
+
+
+class CheckpointFolder:
+    """The checkpoints of a run: the newest `keep` by number, and the names `last`, `best` and `best-ema`.
+
+    `checkpoint-7.pth` was written after epoch 7, `checkpoint-7-120.pth` after 120 optimizer steps of epoch 7. `last`
+    and `best` are further names of such files, so they cost no space while both exist.
+
+    Args:
+        folder: the run's output folder.
+        keep: how many numbered files stay, at least 1.
+    """
+
+    pattern = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
+
+    def __init__(self, folder: str | Path, keep: int = 10):
+        self.folder = Path(folder)
+        self.keep = keep
+
+    def numbered(self) -> list[Path]:
+        """The numbered files, newest first."""
+        found = []
+        for path in self.folder.glob("checkpoint-*.pth"):
+            match = self.pattern.fullmatch(path.name)
+            if match:
+                epoch, step = int(match.group(1)), match.group(2)
+                found.append(((epoch, int(step)) if step else (epoch + 1, 0), path))
+        return [path for _, path in sorted(found, reverse=True)]
+
+    def save(self, checkpoint: Mapping[str, Any], *, epoch: int, step: int, names: Sequence[str] = ()) -> Path:
+        """Write the state after `step` optimizer steps of `epoch` (step 0: after the epoch `epoch` - 1 as a whole).
+
+        Args:
+            names: further names, of `best` and `best-ema`; `last` is always given.
+        """
+        path = self.folder / (f"checkpoint-{epoch}-{step}.pth" if step else f"checkpoint-{epoch - 1}.pth")
+        save_checkpoint(checkpoint, path)
+        for name in ("last", *names):
+            link_checkpoint(path, self.folder / f"checkpoint-{name}.pth")
+        for old in self.numbered()[self.keep :]:
+            try:
+                old.unlink()
+            except OSError as error:
+                logger.warning("cannot delete the old checkpoint %s: %s", old, _first_line(error))
+        return path
+
+    def newest_valid(self) -> Path | None:
+        """The newest intact checkpoint to resume from; damaged ones are named in a warning and left where they are."""
+        for path in self.numbered():
+            if is_intact(path):
+                return path
+            logger.warning("%s is damaged and is not used; trying the one before it", path)
+        return None
+
+    def remove_leftovers(self) -> None:
+        """Delete temporary files of a save that was killed."""
+        for path in self.folder.glob("*".join(TEMPORARY)):
+            path.unlink(missing_ok=True)
