@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -60,6 +61,8 @@ TIMM_PACKAGES = {
 }
 STREAMS = ("hfids", "tfds", "wds")
 EVAL_SPLITS = ("validation", "val", "test")  # by the first name that a data set of timm's has
+# Signals that reach a whole group of processes, and that the main process answers.
+GROUP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 # -- reading images
@@ -117,7 +120,7 @@ def decode_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
 # -- data sets
 
 
-class ImageDataset(Dataset):
+class ImageDataset(Dataset, ABC):
     """Images with a class each; an item is (transformed image, class).
 
     Attributes:
@@ -128,16 +131,16 @@ class ImageDataset(Dataset):
     classes: tuple[str, ...] | None
     transform: Transform
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def load(self, index: int) -> tuple[Image.Image, int]:
         """The RGB image and its class, without the transform. Raises BrokenImageError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self, index: int) -> str:
         """Name the image in a message."""
-        raise NotImplementedError
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image, target = self.load(index)
@@ -190,8 +193,10 @@ class FolderDataset(ImageDataset):
         self.root = os.fspath(root)
         self.transform = transform
         try:
-            above = {_identity(folder) for folder in (Path(root).resolve(), *Path(root).resolve().parents)}
+            real = Path(os.path.realpath(root))
+            above = {_identity(folder) for folder in (real, *real.parents)}
             groups = {}
+            prefix = len(os.path.join(root, ""))
             for name in sorted(os.listdir(root)):
                 folder = os.path.join(root, name)
                 if not os.path.isdir(folder):
@@ -199,7 +204,7 @@ class FolderDataset(ImageDataset):
                 if _identity(folder) in above:
                     logger.warning("%s is a link to a folder above it and no class", folder)
                     continue
-                groups[name] = [os.path.relpath(path, root) for path in _find_images(folder, above)]
+                groups[name] = [path[prefix:] for path in _find_images(folder, above)]
         except OSError as error:
             raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
         if not groups:
@@ -288,7 +293,7 @@ def _fashion_mnist(root: Path, *, train: bool, transform: Transform, download: b
     def find() -> list[Path] | None:
         for folder in (root, raw):
             candidates = [[folder / name, folder / f"{name}.gz"] for name in names]
-            files = [next(filter(Path.is_file, pair), None) for pair in candidates]
+            files = [next(filter(os.path.isfile, pair), None) for pair in candidates]
             if all(files):
                 return files
         return None
@@ -370,11 +375,11 @@ def _open_timm(data_set: str, root: Path | None, *, train: bool, download: bool 
                     root=None if root is None else str(root),
                     split=split,
                     is_training=train,
-                    download=download,
+                    download=download and prefix != "hfids",  # which would store what is meant to be streamed
                     **options,
                 )
         except Exception as error:  # the libraries behind it raise anything, for a wrong name as for a missing network
-            if split == splits[-1] or "split" not in str(error).lower():
+            if split == splits[-1] or not re.search("split|length is unknown", str(error), re.IGNORECASE):
                 raise ValueError(f"cannot open --data_set {data_set}: {_first_line(error)}") from error
 
 
@@ -505,7 +510,7 @@ def _class_folders(root: Path, *, train: bool, is_split: bool) -> Path:
         return root
     folder = root / ("train" if train else "val")
     # The published script takes the folder of training classes itself where validation has its own path.
-    if is_split and root.is_dir() and not folder.is_dir():
+    if is_split and os.path.isdir(root) and not os.path.isdir(folder):
         return root
     return folder
 
@@ -533,7 +538,7 @@ def keeps_native_size(data_set: str, input_size: int) -> bool:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """As timm's, for 0 bits too: its policies come to that at their largest magnitude, and Pillow 13 refuses it."""
+    """As timm's, for 0 bits too: its policies come to that at their largest magnitude, and newer Pillow refuses it."""
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
@@ -874,6 +879,19 @@ def _exiting() -> Any:
     return flag
 
 
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """Hold signals back, here and in processes that are started in the block, until the latter are ready for them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where no signal goes to a group
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(exiting: Any, worker_id: int) -> None:
     """Leave signals to the main process, which needs its loader processes to end the step that is running.
 
@@ -885,10 +903,10 @@ def _start_worker(exiting: Any, worker_id: int) -> None:
         if exiting.value:
             os._exit(0)
 
-    signal.signal(signal.SIGTERM, terminate)
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in GROUP_SIGNALS:
+        signal.signal(number, terminate if number == signal.SIGTERM else signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
 
 
 def _make_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, seed: int = 0, **options) -> DataLoader:
@@ -902,6 +920,12 @@ def _make_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, seed: 
         generator=torch.Generator().manual_seed(seed),
         **options,
     )
+
+
+def _iterate(loader: DataLoader) -> Iterator[tuple]:
+    with _held_signals():
+        iterator = iter(loader)  # starts the loader processes
+    return iterator
 
 
 class TrainLoader:
@@ -938,7 +962,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Raises ValueError if no readable image is found for a place in a batch."""
-        for images, targets, _, notes in self._loader:
+        for images, targets, _, notes in _iterate(self._loader):
             _note_broken(notes, self.broken, self._dataset)
             if images is None or len(images) < self._sampler.batch_size:
                 index, reason = notes[-1]
@@ -1029,7 +1053,7 @@ class StreamTrainLoader:
             seed=words[1] + self._rank,
         )
         count = 0
-        for images, targets, _, _ in loader:
+        for images, targets, _, _ in _iterate(loader):
             count += 1
             yield images, targets
         if count < self._length:
@@ -1111,7 +1135,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Raises ValueError for a broken image, unless it may be left out."""
-        for images, targets, indices, notes in self._loader:
+        for images, targets, indices, notes in _iterate(self._loader):
             if notes and not self._skip_broken:
                 index, reason = notes[0]
                 raise ValueError(
@@ -1171,7 +1195,7 @@ class StreamEvalLoader:
             samples, batch_size=self._batch_size, num_workers=self._num_workers, pin_memory=self._pin_memory
         )
         count = 0
-        for images, targets, indices, notes in loader:
+        for images, targets, indices, notes in _iterate(loader):
             count += sum(notes)
             if images is not None:
                 yield images, targets, indices
@@ -1277,7 +1301,7 @@ def load_real_labels(path: str | os.PathLike) -> dict[str, list[int]]:
     Raises ValueError where it is neither.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the ReaL labels {path}: {_first_line(error)}") from error
     if isinstance(content, list):

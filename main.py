@@ -55,6 +55,10 @@ def build_precision(args: argparse.Namespace, device: torch.device) -> Precision
     return Precision(device, dtype, args.channels_last)
 
 
+def layout_of(args: argparse.Namespace) -> torch.memory_format:
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
 def build_transform(args: argparse.Namespace, *, train: bool):
     imagenet = args.imagenet_default_mean_and_std
     shared = {
@@ -215,8 +219,7 @@ def prepare_eval(args: argparse.Namespace, world: utils.World):
     loader, real = build_eval_loader(args, dataset, world)
     model = build_model(args, class_count(args, dataset), deploy=args.deploy)
     _, checkpoint = load_network(args, model, fine_tuning=False)
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    return loader, real, model.to(world.device, memory_format=layout).eval(), checkpoint
+    return loader, real, model.to(world.device, memory_format=layout_of(args)).eval(), checkpoint
 
 
 def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
@@ -253,6 +256,7 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
         raise ValueError(f"--model {args.model} has no deploy form")
     fused = copy.deepcopy(model)
     fused.switch_to_deploy()
+    fused.to(memory_format=layout_of(args))  # what fusing returns is contiguous
     difference = largest_difference(model, fused, loader, world.device)
     if not difference <= DEPLOY_TOLERANCE:
         raise ValueError(
@@ -368,8 +372,7 @@ class Training:
         if args.finetune:
             slope, _ = load_network(args, model, fine_tuning=True)
             self.start_slope = 0.0 if args.restart_decay else slope
-        layout = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.model = model.to(world.device, memory_format=layout)
+        self.model = model.to(world.device, memory_format=layout_of(args))
         if args.sync_bn:
             if world.device.type != "cuda":
                 raise ValueError("--sync_bn true works on GPUs only; leave it out with --device cpu")
@@ -480,7 +483,11 @@ class Training:
 
     def snapshot(self, *, finished_epoch: bool) -> dict[str, Any]:
         """Everything that the rest of the run depends on. A collective: every rank calls it."""
-        rank_state = {"rng": utils.rng_state(self.world.device), "meter": self.meter.sums.cpu()}
+        rank_state = {
+            "rng": utils.rng_state(self.world.device),
+            "meter": self.meter.sums.cpu(),
+            "broken": sorted(self.loader.broken),
+        }
         return {
             "model": self.model.state_dict(),
             **{name: ema.module.state_dict() for name, ema in zip(self.ema_names(), self.emas, strict=True)},
@@ -567,6 +574,7 @@ class Training:
         self.start_slope = checkpoint.get("start_slope", self.start_slope)
         self.best.update(checkpoint.get("best", {}))
         ranks = checkpoint.get("ranks")
+        self.loader.broken.update(index for rank in ranks or [] for index in rank["broken"])
         if ranks and len(ranks) == self.world.size:
             own = ranks[self.world.rank]
             utils.set_rng_state(own["rng"], self.world.device)

@@ -145,6 +145,8 @@ class Block(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        for name in ("conv1", "relu", "conv2", "conv"):
+            self.register_module(name, None)  # both forms' slots: a fused block's parameters have a built one's order
         self.conv1 = None if deploy else _conv_bn(dim, dim, **dd)
         self.relu = None if deploy else FadingReLU(**dd)
         self.conv2 = None if deploy else _conv_bn(dim, dim_out, **dd)
@@ -270,7 +272,7 @@ class VanillaNet(nn.Module):
             pools = _adapt_pools(pools, strides, img_size, stem_stride, stem_padding)
         stem = {"kernel_size": 4, "stride": stem_stride, "padding": stem_padding, **dd}
         for name in ("stem1", "relu", "stem2", "stem", "stages", "cls1", "cls2", "cls"):
-            self.register_module(name, None)  # both forms' slots exist, so fusing under timm's walk adds no child
+            self.register_module(name, None)  # both forms' slots, so that fusing under timm's walk adds no child
         if deploy:
             self.stem = nn.Sequential(
                 nn.Conv2d(in_chans, dims[0], **stem), SeriesActivation(dims[0], act_num, deploy, **dd)
@@ -304,7 +306,10 @@ class VanillaNet(nn.Module):
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
-            trunc_normal_(module.weight, std=0.02)
+            # In float32: a draw in bfloat16 often meets the end of its range, and comes out as 2 instead of some 0.02.
+            weight = trunc_normal_(torch.empty_like(module.weight, dtype=torch.float32), std=0.02)
+            with torch.no_grad():
+                module.weight.copy_(weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -519,28 +524,33 @@ def _adapt_pools(
 
 
 @contextmanager
-def _frozen_statistics(module: nn.Module):
-    """BatchNorms use the batch, as in training, but leave their running statistics alone."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+def _spared_statistics(module: nn.Module):
+    """BatchNorms move copies of their running statistics, which are thrown away at the end.
+
+    They are not just told to keep none: that saves fewer tensors for the backward pass than the first forward pass
+    did, which checkpointing takes for an error.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in kept:
+        setattr(norm, name, buffer.clone())
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)
 
 
 def _checkpointed(function, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Gradient checkpointing whose second forward pass does not move BatchNorm statistics a second time."""
-    return checkpoint(function, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(module)))
+    return checkpoint(function, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _spared_statistics(module)))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights in a released checkpoint, less what of the classifier does not fit the model.
+    """The weights in a released checkpoint, less the classifier if the model has other classes.
 
-    timm drops the convolutions named in `classifier` itself if the model has other classes, but knows nothing of the
-    BatchNorm between them. It then no longer loads strictly, so the rest is compared here.
+    timm then drops the convolutions named in `classifier` itself, but knows nothing of the BatchNorm between them. It
+    also no longer loads strictly, so the names of the rest are compared here.
 
     Raises:
         RuntimeError: the names of the stem or of the stages are not the model's.
@@ -553,11 +563,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     alien = sorted(name for name in own.keys() ^ state_dict.keys() if not name.startswith("cls"))
     if alien:
         raise RuntimeError(f"not the weights of this network: {len(alien)} names differ, among them {alien[:4]}")
-    return {
-        name: value
-        for name, value in state_dict.items()
-        if not name.startswith("cls") or (name in own and own[name].shape == value.shape)
-    }
+    same_classes = model.num_classes == model.pretrained_cfg["num_classes"]
+    return {name: value for name, value in state_dict.items() if same_classes or not name.startswith("cls")}
 
 
 def _fused_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:

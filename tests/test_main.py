@@ -1,0 +1,477 @@
+"""Whole runs through main.py, on a few real images: resume bit by bit, evaluate, fine-tune, deploy, bad input."""
+
+import argparse
+import csv
+import gzip
+import json
+import os
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+import main
+import models
+import utils
+
+ROOT = Path(main.__file__).parent
+TIMINGS = {"images_per_second"}  # what differs between two runs of the same thing
+
+
+@pytest.fixture(scope="session")
+def tiny_fmnist(tmp_path_factory):
+    """60 training and 40 test images of the embedded data, in the same format."""
+    folder = tmp_path_factory.mktemp("fmnist")
+    for split, count in (("train", 60), ("t10k", 40)):
+        for kind in ("images-idx3", "labels-idx1"):
+            name = f"{split}-{kind}-ubyte.gz"
+            values = datasets.read_idx(ROOT / "data" / "fashion-mnist" / name)[:count]
+            header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
+            with gzip.open(folder / name, "wb") as file:
+                file.write(header + np.ascontiguousarray(values).tobytes())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _restore_signals():
+    before = {number: signal.getsignal(number) for number in utils.StopRequest.signals}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+BASE = shlex.split(
+    "--model vanillanet_6 --width_mult 0.015625 --input_size 32 --data_set FMNIST --device cpu --num_workers 0 "
+    "--batch_size 4 --update_freq 2 --lr 1e-2 --warmup_epochs 1 --epochs 4 --decay_epochs 5 --drop 0.1 --clip_grad 5 "
+    "--model_ema true --model_ema_decay 0.9 0.5 --model_ema_eval true --weight_decay_end 0.2 --test_freq 1 --log_freq 2"
+)
+
+
+def run(data, *arguments, base=BASE):
+    main.main([*base, "--data_path", str(data), *map(str, arguments)])
+
+
+def rows(folder):
+    with (folder / "summary.csv").open(newline="") as file:
+        summary = [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return summary, [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def differences(a, b, path=""):
+    """Where two nested structures of tensors and plain data differ."""
+    if isinstance(a, torch.Tensor):
+        return [] if isinstance(b, torch.Tensor) and torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        keys = [path] if set(a) != set(b) else []
+        return keys + [d for key in a if key in b for d in differences(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [path]
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
+    return [] if a == b else [path]
+
+
+def assert_same_run(straight, resumed):
+    """Bit by bit: weights, BN, EMAs, optimizer, scaler, schedules, lambda, random numbers, metrics, log rows."""
+    states = []
+    for folder in (straight, resumed):
+        state = utils.load_checkpoint(folder / "checkpoint-last.pth")
+        for flag in ("output_dir", "auto_resume", "resume", "early_stop_epochs", "num_workers", "save_ckpt_steps"):
+            state["args"].pop(flag)
+        states.append(state)
+    assert differences(*states) == []
+    assert rows(straight) == rows(resumed)
+
+
+@pytest.fixture(scope="session")
+def straight(tiny_fmnist, tmp_path_factory):
+    """An undisturbed run that also saved in the middle of its epochs."""
+    folder = tmp_path_factory.mktemp("straight")
+    run(tiny_fmnist, "--output_dir", folder, "--save_ckpt_steps", 3)
+    return folder
+
+
+# -- what a run leaves behind
+
+
+def test_outputs(straight):
+    summary, lines = rows(straight)
+    assert [row["epoch"] for row in summary] == ["0", "1", "2", "3"]
+    assert [float(row["act_learn"]) for row in summary] == [0, 0.2, 0.4, 0.6]
+    # 60 images in batches of 4 are 15, the windows of 2 make 8 steps; logged every second one.
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32]
+    assert {"ema_acc1", "ema_0.5_acc1", "test_acc1", "test_loss", "lr", "weight_decay"} <= set(summary[0])
+    # After all 32 steps the schedules are at their ends.
+    assert float(summary[-1]["lr"]) == pytest.approx(1e-6)
+    assert float(summary[-1]["weight_decay"]) == pytest.approx(0.2)
+    with Image.open(straight / "curves.png") as image:
+        assert image.size == (1000, 600)
+    assert "vanillanet_6" in (straight / "args.yaml").read_text()
+    assert list((straight / "tensorboard").iterdir())
+    state = utils.load_checkpoint(straight / "checkpoint-last.pth")
+    assert {"model", "model_ema", "model_ema_0.5", "optimizer", "scaler", "ranks", "args"} <= set(state)
+    assert (state["epoch"], state["step"], state["updates"], state["act_learn"]) == (3, 0, 32, 0.6)
+    assert type(state["args"]) is dict
+    assert not list(straight.glob("*.tmp"))
+
+
+def test_a_learning_rate_of_each_step(straight):
+    """Cosine after one epoch of warm-up, as a function of the steps taken."""
+    _, lines = rows(straight)
+    expected = {
+        line["step"]: main.cosine_schedule(line["step"], 32, base=1e-2, final=1e-6, warmup_steps=8) for line in lines
+    }
+    assert {line["step"]: line["lr"] for line in lines} == expected
+
+
+# -- resume
+
+
+def test_resume_at_the_end_of_an_epoch(tiny_fmnist, straight, tmp_path):
+    run(tiny_fmnist, "--output_dir", tmp_path, "--early_stop_epochs", 2)
+    run(tiny_fmnist, "--output_dir", tmp_path, "--auto_resume", "true")
+    assert_same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_in_the_middle_of_an_epoch(tiny_fmnist, straight, tmp_path, workers):
+    """From a state saved after step 3 of epoch 2, mid-ramp, with what the log already had beyond it cut off."""
+    for name in ("summary.csv", "log.jsonl"):
+        shutil.copy(straight / name, tmp_path / name)
+    checkpoint = straight / "checkpoint-2-3.pth"
+    run(tiny_fmnist, "--output_dir", tmp_path, "--resume", checkpoint, "--num_workers", workers)
+    assert_same_run(straight, tmp_path)
+
+
+def test_auto_resume_passes_over_a_damaged_file(tiny_fmnist, straight, tmp_path, caplog):
+    for path in straight.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path / path.name)
+    for path in tmp_path.glob("checkpoint-3*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    run(tiny_fmnist, "--output_dir", tmp_path, "--auto_resume", "true")
+    assert_same_run(straight, tmp_path)
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def torchrun(processes, data, *arguments, base=BASE):
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    command = [*launcher, "main.py", *base, "--data_path", str(data), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on(tiny_fmnist, tmp_path, number):
+    """A real signal at a moment of its own choosing; the run that goes on ends as the undisturbed one."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    flags = ["--epochs", "40", "--test_freq", "50", "--log_freq", "1"]
+    run(tiny_fmnist, "--output_dir", straight, *flags)
+    command = [sys.executable, "main.py", *BASE, "--data_path", str(tiny_fmnist), *flags, "--output_dir", str(stopped)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    log = stopped / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 25):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.send_signal(number)  # a second one does no harm
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "stopped by a signal" in errors
+    position = utils.load_checkpoint(stopped / "checkpoint-last.pth")
+    assert position["updates"] < 40 * 8
+    run(tiny_fmnist, "--output_dir", stopped, *flags, "--auto_resume", "true")
+    assert_same_run(straight, stopped)
+
+
+def test_two_ranks_train_resume_and_evaluate(tiny_fmnist, tmp_path):
+    """Under torchrun with gloo: straight equals interrupted, and the evaluation of two ranks equals that of one."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    done = torchrun(2, tiny_fmnist, "--output_dir", straight, "--epochs", 3, "--save_ckpt_steps", 2)
+    assert done.returncode == 0, done.stderr
+    resumed.mkdir()
+    for name in ("summary.csv", "log.jsonl"):
+        shutil.copy(straight / name, resumed / name)
+    done = torchrun(2, tiny_fmnist, "--output_dir", resumed, "--epochs", 3, "--resume", straight / "checkpoint-1-2.pth")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(straight, resumed)
+    state = utils.load_checkpoint(straight / "checkpoint-last.pth")
+    assert len(state["ranks"]) == 2
+    assert state["updates"] == 3 * 4  # 60 images, 2 x 4 a batch, 2 batches a step
+    # What rank 0 wrote after a distributed evaluation is what one process finds in the file.
+    summary, _ = rows(straight)
+    model = models.VanillaNet(**vanillanet_6_tiny()).eval()
+    utils.load_weights(model, state["model"])
+    model.change_act(state["act_learn"])
+    result = evaluate_on(tiny_fmnist, model)
+    assert float(summary[-1]["test_acc1"]) == result.acc1
+    assert float(summary[-1]["test_loss"]) == pytest.approx(result.loss, abs=1e-6)
+
+
+def vanillanet_6_tiny(classes=10):
+    spec = models.vanillanet.VARIANTS["vanillanet_6"]
+    return {**spec, "width_mult": 1 / 64, "num_classes": classes}
+
+
+def evaluate_on(data, model):
+    args = main.parse_args([*BASE, "--data_path", str(data)])
+    world = utils.World(0, 1, torch.device("cpu"))
+    loader, _ = main.build_eval_loader(args, main.build_dataset(args, world, train=False), world)
+    return main.evaluate(model, loader, precision=main.build_precision(args, world.device))
+
+
+def test_resume_under_other_schedules_is_asked_for(tiny_fmnist, straight, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(tiny_fmnist, "--output_dir", tmp_path, "--resume", straight / "checkpoint-0.pth", "--epochs", 9)
+    assert ended.value.code == 2
+    assert "--resume_new_sched" in capsys.readouterr().err
+    run(
+        tiny_fmnist, "--output_dir", tmp_path, "--resume", straight / "checkpoint-2.pth", "--epochs", 5,
+        "--resume_new_sched",
+    )  # fmt: skip
+    assert utils.load_checkpoint(tmp_path / "checkpoint-last.pth")["epoch"] == 4
+
+
+def test_a_used_folder_is_not_overwritten(tiny_fmnist, straight, capsys):
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in straight.glob("*.pth"))
+    with pytest.raises(SystemExit) as ended:
+        run(tiny_fmnist, "--output_dir", straight)
+    assert ended.value.code == 2
+    assert "--auto_resume true" in capsys.readouterr().err
+    assert before == sorted((path.name, path.stat().st_mtime_ns) for path in straight.glob("*.pth"))
+
+
+# -- evaluation
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """101 validation images in folders, without a training folder, named as ImageNet's are."""
+    root = tmp_path_factory.mktemp("images")
+    images = datasets.read_idx(ROOT / "data" / "fashion-mnist" / "t10k-images-idx3-ubyte.gz")
+    labels = datasets.read_idx(ROOT / "data" / "fashion-mnist" / "t10k-labels-idx1-ubyte.gz")
+    for i in range(101):
+        folder = root / "val" / f"class{labels[i]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i]).resize((40, 48)).save(folder / f"ILSVRC2012_val_{i + 1:08d}.JPEG")
+    real = [[int(labels[i])] if i % 4 else [] for i in range(101)]
+    (root / "real.json").write_text(json.dumps(real + [[0]] * 49_899))
+    return root
+
+
+FOLDER = shlex.split(
+    "--model vanillanet_6 --width_mult 0.015625 --input_size 32 --data_set image_folder --device cpu --num_workers 0 "
+    "--batch_size 16 --eval true"
+)
+
+
+def reported(text):
+    """The figures of an evaluation's report line."""
+    line = next(line for line in text.splitlines() if "top-1" in line)
+    words = line[line.index("top-1") :].replace("on ", "").split()
+    return dict(zip(words[0:-2:2], map(float, words[1:-2:2]), strict=True)) | {"images": int(words[-2])}
+
+
+def test_every_image_once_on_any_number_of_ranks(folders, straight, capsys):
+    arguments = ["--finetune", straight / "checkpoint-last.pth", "--real_labels", folders / "real.json"]
+    run(folders, *arguments, base=FOLDER)
+    alone = reported(capsys.readouterr().err)
+    done = torchrun(2, folders, *arguments, base=FOLDER)
+    assert done.returncode == 0, done.stderr
+    together = reported(done.stderr)
+    assert alone == together
+    assert alone["images"] == 101
+    assert {"top-1", "top-5", "ReaL", "loss"} <= set(alone)
+
+
+def test_a_mid_ramp_checkpoint_evaluates_as_it_trained(tiny_fmnist, straight, capsys):
+    run(tiny_fmnist, "--eval", "true", "--finetune", straight / "checkpoint-1.pth")
+    summary, _ = rows(straight)
+    found = reported(capsys.readouterr().err)
+    assert found["top-1"] == pytest.approx(float(summary[1]["test_acc1"]), abs=5e-4)
+    assert found["loss"] == pytest.approx(float(summary[1]["test_loss"]), abs=5e-5)
+    for key, column in (("model_ema", "ema"), ("model_ema_0.5", "ema_0.5")):
+        run(tiny_fmnist, "--eval", "true", "--finetune", straight / "checkpoint-1.pth", "--model_key", key)
+        assert reported(capsys.readouterr().err)["loss"] == pytest.approx(float(summary[1][f"{column}_loss"]), abs=5e-5)
+
+
+def test_lambda_of_a_published_checkpoint_follows_from_its_epoch(tmp_path):
+    arguments = argparse.Namespace(decay_epochs=100, decay_linear=True)
+    assert main.recorded_slope({"epoch": 37, "args": arguments}) == 0.37
+    assert main.recorded_slope({"epoch": 299, "args": arguments}) == 1.0
+    assert main.recorded_slope({"model": {}}) == 1.0
+    assert main.recorded_slope({"act_learn": 0.5, "epoch": 299, "args": arguments}) == 0.5
+
+
+# -- deploying and fine-tuning
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_fmnist, tmp_path_factory):
+    """A run whose lambda reached 1."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(tiny_fmnist, "--output_dir", folder, "--decay_epochs", 2)
+    return folder
+
+
+def test_deploy(tiny_fmnist, finished, tmp_path, capsys):
+    target = tmp_path / "new" / "deploy.pth"
+    run(
+        tiny_fmnist,
+        "--finetune",
+        finished / "checkpoint-last.pth",
+        "--model_key",
+        "model_ema",
+        "--switch_to_deploy",
+        target,
+    )
+    printed = capsys.readouterr()
+    evaluated = [line for line in printed.err.splitlines() if "top-1" in line]
+    assert [line.split(" top-1")[0].split(" ", 1)[1] for line in evaluated] == [
+        "train form, model_ema:", "train form, model:", "train form, model_ema_0.5:", "deploy form of model_ema:",
+    ]  # fmt: skip
+    assert reported(evaluated[0]) == reported(evaluated[3])
+    table = [line.split("|")[1:-1] for line in printed.out.splitlines() if line.startswith("|")]
+    layers = {row[0].strip(): row[1].strip() for row in table}
+    assert layers["train form, model_ema"] == "12"
+    assert layers["deploy form of model_ema"] == "6"
+    difference = float(printed.out.split("largest logit difference, relative: ")[1].split()[0])
+    assert 0 <= difference < 1e-4
+    # The file is a network of its own.
+    run(tiny_fmnist, "--eval", "true", "--deploy", "true", "--finetune", target)
+    assert reported(capsys.readouterr().err) == reported(evaluated[3])
+
+
+def test_deploying_mid_ramp_is_refused(tiny_fmnist, straight, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(tiny_fmnist, "--finetune", straight / "checkpoint-1.pth", "--switch_to_deploy", tmp_path / "d.pth")
+    assert ended.value.code == 2
+    assert "slope is 0.2" in capsys.readouterr().err
+    assert not (tmp_path / "d.pth").exists()
+
+
+@pytest.mark.parametrize(("extra", "slopes"), [([], [1, 1, 1]), (["--restart_decay", "true"], [0, 0.5, 1])])
+def test_fine_tuning_keeps_lambda(tiny_fmnist, finished, tmp_path, extra, slopes):
+    flags = [
+        "--output_dir",
+        tmp_path,
+        "--epochs",
+        3,
+        "--decay_epochs",
+        2,
+        "--finetune",
+        finished / "checkpoint-last.pth",
+    ]
+    run(tiny_fmnist, *flags, *extra)
+    assert [float(row["act_learn"]) for row in rows(tmp_path)[0]] == slopes
+
+
+# -- bad input: one line, a code, nothing half done
+
+
+def spoil(path, kind):
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "seven classes":
+        torch.save({"model": models.VanillaNet(**vanillanet_6_tiny(7)).state_dict()}, path)
+    elif kind == "another variant":
+        network = models.vanillanet_7(width_mult=1 / 64, num_classes=10)
+        torch.save({"model": network.state_dict()}, path)
+    elif kind == "foreign":
+        path.write_text("no checkpoint")
+    elif kind == "missing":
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "named"),
+    [
+        ("truncated", [], "w.pth"),
+        ("foreign", [], "w.pth"),
+        ("missing", [], "does not exist"),
+        ("seven classes", [], "another shape"),
+        ("another variant", [], "does not fit"),
+        (None, ["--model_key", "ema"], "has no key ema"),
+        (None, ["--nb_classes", "1000"], "10 classes"),
+        (None, ["--model", "no_such_net"], "no_such_net"),
+        (None, ["--data_path", "no/such/folder"], "no/such/folder"),
+        (None, ["--real_labels", "no/real.json"], "real.json"),
+        (None, ["--device", "cuda:77"], "--device"),
+        (None, ["--world_size", "4"], "torchrun"),
+        (None, ["--eval", "false", "--opt", "nosuch"], "nosuch"),
+        (None, ["--eval", "false", "--batch_size", "5"], "even"),
+        (None, ["--eval", "false", "--batch_size", "1", "--mixup", "0", "--cutmix", "0"], "--batch_size"),
+        (None, ["--eval", "false", "--warmup_epochs", "9"], "--warmup_epochs"),
+        (None, ["--eval", "false", "--aa", "nonsense"], "--aa nonsense"),
+        (None, ["--eval", "false", "--layer_decay", "0.8", "--layer_decay_num_layers", "5"], "vanillanet_6 has 4"),
+        (None, ["--eval", "false", "--momentum", "0.5"], "momentum"),
+    ],
+)
+def test_bad_input(tiny_fmnist, finished, tmp_path, capsys, kind, arguments, named):
+    weights = tmp_path / "w.pth"
+    shutil.copy(finished / "checkpoint-last.pth", weights)
+    spoil(weights, kind)
+    with pytest.raises(SystemExit) as ended:
+        run(tiny_fmnist, "--eval", "true", "--finetune", weights, *arguments)
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert ended.value.code == 2
+    assert len(errors) == 1
+    assert named in errors[0], errors
+
+
+def test_a_diverging_run_stops_with_rank_and_step(tiny_fmnist, tmp_path):
+    with pytest.raises(SystemExit, match=r"step \d+: non-finite (loss|gradient) on rank 0"):
+        run(tiny_fmnist, "--output_dir", tmp_path, "--opt", "sgd", "--lr", "1e30", "--warmup_epochs", "0")
+    assert all(
+        torch.isfinite(value).all()
+        for path in tmp_path.glob("*.pth")
+        for value in utils.load_checkpoint(path)["model"].values()
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--use_amp", "true", "--amp_dtype", "bf16", "--channels_last", "true"],
+        ["--use_amp", "true", "--amp_dtype", "fp16"],
+        ["--opt", "lamb", "--layer_decay", "0.8", "--layer_decay_num_layers", "4", "--bce_loss"],
+        ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--disable_eval", "true"],
+        ["--decay_epochs", "0", "--warmup_epochs", "0", "--warmup_steps", "3", "--dist_eval", "false"],
+        ["--model", "resnet18", "--batch_size", "30"],
+        ["--model_ema_force_cpu", "true", "--input_size", "40"],
+        ["--batch_size", "128", "--update_freq", "1"],  # fewer images than a batch
+    ],
+)
+def test_flags_work_together(tiny_fmnist, tmp_path, arguments):
+    base = BASE if "resnet18" not in arguments else [t for t in BASE if t not in ("--width_mult", "0.015625")]
+    run(tiny_fmnist, "--output_dir", tmp_path, "--epochs", "2", *arguments, base=base)
+    assert len(rows(tmp_path)[0]) == 2
+
+
+def test_without_an_output_folder_nothing_is_written(tiny_fmnist, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(tiny_fmnist, "--epochs", "2")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_compile_changes_no_number_and_recompiles_for_no_lambda(tiny_fmnist, tmp_path):
+    run(tiny_fmnist, "--output_dir", tmp_path / "compiled", "--compile", "true", "--epochs", "3")
+    run(tiny_fmnist, "--output_dir", tmp_path / "eager", "--epochs", "3")
+    compiled, eager = (rows(tmp_path / name)[0][-1] for name in ("compiled", "eager"))
+    assert float(compiled["train_loss"]) == pytest.approx(float(eager["train_loss"]), rel=1e-3)
