@@ -409,7 +409,7 @@ def spoil(path, kind):
         (None, ["--model_key", "ema"], "has no key ema"),
         (None, ["--nb_classes", "1000"], "10 classes"),
         (None, ["--model", "no_such_net"], "no_such_net"),
-        (None, ["--data_path", "no/such/folder"], "no/such/folder"),
+        (None, ["--data_set", "image_folder", "--data_path", "no/such/folder"], "no/such/folder"),
         (None, ["--real_labels", "no/real.json"], "real.json"),
         (None, ["--device", "cuda:77"], "--device"),
         (None, ["--world_size", "4"], "torchrun"),
