@@ -64,6 +64,37 @@ class Precision:
         return images.to(self.device, non_blocking=True, memory_format=layout)
 
 
+@dataclass(frozen=True)
+class Distiller:
+    """Logit distillation (Hinton et al., 2015): part of the loss asks for the teacher's softened class distribution.
+
+    loss = (1 - alpha) hard + alpha tau^2 KL(softmax(teacher / tau) || softmax(student / tau)); tau^2 keeps the size of
+    the gradients.
+
+    Args:
+        teacher: in eval mode, (N, 3, H, W) -> (N, classes); sees the images that the student sees, mixed as they are.
+        alpha: share of the teacher, in [0, 1].
+        tau: temperature.
+        precision: of the student, under which the teacher runs as well.
+    """
+
+    teacher: nn.Module
+    alpha: float
+    tau: float
+    precision: "Precision"
+
+    def __call__(self, images: torch.Tensor, logits: torch.Tensor, hard: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), self.precision.autocast():
+            wanted = self.teacher(images)
+        soft = F.kl_div(
+            F.log_softmax(logits / self.tau, dim=1),
+            F.log_softmax(wanted.float() / self.tau, dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return (1 - self.alpha) * hard + self.alpha * self.tau**2 * soft
+
+
 class FiniteGuard:
     """Keeps a non-finite loss or gradient of any rank from reaching the parameters, and stops all ranks together.
 
@@ -176,6 +207,7 @@ def train_one_epoch(
     num_batches: int,
     set_schedules: Callable[[int], None],
     mixup: Mixup | None = None,
+    distiller: Distiller | None = None,
     emas: Sequence[ModelEmaV3] = (),
     ema_source: nn.Module | None = None,
     update_freq: int = 1,
@@ -196,6 +228,7 @@ def train_one_epoch(
         num_batches: how many `batches` holds; the last accumulation window may be shorter than the others.
         set_schedules: writes the hyperparameters for the number of optimizer steps taken.
         mixup: mixes a batch and makes its targets soft.
+        distiller: adds a teacher's part to the loss.
         emas, ema_source: moving averages, and the unwrapped network that they follow.
         update_freq: batches accumulated for one optimizer step.
         clip_grad: largest norm of the gradients, in any precision.
@@ -232,6 +265,8 @@ def train_one_epoch(
                     logits = model(images)
                 # The loss is taken in float32 whatever the network computes in.
                 loss = criterion(logits.float(), targets)
+                if distiller is not None:
+                    loss = distiller(images, logits.float(), loss)
                 scaler.scale(loss / window).backward()
             loss_sum += loss.detach() / window
             images_seen += len(labels)

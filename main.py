@@ -26,6 +26,7 @@ import models  # noqa: F401  registers the variants
 import profiling
 import utils
 from engine import (
+    Distiller,
     EvalResult,
     FiniteGuard,
     NonFiniteError,
@@ -176,6 +177,36 @@ def load_network(args: argparse.Namespace, model: nn.Module, *, fine_tuning: boo
     slope = recorded_slope(checkpoint)
     set_slope(slope, model)
     return slope, checkpoint
+
+
+def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
+    """The network to learn from, in eval mode: --teacher_weights, or else timm's pretrained weights."""
+    if not timm.models.is_model(args.teacher.split(".")[0]):
+        raise ValueError(f"--teacher {args.teacher} is not known; see timm.list_models()")
+    if args.teacher_weights:
+        checkpoint = utils.load_checkpoint(args.teacher_weights)
+        kwargs: dict[str, Any] = {"num_classes": num_classes}
+        if args.teacher.startswith("vanillanet"):
+            recorded = checkpoint.get("args")
+            recorded = vars(recorded) if isinstance(recorded, argparse.Namespace) else recorded or {}
+            kwargs |= {name: recorded[name] for name in ("act_num", "width_mult") if recorded.get(name) is not None}
+            kwargs["deploy"] = bool(checkpoint.get("deploy", False))
+        teacher = timm.create_model(args.teacher, **kwargs)
+        weights = utils.checkpoint_weights(
+            checkpoint, key=args.teacher_key, whole_file="teacher_key" not in args.given, path=args.teacher_weights
+        )
+        utils.load_weights(teacher, weights, path=args.teacher_weights)
+        set_slope(recorded_slope(checkpoint), teacher)
+    else:
+        try:
+            teacher = timm.create_model(args.teacher, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"no pretrained weights for --teacher {args.teacher}: add --teacher_weights") from error
+        if teacher.num_classes != num_classes:
+            raise ValueError(
+                f"--teacher {args.teacher} knows {teacher.num_classes} classes, the data have {num_classes}"
+            )
+    return teacher.to(device, memory_format=layout_of(args)).eval().requires_grad_(False)
 
 
 # -- evaluation
@@ -377,6 +408,10 @@ class Training:
             if world.device.type != "cuda":
                 raise ValueError("--sync_bn true works on GPUs only; leave it out with --device cpu")
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.distiller = None
+        if args.teacher:
+            teacher = build_teacher(args, self.num_classes, world.device)
+            self.distiller = Distiller(teacher, args.distill_alpha, args.distill_tau, self.precision)
         decays = args.model_ema_decay if args.model_ema else []
         device = "cpu" if args.model_ema_force_cpu else None
         self.emas = [ModelEmaV3(self.model, decay, device=device) for decay in decays]
@@ -660,6 +695,7 @@ class Training:
             num_batches=remaining,
             set_schedules=lambda updates: set_hyperparameters(self.optimizer, *self.schedule(updates)),
             mixup=self.mixup,
+            distiller=self.distiller,
             emas=self.emas,
             ema_source=self.model,
             update_freq=args.update_freq,

@@ -130,6 +130,13 @@ def build_parser() -> argparse.ArgumentParser:
     optimizer.add_argument("--layer_decay", type=_number(float, above=0, high=1), default=1.0)
     optimizer.add_argument("--layer_decay_num_layers", type=_COUNT, default=4, help="checked if given: the model knows")
 
+    teacher = parser.add_argument_group("distillation")
+    teacher.add_argument("--teacher", metavar="MODEL", help="a timm model or VanillaNet variant to learn from")
+    teacher.add_argument("--teacher_weights", metavar="FILE", help="its checkpoint [the pretrained weights of timm]")
+    teacher.add_argument("--teacher_key", default="model_ema|model", help="key of the weights in --teacher_weights")
+    teacher.add_argument("--distill_alpha", type=_FRACTION, default=0.5, help="the teacher's share of the loss")
+    teacher.add_argument("--distill_tau", type=_POSITIVE, default=1.0, help="temperature")
+
     augmentation = parser.add_argument_group("augmentation")
     augmentation.add_argument("--color_jitter", type=_NONNEGATIVE, default=0.4, help="without --aa only")
     augmentation.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy; none: off")
@@ -234,6 +241,9 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
     for flag in ("remode", "recount"):
         needs(flag, args.reprob > 0, "--reprob is 0")
     needs("color_jitter", args.aa.lower() in ("", "none"), "it is replaced by --aa; add --aa none")
+    for flag in ("teacher_weights", "distill_alpha", "distill_tau"):
+        needs(flag, args.teacher, "add --teacher")
+    needs("teacher_key", args.teacher_weights, "add --teacher_weights")
     needs("restart_decay", args.finetune, "add --finetune")
     needs("resume_new_sched", args.resume or args.auto_resume, "add --resume or --auto_resume true")
     for flag in ("auto_resume", "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num"):

@@ -241,6 +241,24 @@ def test_mixup_reaches_the_loss_and_accuracy_counts_hard_labels():
     assert 0 < sums["loss"] / 24 < 1.0  # a cross-entropy over ten classes would begin at 2.3
 
 
+def test_distillation_loss():
+    """Against the formula in probabilities, and the teacher sees what the student sees."""
+    torch.manual_seed(0)
+    student, wanted, hard = torch.randn(6, 10), torch.randn(6, 10), torch.tensor(1.7)
+    seen = []
+
+    def teacher(images):
+        seen.append(images)
+        return wanted
+
+    images = torch.randn(6, 3, 8, 8)
+    loss = engine.Distiller(teacher, 0.3, 2.0, Precision(CPU))(images, student, hard)
+    p, q = torch.softmax(wanted / 2, 1), torch.softmax(student / 2, 1)
+    expected = 0.7 * 1.7 + 0.3 * 4 * (p * (p / q).log()).sum(1).mean().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert seen[0] is images
+
+
 class Echo(nn.Module):
     """Logits are the image's own first values."""
 

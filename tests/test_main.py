@@ -381,6 +381,16 @@ def test_fine_tuning_keeps_lambda(tiny_fmnist, finished, tmp_path, extra, slopes
     assert [float(row["act_learn"]) for row in rows(tmp_path)[0]] == slopes
 
 
+def test_distillation_from_a_run_of_ours(tiny_fmnist, finished, tmp_path):
+    teacher = ["--teacher", "vanillanet_6", "--teacher_weights", finished / "checkpoint-last.pth"]
+    run(tiny_fmnist, "--output_dir", tmp_path / "a", "--epochs", 2, *teacher, "--distill_tau", 3)
+    run(tiny_fmnist, "--output_dir", tmp_path / "b", "--epochs", 2, *teacher, "--distill_alpha", 0)
+    run(tiny_fmnist, "--output_dir", tmp_path / "c", "--epochs", 2)
+    loss = {name: float(rows(tmp_path / name)[0][-1]["train_loss"]) for name in "abc"}
+    assert loss["b"] == loss["c"]  # without its share the teacher changes no bit
+    assert loss["a"] != loss["c"]
+
+
 # -- bad input: one line, a code, nothing half done
 
 
@@ -420,6 +430,9 @@ def spoil(path, kind):
         (None, ["--eval", "false", "--aa", "nonsense"], "--aa nonsense"),
         (None, ["--eval", "false", "--layer_decay", "0.8", "--layer_decay_num_layers", "5"], "vanillanet_6 has 4"),
         (None, ["--eval", "false", "--momentum", "0.5"], "momentum"),
+        (None, ["--eval", "false", "--teacher", "nosuch"], "--teacher nosuch"),
+        (None, ["--eval", "false", "--teacher", "resnet18"], "--teacher_weights"),
+        (None, ["--eval", "false", "--teacher", "resnet18", "--teacher_weights", "gone.pth"], "gone.pth"),
     ],
 )
 def test_bad_input(tiny_fmnist, finished, tmp_path, capsys, kind, arguments, named):
