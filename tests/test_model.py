@@ -250,7 +250,7 @@ def test_act_num_zero_is_a_scaled_relu():
     act = SeriesActivation(2, act_num=0, deploy=True)
     x = torch.randn(1, 2, 3, 3)
     weight, bias = act.weight.view(2, 1, 1), act.bias.view(2, 1, 1)
-    assert torch.equal(act(x), x.relu() * weight + bias)
+    torch.testing.assert_close(act(x), x.relu() * weight + bias, rtol=1e-6, atol=1e-7)
 
 
 def test_widths_are_rounded_to_whole_channels():

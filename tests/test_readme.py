@@ -1,0 +1,235 @@
+"""The documentation: every command parses, the Python runs, links lead somewhere, tables agree with the code."""
+
+import json
+import re
+import shlex
+import string
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+from torch.distributed.run import get_args_parser as torchrun_parser
+
+import models  # noqa: F401  registers the variants
+from options import build_parser, parse_args
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+KEYS = json.loads((ROOT / "tests/data/state_dict_keys.json").read_text())
+
+# The paper's table: parameters (M), MACs (G), latency (ms), top-1 and ReaL (%). Frozen: these are not ours to change.
+PAPER = """
+VanillaNet-5 15.5 5.2 1.61 72.49 79.66
+VanillaNet-6 32.5 6.0 2.01 76.36 82.86
+VanillaNet-7 32.8 6.9 2.27 77.98 84.16
+VanillaNet-8 37.1 7.7 2.56 79.13 85.14
+VanillaNet-9 41.4 8.6 2.91 79.87 85.66
+VanillaNet-10 45.7 9.4 3.24 80.57 86.25
+VanillaNet-11 50.0 10.3 3.59 81.08 86.54
+VanillaNet-12 54.3 11.1 3.82 81.55 86.81
+VanillaNet-13 58.6 11.9 4.26 82.05 87.15
+VanillaNet-13-1.5x 127.8 26.5 7.83 82.53 87.48
+VanillaNet-13-1.5x,_adaptive_pooling 127.8 48.9 9.72 83.11 87.85
+"""
+# What else a block of commands may call.
+OTHER_COMMANDS = {"curl", "."}
+
+
+def blocks(language: str) -> list[SimpleNamespace]:
+    """The fenced blocks of a language on all pages: `text` and `where` it stands."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            line = text.count("\n", 0, match.start()) + 2
+            found.append(SimpleNamespace(text=match.group(1), where=f"{page.relative_to(ROOT)}:{line}"))
+    return found
+
+
+def commands(block: str) -> list[list[str]]:
+    """The commands of a block as a shell would split them, its own variables put in. KeyError for an undefined one."""
+    block = re.sub(r"(?:^|(?<=\s))#[^'\"\n]*$", "", block.replace("\\\n", " "), flags=re.MULTILINE)  # comments
+    lexer = shlex.shlex(block, posix=True, punctuation_chars="\n;|&")
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
+    variables: dict[str, str] = {}
+    found: list[list[str]] = [[]]
+    for token in lexer:
+        if set(token) <= set("\n;|&"):
+            found.append([])
+        elif not found[-1] and (match := re.fullmatch(r"(\w+)=(.*)", token)):
+            variables[match.group(1)] = match.group(2)
+        else:
+            found[-1].append(string.Template(token).substitute(variables))
+    return [command for command in found if command]
+
+
+def arguments_of(command: list[str]) -> list[str] | None:
+    """What main.py is given by a command; None if the command does not start it."""
+    if command[0] == "srun":
+        command = command[next(i for i, token in enumerate(command) if i and not token.startswith("-")) :]
+    if command[0] == "torchrun":
+        started = torchrun_parser().parse_args(command[1:])
+        assert started.training_script == "main.py"
+        return started.training_script_args
+    return command[2:] if command[:2] == ["python", "main.py"] else None
+
+
+def table(first_header: str) -> list[list[str]]:
+    """The rows, without header, of the README's table whose first column is called so."""
+    lines = README.read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_header} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+SHELL, PYTHON = blocks("sh"), blocks("python")
+each_shell_block = pytest.mark.parametrize("block", SHELL, ids=lambda block: block.where)
+
+
+@pytest.fixture(autouse=True)
+def _in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@each_shell_block
+def test_every_command_parses(block):
+    assert subprocess.run(["bash", "-n"], input=block.text, text=True, check=False).returncode == 0
+    for command in commands(block.text):
+        arguments = arguments_of(command)
+        if arguments is not None:
+            if arguments != ["--help"]:
+                parse_args(arguments)
+        elif command[0] == "make":
+            targets = re.findall(r"^([\w-]+):(?!=)", Path("Makefile").read_text(), re.MULTILINE)
+            assert set(command[1:]) <= set(targets)
+        elif command[:2] == ["python", "-c"]:
+            compile(command[2], block.where, "exec")
+        else:
+            assert command[0] in OTHER_COMMANDS, command
+
+
+def test_the_pages_hold_what_they_must():
+    found = [arguments_of(command) for block in SHELL for command in commands(block.text)]
+    parsed = [parse_args(arguments) for arguments in found if arguments is not None]
+    assert any(args.eval and not args.switch_to_deploy for args in parsed)
+    assert any(args.switch_to_deploy for args in parsed)
+    assert any(args.auto_resume for args in parsed)
+    assert any(args.finetune and not args.eval for args in parsed)
+    assert {"torchrun", "srun", "make"} <= {command[0] for block in SHELL for command in commands(block.text)}
+
+
+def test_a_wrong_command_is_noticed():
+    assert commands("A=1\npython main.py --lr $A \\\n  --aa 'a b' # why\nmake demo; make test\n") == [
+        ["python", "main.py", "--lr", "1", "--aa", "a b"],
+        ["make", "demo"],
+        ["make", "test"],
+    ]
+    with pytest.raises(KeyError, match="NOT_THERE"):
+        commands("python main.py --data_path $NOT_THERE")
+    with pytest.raises(SystemExit):
+        parse_args(arguments_of(shlex.split("srun --nodes=2 python main.py --data_path DIR --no_such_flag 1")))
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.where)
+def test_python_blocks_run(block):
+    code = compile(block.text, block.where, "exec")
+    if "pretrained=True" not in block.text and ".pth" not in block.text:  # these need a file from elsewhere
+        exec(code, {})
+
+
+def test_enough_python_blocks_run():
+    assert sum("pretrained=True" not in block.text and ".pth" not in block.text for block in PYTHON) >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_in_the_text_exist(page):
+    flags = {action.dest for action in build_parser()._actions}
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
+    launcher = {"node_rank"}
+    assert named - flags - launcher == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
+
+
+def test_every_file_has_a_door():
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("needs the git repository, to know what belongs to it")
+    readme = README.read_text()
+    files = {path for path in listed.stdout.splitlines() if path not in (".gitignore", "README.md")}
+    assert {path.partition("/")[0] for path in files if path.partition("/")[0] not in readme} == set()
+    pages_and_recipes = {path for path in files if path.startswith(("docs/", "recipes/", "models/"))}
+    assert {path for path in pages_and_recipes if f"({path})" not in readme} - {"models/__init__.py"} == set()
+
+
+def test_every_requirement_is_explained():
+    lines = Path("requirements.txt").read_text().splitlines()
+    required = [re.match(r"[\w-]+", line).group() for line in lines if line and not line.startswith("#")]
+    assert [row[0] for row in table("package")] == required
+    assert all(job for _, job in table("package"))
+    readme = README.read_text()
+    for line in Path("requirements-dev.txt").read_text().splitlines():
+        name = re.match(r"[\w-]*", line).group()
+        assert line.startswith("-r ") or name in readme, name
+
+
+def test_the_papers_table_is_the_papers():
+    expected = [[cell.replace("_", " ") for cell in line.split()] for line in PAPER.split("\n") if line]
+    assert table("from the paper") == expected
+
+
+def test_our_table_is_the_networks():
+    rows = table("measured here")
+    assert [row[0].strip("`") for row in rows] == list(KEYS) == timm.list_models("vanillanet*")
+    for (name, recipe, trained, deployed, macs), paper in zip(rows, table("from the paper"), strict=True):
+        counts = KEYS[name.strip("`")]
+        assert recipe.endswith(f"(recipes/{name.strip('`')}.args)")
+        assert (trained, deployed) == tuple(f"{counts[f'params_{form}'] / 1e6:.3f}" for form in ("train", "deploy"))
+        assert float(paper[1]) == pytest.approx(float(deployed), abs=0.05)
+        assert float(paper[2]) == pytest.approx(float(macs), abs=0.1)  # counted by tests/test_model.py
+        head = [line for line in Path(f"recipes/{name.strip('`')}.args").read_text().splitlines() if line[0] == "#"]
+        assert f"The paper reports {paper[4]} % top-1" in " ".join(head)
+        assert ("as published" in head[0]) == recipe.startswith("[published]")
+        assert ("Ours, not yet run" in " ".join(head)) == recipe.startswith("[ours]")
+
+
+# -- recipes
+
+SHARED = (
+    "--batch_size 128 --epochs 300 --decay_epochs 100 --opt lamb --aa rand-m7-mstd0.5-inc1 --bce_loss --drop 0.05 "
+    "--model_ema true --model_ema_eval true --model_ema_decay 0.99996 --use_amp true"
+)
+PUBLISHED = {
+    "5": "--lr 3.5e-3 --weight_decay 0.35 --mixup 0.1",
+    "6": "--lr 4.8e-3 --weight_decay 0.32 --mixup 0.15 --layer_decay 0.8 --layer_decay_num_layers 4",
+    "7": "--lr 4.7e-3 --weight_decay 0.35 --mixup 0.4 --layer_decay 0.8 --layer_decay_num_layers 5",
+    "8": "--lr 3.5e-3 --weight_decay 0.3 --mixup 0.4",
+    "9": "--lr 3.5e-3 --weight_decay 0.3 --mixup 0.4",
+    "10": "--lr 3.5e-3 --weight_decay 0.25 --mixup 0.4",
+}
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_published_recipes_are_as_published(variant):
+    name = f"vanillanet_{variant}"
+    published = f"--model {name} {SHARED} {PUBLISHED[variant]} --data_path DIR".split()
+    assert vars(parse_args([f"@recipes/{name}.args", "--data_path", "DIR"])) == vars(parse_args(published))
