@@ -13,7 +13,6 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from metrics import SumMeter
 
@@ -120,15 +119,12 @@ class FiniteGuard:
         self.verdict = torch.zeros(world_size, dtype=torch.int32, device=self.device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.local_gradient = torch.zeros((), dtype=torch.bool, device=self.device)
+        if world_size > 1:
+            for parameter in self.parameters:
+                parameter.register_hook(self._watch)
 
-    def watch(self, ddp: nn.parallel.DistributedDataParallel) -> None:
-        """Examine each bucket of this rank's own gradients on its way into the average."""
-
-        def hook(process_group, bucket: dist.GradBucket):
-            self.local_gradient |= ~torch.isfinite(bucket.buffer()).all()
-            return allreduce_hook(process_group, bucket)
-
-        ddp.register_comm_hook(None, hook)
+    def _watch(self, gradient: torch.Tensor) -> None:
+        self.local_gradient |= ~torch.isfinite(gradient).all()
 
     def examine(self, loss: torch.Tensor, grad_norm: torch.Tensor, *, step: int, scaled: bool) -> None:
         """Judge this step. Raises NonFiniteError at once on the CPU.

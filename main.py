@@ -459,7 +459,6 @@ class Training:
         if self.world.distributed:
             devices = [self.world.device] if self.world.device.type == "cuda" else None
             self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=devices)
-            self.guard.watch(self.wrapped)
 
     def build_sinks(self) -> tuple[metrics.Sinks, metrics.Sinks]:
         """What takes the numbers of a step, and of an epoch; nothing on ranks other than 0."""
@@ -781,8 +780,8 @@ def train(args: argparse.Namespace, world: utils.World, stop: utils.StopRequest)
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    stop = None
     world = utils.World(0, 1, torch.device("cpu"))
+    failure = None
     try:
         world = utils.init_world(
             args.device,
@@ -797,15 +796,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.eval:
             evaluate_checkpoint(args, world)
         else:
-            stop = utils.StopRequest()
-            train(args, world, stop)
+            train(args, world, utils.StopRequest())
     except NonFiniteError as error:
-        raise SystemExit(f"main.py: error: {error}") from None
+        failure = 1, str(error)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"main.py: error: {error}\n")
-        raise SystemExit(2) from None
+        failure = 2, str(error)
     finally:
+        # Past the except clauses, so that no traceback holds on to the networks of a distributed run any more.
         utils.close_world(world)
+    if failure:
+        code, message = failure
+        sys.stderr.write(f"main.py: error: {message}\n")
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

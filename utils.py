@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import logging
 import os
 import random
@@ -154,7 +155,10 @@ def init_world(
 
 
 def close_world(world: World) -> None:
+    """Leave the other processes. What was distributed is freed first: gloo's threads live as long as it does, and one
+    that calls back into Python while the interpreter is shutting down aborts the process."""
     if world.distributed:
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -24,9 +24,6 @@ fault, out = sys.argv[1:]
 world = utils.init_world("cpu")
 torch.manual_seed(0)
 model = models.VanillaNet(num_classes=10, dims=(8, 8, 16), strides=(1, 2))
-guard = FiniteGuard(model, rank=world.rank, world_size=world.size)
-ddp = nn.parallel.DistributedDataParallel(model)
-guard.watch(ddp)
 generator = torch.Generator().manual_seed(world.rank)
 draw = lambda: (torch.randn(4, 3, 16, 16, generator=generator), torch.randint(10, (4,), generator=generator))
 data = [draw() for _ in range(6)]
@@ -38,6 +35,8 @@ if world.rank == 1 and fault == "gradient":
         seen.append(1)
         return grad * math.inf if len(seen) == 5 else grad
     model.cls2[0].weight.register_hook(poison)
+guard = FiniteGuard(model, rank=world.rank, world_size=world.size)
+ddp = nn.parallel.DistributedDataParallel(model)
 flat = lambda: torch.cat([p.detach().flatten() for p in model.parameters()])
 states = [flat()]
 error = None

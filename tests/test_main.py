@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -431,7 +432,7 @@ def spoil(path, kind):
         (None, ["--eval", "false", "--layer_decay", "0.8", "--layer_decay_num_layers", "5"], "vanillanet_6 has 4"),
         (None, ["--eval", "false", "--momentum", "0.5"], "momentum"),
         (None, ["--eval", "false", "--teacher", "nosuch"], "--teacher nosuch"),
-        (None, ["--eval", "false", "--teacher", "resnet18"], "--teacher_weights"),
+        (None, ["--eval", "false", "--teacher", "starnet_s050"], "--teacher_weights"),
         (None, ["--eval", "false", "--teacher", "resnet18", "--teacher_weights", "gone.pth"], "gone.pth"),
     ],
 )
@@ -447,9 +448,11 @@ def test_bad_input(tiny_fmnist, finished, tmp_path, capsys, kind, arguments, nam
     assert named in errors[0], errors
 
 
-def test_a_diverging_run_stops_with_rank_and_step(tiny_fmnist, tmp_path):
-    with pytest.raises(SystemExit, match=r"step \d+: non-finite (loss|gradient) on rank 0"):
+def test_a_diverging_run_stops_with_rank_and_step(tiny_fmnist, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
         run(tiny_fmnist, "--output_dir", tmp_path, "--opt", "sgd", "--lr", "1e30", "--warmup_epochs", "0")
+    assert ended.value.code == 1
+    assert re.search(r"step \d+: non-finite (loss|gradient) on rank 0", capsys.readouterr().err)
     assert all(
         torch.isfinite(value).all()
         for path in tmp_path.glob("*.pth")
