@@ -479,6 +479,30 @@ def test_flags_work_together(tiny_fmnist, tmp_path, arguments):
     assert len(rows(tmp_path)[0]) == 2
 
 
+NARROW = shlex.split("--data_set FMNIST --device cpu --num_workers 0 --width_mult 0.015625 --input_size 64")
+
+
+@pytest.mark.parametrize("variant", models.vanillanet.VARIANTS)
+def test_every_variants_recipe_takes_two_steps(tiny_fmnist, tmp_path, variant):
+    """With the recipe's optimizer, losses and augmentation; narrow, on small images, without a GPU."""
+    recipe = f"@{ROOT}/recipes/{variant}.args"
+    flags = [*NARROW, "--batch_size", "30", "--early_stop_epochs", "1", "--log_freq", "1", "--amp_dtype", "bf16"]
+    run(tiny_fmnist, *flags, "--output_dir", tmp_path, base=[recipe])
+    summary, lines = rows(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert np.isfinite([line["loss"] for line in lines]).all()
+    assert {"test_acc1", "ema_acc1"} <= set(summary[0])
+
+
+def test_the_other_recipes_run(tiny_fmnist, finished, tmp_path, capsys):
+    weights = ["--model", "vanillanet_6", "--finetune", finished / "checkpoint-last.pth"]
+    run(tiny_fmnist, *NARROW, *weights, base=[f"@{ROOT}/recipes/evaluate.args"])
+    assert reported(capsys.readouterr().err)["images"] == 40
+    flags = [*weights, "--batch_size", "30", "--early_stop_epochs", "1", "--output_dir", tmp_path]
+    run(tiny_fmnist, *NARROW, *flags, base=[f"@{ROOT}/recipes/finetune.args"])
+    assert [float(row["act_learn"]) for row in rows(tmp_path)[0]] == [1.0]
+
+
 def test_without_an_output_folder_nothing_is_written(tiny_fmnist, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(tiny_fmnist, "--epochs", "2")
