@@ -250,6 +250,7 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         needs(flag, args.output_dir, "add --output_dir")
     for flag in ("model_key", "model_prefix"):
         needs(flag, args.finetune, "add --finetune")
+    needs("compile", args.switch_to_deploy is None, "--switch_to_deploy compares the forms uncompiled")
     needs("deploy", evaluates, "a deploy form has nothing left to train; add --eval true")
     if evaluates and args.finetune is None and args.resume is None:
         raise ValueError("--eval and --switch_to_deploy need the weights: add --finetune FILE")

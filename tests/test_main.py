@@ -165,8 +165,8 @@ def test_auto_resume_passes_over_a_damaged_file(tiny_fmnist, straight, tmp_path,
     assert_same_run(straight, tmp_path)
 
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def environment(threads=1):
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
 
 def torchrun(processes, data, *arguments, base=BASE):
@@ -182,7 +182,8 @@ def test_a_signal_saves_and_the_run_goes_on(tiny_fmnist, tmp_path, number):
     flags = ["--epochs", "40", "--test_freq", "50", "--log_freq", "1"]
     run(tiny_fmnist, "--output_dir", straight, *flags)
     command = [sys.executable, "main.py", *BASE, "--data_path", str(tiny_fmnist), *flags, "--output_dir", str(stopped)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    threads = environment(torch.get_num_threads())  # another number of threads sums in another order
+    process = subprocess.Popen(command, cwd=ROOT, env=threads, stderr=subprocess.PIPE, text=True)
     log = stopped / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 25):

@@ -108,6 +108,7 @@ def test_every_recipe_parses():
         ("--switch_to_deploy a --deploy true --finetune b", ["--switch_to_deploy", "--deploy"]),
         ("--weight_decay 0 --weight_decay_end 0.1", ["--weight_decay_end", "--weight_decay 0"]),
         ("--model_key model_ema", ["--model_key", "--finetune"]),
+        ("--switch_to_deploy a --finetune b --compile true", ["--compile", "--switch_to_deploy"]),
         ("--distill_alpha 0.2", ["--distill_alpha", "--teacher"]),
         ("--restart_decay true", ["--restart_decay", "--finetune"]),
         ("--batch_size 0", ["--batch_size", "0"]),
