@@ -155,8 +155,8 @@ def init_world(
 
 
 def close_world(world: World) -> None:
-    """Leave the other processes. What was distributed is freed first: gloo's threads live as long as it does, and one
-    that calls back into Python while the interpreter is shutting down aborts the process."""
+    """Leave the other processes. What was distributed is freed first: gloo's threads live as long as it does, and they
+    should not outlive the interpreter."""
     if world.distributed:
         gc.collect()
         dist.destroy_process_group()

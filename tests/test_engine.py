@@ -199,7 +199,7 @@ def test_the_host_reads_the_device_at_logging_steps_only(monkeypatch):
     per_log = counts[0][1]
     assert [step for step, _ in counts] == [4, 8]
     assert counts[1][1] == 2 * per_log  # nothing was read in between
-    assert per_log <= 4
+    assert 0 < per_log <= 4
 
 
 @pytest.mark.parametrize(
