@@ -26,7 +26,7 @@ import models  # noqa: F401  registers the variants
 import profiling
 import utils
 from engine import Classification, Distiller, EvalResult, Precision, build_criterion, evaluate, train_meter
-from optim_factory import activation_slope
+from optim_factory import activation_slope, cosine_schedule
 from options import parse_args
 from training import Run, broken_count, build_precision, launch, layout_of
 
@@ -318,7 +318,9 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
 class ClassificationRun(Run):
     """Training a classifier, with deep training where the network has it."""
 
-    schedule_flags = (*Run.schedule_flags, "decay_epochs", "decay_linear")
+    schedule_flags = (
+        *Run.schedule_flags, "min_lr", "warmup_epochs", "weight_decay_end", "decay_epochs", "decay_linear"
+    )  # fmt: skip
 
     def build_data(self) -> None:
         args, world = self.args, self.world
@@ -389,6 +391,21 @@ class ClassificationRun(Run):
                 args.epochs,
                 args.decay_epochs,
             )
+
+    def count_warmup_steps(self) -> int:
+        args = self.args
+        return args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * self.steps_per_epoch
+
+    def schedule(self, updates: int) -> tuple[float, float]:
+        args = self.args
+        lr = cosine_schedule(updates, self.total_steps, base=args.lr, final=args.min_lr, warmup_steps=self.warmup_steps)
+        end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+        return lr, cosine_schedule(updates, self.total_steps, base=args.weight_decay, final=end)
+
+    def wrap(self) -> None:
+        if self.args.compile:
+            self.model.compile()
+        super().wrap()
 
     def slope(self) -> float:
         args = self.args

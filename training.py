@@ -20,7 +20,7 @@ from torch import nn
 import metrics
 import utils
 from engine import FiniteGuard, NonFiniteError, Objective, Precision, Progress, train_one_epoch
-from optim_factory import build_optimizer, cosine_schedule, set_hyperparameters
+from optim_factory import build_optimizer, set_hyperparameters
 from options import save_args
 
 logger = logging.getLogger(__name__)
@@ -49,10 +49,7 @@ class Run(ABC):
     `broken` the run relies on.
     """
 
-    schedule_flags: tuple[str, ...] = (
-        "epochs", "lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "weight_decay_end", "opt",
-        "update_freq",
-    )  # fmt: skip
+    schedule_flags: tuple[str, ...] = ("epochs", "lr", "warmup_steps", "weight_decay", "opt", "update_freq")
 
     def __init__(self, args: argparse.Namespace, world: utils.World, stop: utils.StopRequest):
         self.args, self.world, self.stop = args, world, stop
@@ -83,6 +80,14 @@ class Run(ABC):
     @abstractmethod
     def build_model(self) -> nn.Module:
         """The network, on its device, initialized from the current seed or from the weights asked for."""
+
+    @abstractmethod
+    def count_warmup_steps(self) -> int:
+        """Length of the warm-up in optimizer steps."""
+
+    @abstractmethod
+    def schedule(self, updates: int) -> tuple[float, float]:
+        """Learning rate and weight decay after so many optimizer steps."""
 
     @abstractmethod
     def build_meter(self) -> metrics.SumMeter:
@@ -144,18 +149,17 @@ class Run(ABC):
     def build_schedules(self) -> None:
         args = self.args
         self.total_steps = args.epochs * self.steps_per_epoch
-        self.warmup_steps = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * self.steps_per_epoch
+        self.warmup_steps = self.count_warmup_steps()
         if self.warmup_steps >= self.total_steps:
             raise ValueError(
                 f"the warm-up ({self.warmup_steps} steps) leaves nothing of --epochs {args.epochs} "
-                f"({self.total_steps} steps): lower --warmup_epochs or --warmup_steps"
+                f"({self.total_steps} steps): lower "
+                + " or ".join(f"--{flag}" for flag in self.schedule_flags if flag.startswith("warmup"))
             )
         self.last_epoch = min(args.epochs, args.early_stop_epochs or args.epochs)
 
     def wrap(self) -> None:
-        """Compile and distribute; the state above stays that of the plain network."""
-        if self.args.compile:
-            self.model.compile()
+        """Distribute; the state above stays that of the plain network."""
         self.guard = FiniteGuard(self.model, rank=self.world.rank, world_size=self.world.size)
         self.wrapped = self.model
         if self.world.distributed:
@@ -190,15 +194,6 @@ class Run(ABC):
             step_sinks.append(metrics.WandbSink(self.wandb, "step"))
             epoch_sinks.append(metrics.WandbSink(self.wandb, "epoch"))
         return metrics.Sinks(*step_sinks), metrics.Sinks(*epoch_sinks)
-
-    # schedules
-
-    def schedule(self, updates: int) -> tuple[float, float]:
-        """Learning rate and weight decay after so many optimizer steps."""
-        args = self.args
-        lr = cosine_schedule(updates, self.total_steps, base=args.lr, final=args.min_lr, warmup_steps=self.warmup_steps)
-        end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-        return lr, cosine_schedule(updates, self.total_steps, base=args.weight_decay, final=end)
 
     # checkpoints
 
