@@ -318,6 +318,12 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
 class ClassificationRun(Run):
     """Training a classifier, with deep training where the network has it."""
 
+    panels = (
+        ("loss", ("train_loss", "test_loss")),
+        ("top-1 (%)", ("test_acc1", "ema_acc1")),
+        ("learning rate", ("lr",)),
+        ("lambda", ("act_learn",)),
+    )
     schedule_flags = (
         *Run.schedule_flags, "min_lr", "warmup_epochs", "weight_decay_end", "decay_epochs", "decay_linear"
     )  # fmt: skip

@@ -7,7 +7,7 @@ import csv
 import json
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -166,17 +166,14 @@ class WandbSink:
 
 
 class CurvesSink:
-    """`curves.png`: loss, accuracy of model and EMA, learning rate and lambda by epoch, drawn anew from the CSV."""
+    """`curves.png`: four panels by epoch, drawn anew from the CSV.
 
-    panels = (
-        ("loss", ("train_loss", "test_loss")),
-        ("top-1 (%)", ("test_acc1", "ema_acc1")),
-        ("learning rate", ("lr",)),
-        ("lambda", ("act_learn",)),
-    )
+    Args:
+        panels: title and columns of each.
+    """
 
-    def __init__(self, path: Path, table: CsvSink):
-        self.path, self.table = path, table
+    def __init__(self, path: Path, table: CsvSink, panels: Sequence[tuple[str, Sequence[str]]]):
+        self.path, self.table, self.panels = path, table, panels
 
     def log(self, metrics: Metrics, step: int) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

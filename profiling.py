@@ -67,7 +67,7 @@ def profile(model: nn.Module, input_size: int | tuple[int, int, int]) -> tuple[i
 @torch.inference_mode()
 def throughput(
     models: Sequence[nn.Module],
-    images: torch.Tensor,
+    images: torch.Tensor | Sequence[torch.Tensor],
     *,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     rounds: int = 10,
@@ -78,7 +78,7 @@ def throughput(
 
     Args:
         models: networks in eval mode on the device of `images`.
-        images: one batch, (N, in_chans, H, W).
+        images: one batch, (N, in_chans, H, W), or what else the networks take that holds N images.
         autocast: makes the context to compute in.
         rounds: forward passes that count, of each network.
 
@@ -87,13 +87,14 @@ def throughput(
     """
     if any(model.training for model in models):
         raise ValueError("throughput is measured in eval mode, and one of the networks is in train mode")
+    device = images[0].device
     seconds: list[list[float]] = [[] for _ in models]
     for _ in range(WARM_UP_ROUNDS + rounds):
         for model, times in zip(models, seconds, strict=True):
             start = time.perf_counter()
             with autocast():
                 model(images)
-            if images.is_cuda:
-                torch.cuda.synchronize(images.device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
     return [len(images) / median(times[WARM_UP_ROUNDS:]) for times in seconds]

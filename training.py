@@ -49,6 +49,7 @@ class Run(ABC):
     `broken` the run relies on.
     """
 
+    panels: tuple[tuple[str, tuple[str, ...]], ...]  # of curves.png, see `metrics.CurvesSink`
     schedule_flags: tuple[str, ...] = ("epochs", "lr", "warmup_steps", "weight_decay", "opt", "update_freq")
 
     def __init__(self, args: argparse.Namespace, world: utils.World, stop: utils.StopRequest):
@@ -178,7 +179,7 @@ class Run(ABC):
             folder = Path(args.output_dir)
             save_args(args, folder / "args.yaml")
             csv = metrics.CsvSink(folder / "summary.csv", self.progress.epoch)
-            epoch_sinks += [csv, metrics.CurvesSink(folder / "curves.png", csv)]
+            epoch_sinks += [csv, metrics.CurvesSink(folder / "curves.png", csv, self.panels)]
             step_sinks.append(metrics.JsonLinesSink(folder / "log.jsonl", "step", start_step + 1))
         events = args.log_dir or (Path(args.output_dir) / "tensorboard" if args.output_dir else None)
         if events:
