@@ -1246,6 +1246,7 @@ def build_eval_loader(
     num_workers: int,
     pin_memory: bool,
     skip_broken: bool = False,
+    collate: Collate = default_collate,
 ) -> EvalLoader | StreamEvalLoader:
     """The validation batches of one rank: images rank, rank + world_size, ...
 
@@ -1254,8 +1255,12 @@ def build_eval_loader(
         num_workers: loader processes, for the time of an iteration. 0 loads in this process.
         pin_memory: put batches in page-locked memory, for a GPU.
         skip_broken: leave broken images out and count them, instead of raising ValueError.
+        collate: batches (image, target, index), not those of a stream.
     """
-    kind = StreamEvalLoader if isinstance(dataset, StreamDataset) else EvalLoader
+    if isinstance(dataset, StreamDataset):
+        kind = StreamEvalLoader
+    else:
+        kind = partial(EvalLoader, collate=collate)
     return kind(
         dataset,
         batch_size=batch_size,

@@ -323,6 +323,7 @@ def parse_checked(
     # Parsed once more without defaults, which leaves just what was written out.
     for action in parser._actions:
         action.default = argparse.SUPPRESS
+    parser._defaults.clear()  # those of set_defaults
     given = set(vars(parser.parse_args(argv)))
     try:
         check(args, Requirements(args, given))
