@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from object_detection.comparing import largest_gap
 from object_detection.detectors import Detector
 
 __all__ = ["OUTPUTS", "compare_onnx", "export_onnx"]
@@ -76,25 +77,11 @@ def export_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) ->
 
 @torch.no_grad()
 def compare_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) -> float:
-    """The largest difference of a file's outputs, by ONNX Runtime on the CPU, from the detector's.
-
-    Boxes are compared in parts of the image's long side, and masks after pasting, by probability.
-
-    Raises:
-        ValueError: other detections, in number or class.
-    """
+    """The largest gap between what a file detects, by ONNX Runtime on the CPU, and the detector; masks are pasted."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = output_names(detector)
     found = dict(zip(names, map(torch.from_numpy, session.run(list(names), {"image": image.numpy()})), strict=True))
     [wanted] = detector([image])
-    if not torch.equal(found["labels"], wanted["labels"]):
-        raise ValueError(
-            f"{path} finds {len(found['labels'])} objects and PyTorch {len(wanted['labels'])}, or of other categories"
-        )
-    if not len(wanted["labels"]):
-        return 0.0
-    scale = {"boxes": max(image.shape[-2:])}
-    floats = [name for name in names if name != "labels"]
-    return max((found[name] - wanted[name]).abs().max().item() / scale.get(name, 1) for name in floats)
+    return largest_gap(wanted, found, detector=detector, side=max(image.shape[-2:]))

@@ -28,7 +28,7 @@ import profiling
 import utils
 from engine import Precision
 from object_detection.coco import CocoDataset, collate
-from object_detection.deploying import largest_difference
+from object_detection.comparing import largest_difference
 from object_detection.detectors import Detector, create_detector, load_backbone
 from object_detection.draw import draw_detections, save_picture
 from object_detection.evaluation import KINDS, STATISTICS, average_precision, detect
