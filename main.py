@@ -16,7 +16,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -62,10 +61,10 @@ def layout_of(args: argparse.Namespace) -> torch.memory_format:
 
 
 def build_transform(args: argparse.Namespace, *, train: bool):
-    imagenet = args.imagenet_default_mean_and_std
+    mean, std = datasets.mean_and_std(args.imagenet_default_mean_and_std)
     shared = {
-        "mean": IMAGENET_DEFAULT_MEAN if imagenet else IMAGENET_INCEPTION_MEAN,
-        "std": IMAGENET_DEFAULT_STD if imagenet else IMAGENET_INCEPTION_STD,
+        "mean": mean,
+        "std": std,
         "small": datasets.keeps_native_size(args.data_set, args.input_size),
     }
     if not train:
