@@ -1,11 +1,17 @@
-"""What the tests of the network share."""
+"""What the tests share."""
 
+import gzip
+import struct
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import datasets
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +66,17 @@ def dispatched() -> Callable[[nn.Module, torch.Tensor], list[str]]:
         return recorder.names
 
     return record
+
+
+@pytest.fixture(scope="session")
+def tiny_fmnist(tmp_path_factory):
+    """60 training and 40 test images of the embedded data, in the same format."""
+    folder = tmp_path_factory.mktemp("fmnist")
+    for split, count in (("train", 60), ("t10k", 40)):
+        for kind in ("images-idx3", "labels-idx1"):
+            name = f"{split}-{kind}-ubyte.gz"
+            values = datasets.read_idx(Path(datasets.__file__).parent / "data" / "fashion-mnist" / name)[:count]
+            header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
+            with gzip.open(folder / name, "wb") as file:
+                file.write(header + np.ascontiguousarray(values).tobytes())
+    return folder
