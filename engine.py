@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -189,12 +190,55 @@ class Progress:
     samples: int = 0
 
 
+class Objective(Protocol):
+    """What a batch is trained for."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
+        """The loss, a float32 scalar to take the gradient of, and the batch's sums for the meter; `count`, the number
+        of images, is one of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Classification:
+    """The loss of images (N, 3, H, W) with class indices (N,).
+
+    Args:
+        criterion: of logits (N, classes) and targets, see `build_criterion`.
+        precision: to compute in; the loss is taken in float32 whatever it is.
+        mixup: mixes a batch and makes its targets soft.
+        distiller: adds a teacher's part to the loss.
+    """
+
+    criterion: nn.Module
+    precision: Precision
+    mixup: Mixup | None = None
+    distiller: Distiller | None = None
+
+    def __call__(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]):
+        images, targets = batch
+        images = self.precision.images(images)
+        labels = targets = targets.to(self.precision.device, non_blocking=True)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)
+        with self.precision.autocast():
+            logits = model(images)
+        loss = self.criterion(logits.float(), targets)
+        if self.distiller is not None:
+            loss = self.distiller(images, logits.float(), loss)
+        return loss, {
+            "loss": loss.detach() * len(labels),
+            "correct": (logits.detach().argmax(1) == labels).sum(),
+            "count": len(labels),
+        }
+
+
 def train_one_epoch(
     model: nn.Module,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[Any],
     *,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
-    criterion: nn.Module,
     precision: Precision,
     scaler: torch.amp.GradScaler,
     guard: FiniteGuard,
@@ -202,8 +246,6 @@ def train_one_epoch(
     meter: SumMeter,
     num_batches: int,
     set_schedules: Callable[[int], None],
-    mixup: Mixup | None = None,
-    distiller: Distiller | None = None,
     emas: Sequence[ModelEmaV3] = (),
     ema_source: nn.Module | None = None,
     update_freq: int = 1,
@@ -216,15 +258,14 @@ def train_one_epoch(
     """Train over `batches` to the end of the epoch, or until `after_step` asks to stop.
 
     Args:
-        model: train mode, (N, 3, H, W) -> (N, classes); wrapped in DistributedDataParallel on several ranks.
-        batches: images (N, 3, H, W) and targets (N,) of what is left of the epoch.
+        model: put into train mode; wrapped in DistributedDataParallel on several ranks.
+        batches: what is left of the epoch.
+        objective: the loss of a batch.
         guard: see `FiniteGuard`.
         progress: moved on in place after each step.
-        meter: of `train_meter`, the epoch's sums on this rank, added to in place.
+        meter: the epoch's sums on this rank, of the objective's names; added to in place.
         num_batches: how many `batches` holds; the last accumulation window may be shorter than the others.
         set_schedules: writes the hyperparameters for the number of optimizer steps taken.
-        mixup: mixes a batch and makes its targets soft.
-        distiller: adds a teacher's part to the loss.
         emas, ema_source: moving averages, and the unwrapped network that they follow.
         update_freq: batches accumulated for one optimizer step.
         clip_grad: largest norm of the gradients, in any precision.
@@ -250,27 +291,14 @@ def train_one_epoch(
         loss_sum = torch.zeros((), device=precision.device)
         images_seen = 0
         for micro in range(window):
-            images, targets = next(iterator)
-            images, targets = precision.images(images), targets.to(precision.device, non_blocking=True)
-            labels = targets
-            if mixup is not None:
-                images, targets = mixup(images, targets)
+            batch = next(iterator)
             last = micro == window - 1
             with nullcontext() if last or world_size == 1 else model.no_sync():
-                with precision.autocast():
-                    logits = model(images)
-                # The loss is taken in float32 whatever the network computes in.
-                loss = criterion(logits.float(), targets)
-                if distiller is not None:
-                    loss = distiller(images, logits.float(), loss)
+                loss, sums = objective(model, batch)
                 scaler.scale(loss / window).backward()
             loss_sum += loss.detach() / window
-            images_seen += len(labels)
-            meter.add(
-                loss=loss.detach() * len(labels),
-                correct=(logits.detach().argmax(1) == labels).sum(),
-                count=len(labels),
-            )
+            images_seen += sums["count"]
+            meter.add(**sums)
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip_grad is None else clip_grad)
         guard.examine(loss_sum, grad_norm, step=progress.step, scaled=scaler.is_enabled())
@@ -301,7 +329,7 @@ def train_one_epoch(
 
 
 def train_meter(device: torch.device) -> SumMeter:
-    """The sums of an epoch: loss and correct top-1 weighted by images, and images."""
+    """The sums of an epoch of `Classification`: loss and correct top-1 weighted by images, and images."""
     return SumMeter(("loss", "correct", "count"), device)
 
 

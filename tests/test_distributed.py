@@ -18,7 +18,7 @@ import json, math, sys
 import torch
 from torch import nn
 import engine, models, utils
-from engine import FiniteGuard, NonFiniteError, Precision, Progress, train_one_epoch
+from engine import Classification, FiniteGuard, NonFiniteError, Precision, Progress, train_one_epoch
 
 fault, out = sys.argv[1:]
 world = utils.init_world("cpu")
@@ -42,8 +42,9 @@ states = [flat()]
 error = None
 try:
     train_one_epoch(
-        ddp, data, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), criterion=nn.CrossEntropyLoss(),
-        precision=Precision(world.device), scaler=Precision(world.device).scaler(), guard=guard, progress=Progress(),
+        ddp, data, objective=Classification(nn.CrossEntropyLoss(), Precision(world.device)),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1), precision=Precision(world.device),
+        scaler=Precision(world.device).scaler(), guard=guard, progress=Progress(),
         meter=engine.train_meter(world.device), num_batches=6, set_schedules=lambda updates: None, update_freq=2,
         world_size=world.size, after_step=lambda: bool(states.append(flat())),
     )

@@ -11,7 +11,16 @@ from torch import nn
 
 import engine
 import models
-from engine import FiniteGuard, NonFiniteError, Precision, Progress, build_criterion, evaluate, train_one_epoch
+from engine import (
+    Classification,
+    FiniteGuard,
+    NonFiniteError,
+    Precision,
+    Progress,
+    build_criterion,
+    evaluate,
+    train_one_epoch,
+)
 
 CPU = torch.device("cpu")
 
@@ -39,8 +48,8 @@ def train(model, data, **kwargs):
     finished = train_one_epoch(
         model,
         data,
+        objective=Classification(kwargs.pop("criterion", nn.CrossEntropyLoss()), precision, kwargs.pop("mixup", None)),
         optimizer=optimizer,
-        criterion=kwargs.pop("criterion", nn.CrossEntropyLoss()),
         precision=precision,
         scaler=scaler,
         guard=kwargs.pop("guard", None) or FiniteGuard(model, rank=0, world_size=1),
@@ -311,8 +320,8 @@ def test_the_loop_does_not_synchronize_on_a_gpu():
         train_one_epoch(
             model,
             data,
+            objective=Classification(nn.CrossEntropyLoss(), precision),
             optimizer=optimizer,
-            criterion=nn.CrossEntropyLoss(),
             precision=precision,
             scaler=precision.scaler(),
             guard=FiniteGuard(model, rank=0, world_size=1),

@@ -24,6 +24,7 @@ import main
 import models
 import networks
 import utils
+from optim_factory import cosine_schedule
 
 ROOT = Path(main.__file__).parent
 TIMINGS = {"images_per_second"}  # what differs between two runs of the same thing
@@ -117,7 +118,7 @@ def test_a_learning_rate_of_each_step(straight):
     """Cosine after one epoch of warm-up, as a function of the steps taken."""
     _, lines = rows(straight)
     expected = {
-        line["step"]: main.cosine_schedule(line["step"], 32, base=1e-2, final=1e-6, warmup_steps=8) for line in lines
+        line["step"]: cosine_schedule(line["step"], 32, base=1e-2, final=1e-6, warmup_steps=8) for line in lines
     }
     assert {line["step"]: line["lr"] for line in lines} == expected
 

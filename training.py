@@ -1,0 +1,463 @@
+"""A training run: its state, checkpoints, schedules and logs; what every entry point that trains shares.
+
+An entry point subclasses `Run` with its data, network, loss and evaluation, and starts with `launch`. Like `main.py`,
+this file sees the arguments of the command as a whole.
+"""
+
+import argparse
+import copy
+import logging
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import metrics
+import utils
+from engine import FiniteGuard, NonFiniteError, Objective, Precision, Progress, train_one_epoch
+from optim_factory import build_optimizer, cosine_schedule, set_hyperparameters
+from options import save_args
+
+logger = logging.getLogger(__name__)
+
+
+def build_precision(args: argparse.Namespace, device: torch.device) -> Precision:
+    names = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    default = "fp16" if device.type == "cuda" else "bf16"
+    dtype = names[args.amp_dtype or default] if args.use_amp else None
+    return Precision(device, dtype, args.channels_last)
+
+
+def layout_of(args: argparse.Namespace) -> torch.memory_format:
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+def broken_count(world: utils.World, loader) -> int:
+    """How many images of a loader could not be read, over all ranks."""
+    return len(set().union(*world.gather(loader.broken)))
+
+
+class Run(ABC):
+    """The state of a run, and what is done with it between steps and epochs.
+
+    A subclass says in `build_data` what `loader` is, whose `remaining_batches`, `set_epoch(epoch, start_sample=)` and
+    `broken` the run relies on.
+    """
+
+    schedule_flags: tuple[str, ...] = (
+        "epochs", "lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "weight_decay_end", "opt",
+        "update_freq",
+    )  # fmt: skip
+
+    def __init__(self, args: argparse.Namespace, world: utils.World, stop: utils.StopRequest):
+        self.args, self.world, self.stop = args, world, stop
+        self.precision = build_precision(args, world.device)
+        self.build_data()
+        self.steps_per_epoch = -(-len(self.loader) // args.update_freq)
+        utils.seed_everything(args.seed)  # the same on all ranks, so that the initial weights are
+        self.model = self.build_model()
+        self.emas = self.build_emas()
+        self.optimizer = self.build_optimizer()
+        self.build_schedules()
+        self.scaler = self.precision.scaler()
+        self.progress = Progress(epoch=args.start_epoch, updates=args.start_epoch * self.steps_per_epoch)
+        self.meter = self.build_meter()
+        self.best: dict[str, float] = {}  # by name of the checkpoint that is the best, its score
+        utils.seed_everything(args.seed + world.rank)  # dropout and mixup differ between ranks
+        self.checkpoints = utils.CheckpointFolder(args.output_dir, args.save_ckpt_num) if args.output_dir else None
+        self.restore()
+        self.wrap()
+        self.step_sinks, self.epoch_sinks = self.build_sinks()
+
+    # what a subclass brings
+
+    @abstractmethod
+    def build_data(self) -> None:
+        """Set `loader`, of this rank's batches, and whatever evaluation needs."""
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """The network, on its device, initialized from the current seed or from the weights asked for."""
+
+    @abstractmethod
+    def build_meter(self) -> metrics.SumMeter:
+        """The sums of an epoch; `loss` and `count` are two of them."""
+
+    @abstractmethod
+    def objective(self) -> Objective:
+        """The loss of a batch, asked for at the beginning of an epoch."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float] | None:
+        """The metrics of the networks on the validation data, which rank 0 has to know; None without such data."""
+
+    @abstractmethod
+    def scores(self, found: dict[str, float]) -> dict[str, float]:
+        """From the metrics that `evaluate` found, how good a checkpoint of each name (`best`, ...) would be."""
+
+    def averages(self, sums: dict[str, float]) -> dict[str, float]:
+        """What the epoch's row says of the training data, from the meter's sums over all ranks."""
+        return {"train_loss": sums["loss"] / sums["count"]}
+
+    def conditions(self) -> dict[str, float]:
+        """What else the epoch's row holds: the state of schedules of the subclass's own."""
+        return {}
+
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beyond the state kept here."""
+        return {}
+
+    def load_extra_state(self, checkpoint: dict[str, Any]) -> None:  # noqa: B027  a subclass may have none
+        """Take `extra_state` back; a published checkpoint may lack it."""
+
+    def begin_epoch(self) -> None:  # noqa: B027  a subclass may have nothing of the kind
+        """Set what is constant within an epoch."""
+
+    # set-up
+
+    def build_emas(self) -> list[ModelEmaV3]:
+        args = self.args
+        device = "cpu" if args.model_ema_force_cpu else None
+        return [
+            ModelEmaV3(self.model, decay, device=device) for decay in (args.model_ema_decay if args.model_ema else [])
+        ]
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        args = self.args
+        return build_optimizer(
+            self.model,
+            args.opt,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            layer_decay=args.layer_decay,
+            eps=args.opt_eps,
+            betas=args.opt_betas,
+            momentum=args.momentum,
+            explicit=[name for name in ("eps", "betas", "momentum") if {name, f"opt_{name}"} & set(args.given)],
+        )
+
+    def build_schedules(self) -> None:
+        args = self.args
+        self.total_steps = args.epochs * self.steps_per_epoch
+        self.warmup_steps = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * self.steps_per_epoch
+        if self.warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"the warm-up ({self.warmup_steps} steps) leaves nothing of --epochs {args.epochs} "
+                f"({self.total_steps} steps): lower --warmup_epochs or --warmup_steps"
+            )
+        self.last_epoch = min(args.epochs, args.early_stop_epochs or args.epochs)
+
+    def wrap(self) -> None:
+        """Compile and distribute; the state above stays that of the plain network."""
+        if self.args.compile:
+            self.model.compile()
+        self.guard = FiniteGuard(self.model, rank=self.world.rank, world_size=self.world.size)
+        self.wrapped = self.model
+        if self.world.distributed:
+            devices = [self.world.device] if self.world.device.type == "cuda" else None
+            self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=devices)
+
+    def build_sinks(self) -> tuple[metrics.Sinks, metrics.Sinks]:
+        """What takes the numbers of a step, and of an epoch; nothing on ranks other than 0."""
+        args = self.args
+        if not self.world.is_main:
+            return metrics.Sinks(), metrics.Sinks()
+        step_sinks: list[metrics.Sink] = [metrics.ConsoleSink("step")]
+        epoch_sinks: list[metrics.Sink] = [metrics.ConsoleSink("epoch")]
+        start_step = self.progress.epoch * self.steps_per_epoch + self.progress.step
+        if args.output_dir:
+            folder = Path(args.output_dir)
+            save_args(args, folder / "args.yaml")
+            csv = metrics.CsvSink(folder / "summary.csv", self.progress.epoch)
+            epoch_sinks += [csv, metrics.CurvesSink(folder / "curves.png", csv)]
+            step_sinks.append(metrics.JsonLinesSink(folder / "log.jsonl", "step", start_step + 1))
+        events = args.log_dir or (Path(args.output_dir) / "tensorboard" if args.output_dir else None)
+        if events:
+            step_sinks.append(metrics.TensorBoardSink(Path(events), "step"))
+            epoch_sinks.append(metrics.TensorBoardSink(Path(events), "epoch"))
+        self.wandb = None
+        if args.enable_wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("--enable_wandb true needs the package wandb: pip install wandb") from None
+            self.wandb = wandb.init(project="vanillanet", config=vars(args), dir=args.output_dir)
+            step_sinks.append(metrics.WandbSink(self.wandb, "step"))
+            epoch_sinks.append(metrics.WandbSink(self.wandb, "epoch"))
+        return metrics.Sinks(*step_sinks), metrics.Sinks(*epoch_sinks)
+
+    # schedules
+
+    def schedule(self, updates: int) -> tuple[float, float]:
+        """Learning rate and weight decay after so many optimizer steps."""
+        args = self.args
+        lr = cosine_schedule(updates, self.total_steps, base=args.lr, final=args.min_lr, warmup_steps=self.warmup_steps)
+        end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+        return lr, cosine_schedule(updates, self.total_steps, base=args.weight_decay, final=end)
+
+    # checkpoints
+
+    def ema_names(self) -> list[str]:
+        """Keys of the averages in a checkpoint: the first is `model_ema`, further ones carry their decay."""
+        return ["model_ema" if i == 0 else f"model_ema_{ema.decay}" for i, ema in enumerate(self.emas)]
+
+    def snapshot(self, *, finished_epoch: bool) -> dict[str, Any]:
+        """Everything that the rest of the run depends on. A collective: every rank calls it."""
+        rank_state = {
+            "rng": utils.rng_state(self.world.device),
+            "meter": self.meter.sums.cpu(),
+            "broken": sorted(self.loader.broken),
+        }
+        return {
+            "model": self.model.state_dict(),
+            **{name: ema.module.state_dict() for name, ema in zip(self.ema_names(), self.emas, strict=True)},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.progress.epoch,
+            "step": 0 if finished_epoch else self.progress.step,
+            "samples": 0 if finished_epoch else self.progress.samples,
+            "updates": self.progress.updates,
+            "steps_per_epoch": self.steps_per_epoch,
+            **self.extra_state(),
+            "best": dict(self.best),
+            "ranks": self.world.gather(rank_state),
+            "args": {name: value for name, value in vars(self.args).items() if name != "given"},
+        }
+
+    def save(self, *, finished_epoch: bool, names: Sequence[str] = ()) -> None:
+        """Save if there is a folder to save to; all ranks call it, rank 0 writes, and all learn of a failure."""
+        if self.checkpoints is None or not self.args.save_ckpt:
+            return
+        self.guard.check()
+        checkpoint = self.snapshot(finished_epoch=finished_epoch)
+        failure = None
+        if self.world.is_main:
+            epoch, step = self.progress.epoch, self.progress.step
+            try:
+                self.checkpoints.save(
+                    checkpoint,
+                    epoch=epoch + 1 if finished_epoch else epoch,
+                    step=0 if finished_epoch else step,
+                    names=names,
+                )
+            except utils.CheckpointError as error:
+                failure = str(error)
+        failure = self.world.gather(failure)[0]
+        if failure:
+            raise utils.CheckpointError(failure)
+
+    def restore(self) -> None:
+        """Go on from --resume or, with --auto_resume true, from the newest valid checkpoint of the output folder."""
+        args = self.args
+        path = args.resume
+        if self.checkpoints is not None:
+            existing = self.checkpoints.numbered()
+            if self.world.is_main:
+                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+                self.checkpoints.remove_leftovers()
+            if args.auto_resume and not path:
+                path = self.world.gather(self.checkpoints.newest_valid() if self.world.is_main else None)[0]
+            elif existing and not path and args.save_ckpt:
+                raise ValueError(
+                    f"{args.output_dir} holds checkpoints of an earlier run ({existing[0].name}): "
+                    "add --auto_resume true to go on with it, or choose another --output_dir"
+                )
+        if path:
+            self.load(utils.load_checkpoint(path), path)
+
+    def load(self, checkpoint: dict[str, Any], path: str | Path) -> None:
+        self.check_schedules(checkpoint, path)
+        emas = list(zip(self.ema_names(), self.emas, strict=True))
+        absent = [key for key in ("model", "optimizer", "epoch", *(name for name, _ in emas)) if key not in checkpoint]
+        if absent:
+            raise utils.CheckpointError(
+                f"cannot resume from {path}: it has no {', '.join(absent)}; use --finetune for weights"
+            )
+        utils.load_weights(self.model, utils.checkpoint_weights(checkpoint, key="model", path=path), path=path)
+        for name, ema in emas:
+            utils.load_weights(ema.module, utils.checkpoint_weights(checkpoint, key=name, path=path), path=path)
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise utils.CheckpointError(f"cannot resume from {path}: its optimizer differs ({error})") from None
+        if checkpoint.get("scaler"):
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        step = checkpoint.get("step", 0)
+        self.progress.epoch = checkpoint["epoch"] + (0 if step else 1)
+        self.progress.samples = checkpoint.get("samples", 0)
+        old_steps = checkpoint.get("steps_per_epoch", self.steps_per_epoch)
+        updates = checkpoint.get("updates", self.progress.epoch * old_steps)
+        # With another number of ranks an epoch has another number of steps; the place in it stays.
+        self.progress.updates = round(updates * self.steps_per_epoch / old_steps)
+        self.progress.step = round(step * self.steps_per_epoch / old_steps)
+        self.load_extra_state(checkpoint)
+        self.best.update(checkpoint.get("best", {}))
+        ranks = checkpoint.get("ranks")
+        self.loader.broken.update(index for rank in ranks or [] for index in rank["broken"])
+        if ranks and len(ranks) == self.world.size:
+            own = ranks[self.world.rank]
+            utils.set_rng_state(own["rng"], self.world.device)
+            self.meter.sums.copy_(own["meter"])
+        elif ranks:
+            logger.warning("%s is of %d process(es): random numbers are seeded anew", path, len(ranks))
+            if self.world.is_main:
+                self.meter.sums.copy_(sum(rank["meter"] for rank in ranks))
+        logger.info("resumed %s: epoch %d, step %d", path, self.progress.epoch, self.progress.step)
+
+    def check_schedules(self, checkpoint: dict[str, Any], path: str | Path) -> None:
+        """A resumed run keeps its schedules unless --resume_new_sched says otherwise."""
+        old = checkpoint.get("args")
+        old = vars(old) if isinstance(old, argparse.Namespace) else old or {}
+        for flag in self.schedule_flags:
+            if not self.args.resume_new_sched and flag in old and old[flag] != getattr(self.args, flag):
+                raise ValueError(
+                    f"--{flag} {getattr(self.args, flag)}, but {path} was trained with {old[flag]}: "
+                    "add --resume_new_sched to change it"
+                )
+
+    # the run
+
+    def run(self) -> None:
+        while self.progress.epoch < self.last_epoch:
+            self.train_epoch()
+            row, names = self.finish_epoch()
+            epoch = self.progress.epoch
+            last = epoch + 1 == self.last_epoch
+            self.meter.sums.zero_()
+            # The row first: a run killed in between repeats the epoch and replaces the row.
+            self.epoch_sinks.log(row, epoch)
+            if names or last or (epoch + 1) % self.args.save_ckpt_freq == 0:
+                self.save(finished_epoch=True, names=names)
+            self.progress.epoch, self.progress.step, self.progress.samples = epoch + 1, 0, 0
+            if self.world.any(self.stop.received is not None):
+                self.leave()
+        if self.args.wandb_ckpt and self.wandb is not None:
+            self.wandb.save(str(self.checkpoints.folder / "checkpoint-last.pth"), policy="now")
+        self.close()
+
+    def train_epoch(self) -> None:
+        progress, args = self.progress, self.args
+        self.begin_epoch()
+        self.loader.set_epoch(progress.epoch, start_sample=progress.samples)
+        remaining = self.loader.remaining_batches
+        batches = metrics.progress(
+            self.loader,
+            description=f"epoch {progress.epoch}",
+            total=len(self.loader),
+            initial=len(self.loader) - remaining,
+            enabled=self.world.is_main,
+        )
+        first_step = progress.epoch * self.steps_per_epoch
+
+        def on_log(step: int, values: dict[str, float]) -> None:
+            lr, weight_decay = self.schedule(progress.updates)
+            self.step_sinks.log({**values, "lr": lr, "weight_decay": weight_decay}, first_step + step)
+
+        def after_step() -> bool:
+            if self.world.any(self.stop.received is not None):
+                return True
+            due = args.save_ckpt_steps and progress.step % args.save_ckpt_steps == 0
+            if due and progress.step < self.steps_per_epoch:
+                self.save(finished_epoch=False)
+            return False
+
+        finished = train_one_epoch(
+            self.wrapped,
+            batches,
+            objective=self.objective(),
+            optimizer=self.optimizer,
+            precision=self.precision,
+            scaler=self.scaler,
+            guard=self.guard,
+            progress=progress,
+            meter=self.meter,
+            num_batches=remaining,
+            set_schedules=lambda updates: set_hyperparameters(self.optimizer, *self.schedule(updates)),
+            emas=self.emas,
+            ema_source=self.model,
+            update_freq=args.update_freq,
+            clip_grad=args.clip_grad,
+            world_size=self.world.size,
+            log_every=args.log_freq,
+            on_log=on_log,
+            after_step=after_step,
+        )
+        if not finished or self.world.any(self.stop.received is not None):
+            self.save(finished_epoch=False)
+            self.leave()
+
+    def finish_epoch(self) -> tuple[dict[str, float], list[str]]:
+        """Evaluate if it is due. Returns the epoch's row, and the names under which its checkpoint is the best."""
+        args, epoch, world = self.args, self.progress.epoch, self.world
+        self.guard.check()
+        world.sync_buffers(self.model, *(ema.module for ema in self.emas))
+        sums = dict(zip(self.meter.names, world.sum(self.meter.sums.clone()).tolist(), strict=True))
+        lr, weight_decay = self.schedule(self.progress.updates)
+        row = {**self.averages(sums), "lr": lr, "weight_decay": weight_decay, **self.conditions()}
+        broken = broken_count(world, self.loader)
+        if broken:
+            row["broken_images"] = broken
+        due = epoch % args.test_freq == 0 or epoch >= args.test_epoch or epoch + 1 == self.last_epoch
+        found = self.world.gather(self.evaluate() if due else None)[0]
+        names = []
+        for name, score in (self.scores(found) if found else {}).items():
+            if score > self.best.get(name, -1.0):
+                self.best[name] = score
+                names.append(name)
+        return row | (found or {}), names
+
+    def networks_to_evaluate(self) -> Iterator[tuple[str, nn.Module]]:
+        """The network, as `test`, and with --model_ema_eval its averages, each with the prefix of its metrics."""
+        yield "test", self.model
+        for i, ema in enumerate(self.emas if self.args.model_ema_eval else []):
+            moved = self.args.model_ema_force_cpu
+            network = copy.deepcopy(ema.module).to(self.world.device) if moved else ema.module
+            yield "ema" if i == 0 else f"ema_{ema.decay}", network
+
+    def leave(self) -> None:
+        """End after a signal; the state has been saved."""
+        kept = (
+            "the state is saved, --auto_resume true goes on" if self.checkpoints else "no --output_dir, nothing saved"
+        )
+        logger.warning("stopped by a signal in epoch %d, step %d: %s", self.progress.epoch, self.progress.step, kept)
+        self.close()
+        raise SystemExit(max(self.world.gather(self.stop.exit_code)))
+
+    def close(self) -> None:
+        self.step_sinks.close()
+        self.epoch_sinks.close()
+
+
+def launch(prog: str, args: argparse.Namespace, body: Callable[[utils.World], None]) -> None:
+    """Run `body` among the processes of the command, and turn what the user can mend into a line and an exit code.
+
+    Exit codes: 2 for a wrong argument or file, 1 for a loss or gradient that is not finite.
+    """
+    world = utils.World(0, 1, torch.device("cpu"))
+    failure = None
+    try:
+        world = utils.init_world(
+            args.device,
+            dist_url=args.dist_url,
+            on_itp=args.dist_on_itp,
+            world_size=args.world_size,
+            local_rank=args.local_rank,
+        )
+        utils.setup_logging(world.rank)
+        body(world)
+    except NonFiniteError as error:
+        failure = 1, str(error)
+    except (ValueError, OSError) as error:
+        failure = 2, str(error)
+    finally:
+        # Past the except clauses, so that no traceback holds on to the networks of a distributed run any more.
+        utils.close_world(world)
+    if failure:
+        code, message = failure
+        sys.stderr.write(f"{prog}: error: {message}\n")
+        raise SystemExit(code)
