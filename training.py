@@ -49,7 +49,7 @@ class Run(ABC):
     `broken` the run relies on.
     """
 
-    panels: tuple[tuple[str, tuple[str, ...]], ...]  # of curves.png, see `metrics.CurvesSink`
+    panels = metrics.CURVES  # of curves.png
     schedule_flags: tuple[str, ...] = ("epochs", "lr", "warmup_steps", "weight_decay", "opt", "update_freq")
 
     def __init__(self, args: argparse.Namespace, world: utils.World, stop: utils.StopRequest):
