@@ -21,6 +21,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 import models  # noqa: F401  registers the variants
+import networks
 import utils
 from models.vanillanet import SeriesActivation
 
@@ -130,10 +131,7 @@ class MaskRCNN(Detector, detection.MaskRCNN):
 
 
 def _build_body(name: str, **kwargs: Any) -> nn.Module:
-    if not timm.models.is_model(name.split(".")[0]):
-        raise ValueError(
-            f"the backbone {name} is not known; see timm.list_models('vanillanet*') or any other of timm's"
-        )
+    networks.check_name(name, "the backbone", family="vanillanet*")
     if timm.get_pretrained_cfg(name) is not None and timm.get_pretrained_cfg(name).fixed_input_size:
         kwargs["strict_img_size"] = False  # of windowed transformers
     try:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 import metrics
+import networks
 import profiling
 import utils
 from engine import Precision
@@ -118,7 +119,7 @@ def load_classifier(args: argparse.Namespace, detector: Detector) -> None:
     """Load --backbone_weights into the detector's network."""
     path = args.backbone_weights
     checkpoint = utils.load_checkpoint(path)
-    slope = checkpoint.get("act_learn", 1.0)
+    slope = networks.recorded_slope(checkpoint)
     if slope != 1.0:
         raise utils.CheckpointError(f"{path} is from within deep training, at lambda {slope}: train it to its end")
     load_backbone(
