@@ -18,6 +18,7 @@ from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 import models  # noqa: F401  registers the variants
@@ -27,6 +28,7 @@ from models.vanillanet import SeriesActivation
 
 __all__ = [
     "ANCHOR_SIZES",
+    "FRAMEWORKS",
     "TRAIN_SIZES",
     "Detector",
     "MaskRCNN",
@@ -39,6 +41,7 @@ __all__ = [
     "retinanet_vanillanet_13",
 ]
 
+FRAMEWORKS = ("retinanet_", "mask_rcnn_")
 ANCHOR_SIZES = (32, 64, 128, 256, 512)  # px, of the five levels of a pyramid
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 TRAIN_SIZES = tuple(range(480, 1025, 32))  # px of the short side
@@ -132,8 +135,8 @@ class MaskRCNN(Detector, detection.MaskRCNN):
 
 def _build_body(name: str, **kwargs: Any) -> nn.Module:
     networks.check_name(name, "the backbone", family="vanillanet*")
-    if timm.get_pretrained_cfg(name) is not None and timm.get_pretrained_cfg(name).fixed_input_size:
-        kwargs["strict_img_size"] = False  # of windowed transformers
+    if name.startswith("swin"):
+        kwargs["strict_img_size"] = False  # or it takes images of one size only
     try:
         return timm.create_model(name, features_only=True, feature_cls="getter", **kwargs)
     except (AttributeError, RuntimeError, TypeError) as error:
@@ -158,6 +161,7 @@ def create_detector(
     fpn_channels: int = 256,
     box_channels: int = 1024,
     mask_channels: Sequence[int] = (256, 256, 256, 256),
+    head_norm: bool = False,
     anchor_sizes: Sequence[int] = ANCHOR_SIZES,
     train_sizes: Sequence[int] = TRAIN_SIZES,
     test_size: int = 800,
@@ -173,6 +177,8 @@ def create_detector(
         fpn_channels: of the pyramid, and of all of RetinaNet's head.
         box_channels: of the two hidden layers of Mask R-CNN's box head.
         mask_channels: of the convolutions of its mask head.
+        head_norm: BatchNorm in pyramid, RetinaNet's head and Mask R-CNN's mask head, which helps heads that learn for a
+            short time (Li et al., "Benchmarking Detection Transfer Learning", 2021); the published ones have none.
         anchor_sizes: five, px, by the pyramid's level, finest first; RetinaNet has each of them thrice, a third of an
             octave apart.
         train_sizes: px, one of which an image's short side is resized to in training.
@@ -183,7 +189,7 @@ def create_detector(
     Raises:
         ValueError: an unknown name, a network without the feature maps, an argument that does not go with the others.
     """
-    for prefix in ("retinanet_", "mask_rcnn_"):
+    for prefix in FRAMEWORKS:
         if name.startswith(prefix):
             backbone = name.removeprefix(prefix)
             break
@@ -198,28 +204,30 @@ def create_detector(
         raise ValueError(f"act_num, width_mult and deploy belong to VanillaNet, {backbone} has no such thing")
     else:
         body = _build_body(backbone)
+    norm = nn.BatchNorm2d if head_norm else None
     if prefix == "retinanet_":
         levels = _find_levels(backbone, body, STRIDES[1:])
         channels = [body.feature_info.channels()[level] for level in levels]
-        fpn = FeaturePyramidNetwork(channels, fpn_channels, LastLevelP6P7(channels[-1], fpn_channels))
+        fpn = FeaturePyramidNetwork(channels, fpn_channels, LastLevelP6P7(channels[-1], fpn_channels), norm)
         scales = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in anchor_sizes)
         detector = RetinaNet(
             Pyramid(body, levels, fpn, fpn_channels),
             num_classes,
             anchor_generator=AnchorGenerator(scales, (ASPECT_RATIOS,) * len(scales)),
+            head=RetinaNetHead(fpn_channels, 3 * len(ASPECT_RATIOS), num_classes, norm),
             **{"max_size": max_size, "detections_per_img": 100} | kwargs,
         )
     else:
         levels = _find_levels(backbone, body, STRIDES)
         channels = [body.feature_info.channels()[level] for level in levels]
-        fpn = FeaturePyramidNetwork(channels, fpn_channels, LastLevelMaxPool())
+        fpn = FeaturePyramidNetwork(channels, fpn_channels, LastLevelMaxPool(), norm)
         scales = tuple((size,) for size in anchor_sizes)
         detector = MaskRCNN(
             Pyramid(body, levels, fpn, fpn_channels),
             rpn_anchor_generator=AnchorGenerator(scales, (ASPECT_RATIOS,) * len(scales)),
             box_head=TwoMLPHead(fpn_channels * 7**2, box_channels),
             box_predictor=FastRCNNPredictor(box_channels, num_classes),
-            mask_head=MaskRCNNHeads(fpn_channels, mask_channels, 1),
+            mask_head=MaskRCNNHeads(fpn_channels, mask_channels, 1, norm),
             mask_predictor=MaskRCNNPredictor(mask_channels[-1], mask_channels[-1], num_classes),
             **{"max_size": max_size} | kwargs,
         )

@@ -86,6 +86,7 @@ def build_detector(args: argparse.Namespace, num_classes: int) -> Detector:
         width_mult=args.width_mult,
         deploy=args.deploy,
         fpn_channels=args.fpn_channels,
+        head_norm=args.head_norm,
         anchor_sizes=args.anchor_sizes,
         train_sizes=args.train_sizes,
         test_size=args.test_size,
@@ -300,7 +301,7 @@ class DetectionRun(Run):
         detector = build_detector(args, len(self.dataset.classes) + 1)
         if args.finetune:
             load_detector(args, detector, self.dataset)
-        elif args.backbone_weights:
+        elif args.backbone_weights and not args.resume:
             load_classifier(args, detector)
         detector = detector.to(world.device, memory_format=layout_of(args))
         if args.sync_bn:

@@ -39,20 +39,20 @@ CATEGORIES = {
 }
 SPLITS = {"train": ("train", 0), "val": ("t10k", 1)}  # ours: theirs, and what sets their random numbers apart
 CLOTH = 24  # grey value from which a pixel of the source belongs to the garment
-SMALLEST, LARGEST = 28, 72  # px, side of the square that a garment is pasted as
+SMALLEST, LARGEST = 32, 72  # px, side of the square that a garment is pasted as
 MOST = 6  # garments in an image
 EMPTY = 0.05  # of the images
-LEAST_VISIBLE = 0.3  # of a garment; one of which less is left to see is taken away again
+LEAST_VISIBLE = 0.5  # of a garment; one of which less is left to see is taken away again
 
 
 def make_canvas(side: int, rng: np.random.Generator) -> np.ndarray:
     """A background, (side, side, 3) in [0, 255]: coloured noise of several scales."""
     canvas = np.zeros((side, side, 3))
-    for cells, weight in ((3, 60), (12, 35), (side, 12)):
+    for cells, weight in ((3, 25), (12, 18), (side, 6)):
         noise = rng.uniform(-1, 1, (cells, cells, 3)).astype(np.float32)
         layers = [Image.fromarray(noise[..., c]).resize((side, side), Image.Resampling.BICUBIC) for c in range(3)]
         canvas += weight * np.stack([np.asarray(layer) for layer in layers], -1)
-    return np.clip(canvas + rng.uniform(60, 160, 3), 0, 255)
+    return np.clip(canvas + rng.uniform(20, 90, 3), 0, 255)
 
 
 def scale_garment(garment: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

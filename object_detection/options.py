@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from object_detection.detectors import ANCHOR_SIZES, TRAIN_SIZES
+from object_detection.detectors import ANCHOR_SIZES, FRAMEWORKS, TRAIN_SIZES
 from options import (
     COUNT,
     FRACTION,
@@ -45,13 +45,16 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--fpn_channels", type=COUNT, default=256, help="of the pyramid, and of RetinaNet's head")
     model.add_argument("--box_channels", type=COUNT, help="of Mask R-CNN's box head [1024]")
     model.add_argument("--mask_channels", type=COUNT, nargs="+", help="of Mask R-CNN's mask head [256 256 256 256]")
+    model.add_argument("--head_norm", type=boolean, default=False, help="BatchNorm in pyramid and heads")
     model.add_argument(
         "--proposals", type=COUNT, nargs=2, metavar=("TRAIN", "TEST"), help="of Mask R-CNN, an image [2000 1000]"
     )
     model.add_argument("--rois", type=COUNT, help="boxes of an image that its box head learns from [512]")
     model.add_argument("--anchor_sizes", type=COUNT, nargs=5, default=list(ANCHOR_SIZES), help="px, by level")
     model.add_argument(
-        "--backbone_weights", metavar="FILE", help="a classifier's checkpoint to begin with; its classifier is left out"
+        "--backbone_weights",
+        metavar="FILE",
+        help="a classifier's checkpoint to begin with, without --finetune and --resume",
     )
     model.add_argument(
         "--backbone_key", default="model_ema|model|module", help="of its weights; | separates alternatives"
@@ -87,6 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace, needs: Requirements) -> None:
+    if not args.model.startswith(FRAMEWORKS):
+        raise ValueError(f"--model {args.model} is not known: it is retinanet_ or mask_rcnn_, then a model of timm")
     check_training_flags(args, needs)
     needs("backbone_key", args.backbone_weights, "add --backbone_weights")
     needs("draw", args.eval, "add --eval true")
@@ -97,8 +102,6 @@ def _check(args: argparse.Namespace, needs: Requirements) -> None:
         needs(flag, args.model.startswith("mask_rcnn_"), f"--model {args.model} has no such thing")
     if args.export_onnx and not args.finetune:
         raise ValueError("--export_onnx needs the weights: add --finetune FILE")
-    if args.backbone_weights and (args.finetune or args.resume):
-        raise ValueError("--backbone_weights is of no use with --finetune or --resume, which bring the whole detector")
     if args.lr_steps and max(args.lr_steps) >= args.epochs:
         raise ValueError(f"--lr_steps {max(args.lr_steps)} is never reached in --epochs {args.epochs}")
     if args.lr_steps != sorted(set(args.lr_steps)):
