@@ -27,7 +27,7 @@ import profiling
 import utils
 from engine import Classification, Distiller, EvalResult, Precision, build_criterion, evaluate, train_meter
 from optim_factory import activation_slope, cosine_schedule
-from options import parse_args
+from options import parse_args, plain_args
 from training import Run, broken_count, build_precision, launch, layout_of
 
 logger = logging.getLogger("main")
@@ -241,7 +241,7 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
                 "model": fused.state_dict(),
                 "act_learn": 1.0,
                 "deploy": True,
-                "args": {name: value for name, value in vars(args).items() if name != "given"},
+                "args": plain_args(args),
             },
             target,
         )
@@ -298,15 +298,7 @@ class ClassificationRun(Run):
         if not args.disable_eval:
             datasets.check_same_classes(train_dataset, eval_dataset)
         self.num_classes = class_count(args, train_dataset)
-        self.loader = datasets.build_train_loader(
-            train_dataset,
-            batch_size=args.batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            seed=args.seed,
-            num_workers=args.num_workers,
-            pin_memory=args.pin_mem and world.device.type == "cuda",
-        )
+        self.loader = datasets.build_train_loader(train_dataset, **self.loading())
         self.mixup = datasets.build_mixup(
             args.batch_size,
             self.num_classes,
@@ -328,11 +320,7 @@ class ClassificationRun(Run):
         if args.finetune:
             slope, _ = load_network(args, model, fine_tuning=True)
             self.start_slope = 0.0 if args.restart_decay else slope
-        model = model.to(world.device, memory_format=layout_of(args))
-        if args.sync_bn:
-            if world.device.type != "cuda":
-                raise ValueError("--sync_bn true works on GPUs only; leave it out with --device cpu")
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = self.place(model)
         if "layer_decay_num_layers" in args.given and hasattr(model, "stages"):
             layers = len(model.stages)
             if args.layer_decay_num_layers != layers:

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -29,6 +30,7 @@ __all__ = [
     "number",
     "parse_args",
     "parse_checked",
+    "plain_args",
     "save_args",
 ]
 
@@ -338,6 +340,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parse_checked(build_parser(), argv, _check)
 
 
+def plain_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags and their values, for a checkpoint or file."""
+    return {name: value for name, value in vars(args).items() if name != "given"}
+
+
 def save_args(args: argparse.Namespace, path: Path) -> None:
     """Write the arguments, all of them, as YAML."""
-    path.write_text(yaml.safe_dump({k: v for k, v in vars(args).items() if k != "given"}, sort_keys=True))
+    path.write_text(yaml.safe_dump(plain_args(args), sort_keys=True))

@@ -21,7 +21,7 @@ import metrics
 import utils
 from engine import FiniteGuard, NonFiniteError, Objective, Precision, Progress, train_one_epoch
 from optim_factory import build_optimizer, set_hyperparameters
-from options import save_args
+from options import plain_args, save_args
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,27 @@ class Run(ABC):
 
     # set-up
 
+    def place(self, model: nn.Module) -> nn.Module:
+        """A network on the device in its memory format, with the BatchNorms asked for."""
+        model = model.to(self.world.device, memory_format=layout_of(self.args))
+        if self.args.sync_bn:
+            if self.world.device.type != "cuda":
+                raise ValueError("--sync_bn true works on GPUs only; leave it out with --device cpu")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model
+
+    def loading(self) -> dict[str, Any]:
+        """How this rank's training batches are loaded, for `datasets.build_train_loader`."""
+        args, world = self.args, self.world
+        return {
+            "batch_size": args.batch_size,
+            "rank": world.rank,
+            "world_size": world.size,
+            "seed": args.seed,
+            "num_workers": args.num_workers,
+            "pin_memory": args.pin_mem and world.device.type == "cuda",
+        }
+
     def build_emas(self) -> list[ModelEmaV3]:
         args = self.args
         device = "cpu" if args.model_ema_force_cpu else None
@@ -222,7 +243,7 @@ class Run(ABC):
             **self.extra_state(),
             "best": dict(self.best),
             "ranks": self.world.gather(rank_state),
-            "args": {name: value for name, value in vars(self.args).items() if name != "given"},
+            "args": plain_args(self.args),
         }
 
     def save(self, *, finished_epoch: bool, names: Sequence[str] = ()) -> None:

@@ -35,6 +35,7 @@ from object_detection.draw import draw_detections, save_picture
 from object_detection.evaluation import KINDS, STATISTICS, average_precision, detect
 from object_detection.options import parse_args
 from optim_factory import step_schedule
+from options import plain_args
 from training import Run, broken_count, build_precision, launch, layout_of
 
 logger = logging.getLogger("object_detection")
@@ -205,7 +206,7 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
         )
     if world.is_main:
         utils.save_checkpoint(
-            {"model": fused.state_dict(), "deploy": True, **checkpoint_extras(dataset), "args": recorded(args)},
+            {"model": fused.state_dict(), "deploy": True, **checkpoint_extras(dataset), "args": plain_args(args)},
             args.switch_to_deploy,
         )
     precision = build_precision(args, world.device)
@@ -229,10 +230,6 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
 def checkpoint_extras(dataset: CocoDataset) -> dict[str, Any]:
     """What a detector's checkpoint holds of its own; lambda is 1 throughout."""
     return {"act_learn": 1.0, "classes": list(dataset.classes), "category_ids": list(dataset.category_ids)}
-
-
-def recorded(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(args).items() if name != "given"}
 
 
 def export_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
@@ -279,16 +276,7 @@ class DetectionRun(Run):
     def build_data(self) -> None:
         args, world = self.args, self.world
         self.dataset = build_dataset(args, train=True)
-        self.loader = datasets.build_train_loader(
-            self.dataset,
-            batch_size=args.batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            seed=args.seed,
-            num_workers=args.num_workers,
-            pin_memory=args.pin_mem and world.device.type == "cuda",
-            collate=collate,
-        )
+        self.loader = datasets.build_train_loader(self.dataset, **self.loading(), collate=collate)
         self.eval_dataset = None
         if not args.disable_eval:
             self.eval_dataset = build_dataset(args, train=False)
@@ -297,18 +285,13 @@ class DetectionRun(Run):
             self.eval_loader = build_eval_loader(args, self.eval_dataset, world)
 
     def build_model(self) -> Detector:
-        args, world = self.args, self.world
+        args = self.args
         detector = build_detector(args, len(self.dataset.classes) + 1)
         if args.finetune:
             load_detector(args, detector, self.dataset)
         elif args.backbone_weights and not args.resume:
             load_classifier(args, detector)
-        detector = detector.to(world.device, memory_format=layout_of(args))
-        if args.sync_bn:
-            if world.device.type != "cuda":
-                raise ValueError("--sync_bn true works on GPUs only; leave it out with --device cpu")
-            detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
-        return detector
+        return self.place(detector)
 
     def build_meter(self) -> metrics.SumMeter:
         return metrics.SumMeter(("loss", *self.model.losses, "count"), self.world.device)

@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,20 +35,14 @@ RETINANET = shlex.split(
     "--eval_images val --device cpu --num_workers 0 --batch_size 2 --epochs 1 --lr_steps --warmup_steps 2"
 )
 
+ONE_EPOCH = ["--epochs", "1", "--warmup_steps", "1", "--lr_steps"]
+
 
 @pytest.fixture(scope="session")
 def garments(tmp_path_factory):
     folder = tmp_path_factory.mktemp("garments")
     make_garments.main([str(folder), "--train", "11", "--val", "5", "--side", "80"])
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _restore_signals():
-    before = {number: signal.getsignal(number) for number in utils.StopRequest.signals}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def run(data, *arguments, base=BASE):
@@ -118,19 +111,7 @@ def test_a_backbone_to_begin_with(garments, tmp_path):
     """It is loaded, less its classifier, before the first step."""
     classifier = timm.create_model("vanillanet_6", width_mult=1 / 64, act_num=1, num_classes=5)
     utils.save_checkpoint({"model_ema": classifier.state_dict(), "act_learn": 1.0}, tmp_path / "w.pth")
-    arguments = [
-        "--epochs",
-        "1",
-        "--warmup_steps",
-        "1",
-        "--lr_steps",
-        "--lr",
-        "1e-12",
-        "--weight_decay",
-        "0",
-        "--disable_eval",
-        "true",
-    ]
+    arguments = [*ONE_EPOCH, "--lr", "1e-12", "--weight_decay", "0", "--disable_eval", "true"]
     run(garments, "--output_dir", tmp_path / "out", "--backbone_weights", tmp_path / "w.pth", *arguments)
     after = utils.load_checkpoint(tmp_path / "out" / "checkpoint-last.pth")["model"]
     for name, parameter in classifier.named_parameters():
@@ -139,19 +120,7 @@ def test_a_backbone_to_begin_with(garments, tmp_path):
 
 
 def test_mixed_precision_and_channels_last(garments, tmp_path):
-    flags = [
-        "--use_amp",
-        "true",
-        "--amp_dtype",
-        "bf16",
-        "--channels_last",
-        "true",
-        "--epochs",
-        "1",
-        "--warmup_steps",
-        "1",
-        "--lr_steps",
-    ]
+    flags = ["--use_amp", "true", "--amp_dtype", "bf16", "--channels_last", "true", "--head_norm", "true", *ONE_EPOCH]
     run(garments, "--output_dir", tmp_path, *flags)
     assert 0 < float(rows(tmp_path)[0][0]["train_loss"]) < 10
 
@@ -359,18 +328,7 @@ def test_a_broken_validation_image(garments, straight, tmp_path, capsys, caplog)
     run(tmp_path, *arguments, "--skip_broken_eval", "true")
     assert "1 broken images: what is in them counts as missed" in capsys.readouterr().err
     (tmp_path / "train" / "00003.png").write_bytes(b"nothing")
-    run(
-        tmp_path,
-        "--output_dir",
-        tmp_path / "out",
-        "--skip_broken_eval",
-        "true",
-        "--epochs",
-        "1",
-        "--warmup_steps",
-        "1",
-        "--lr_steps",
-    )
+    run(tmp_path, "--output_dir", tmp_path / "out", "--skip_broken_eval", "true", *ONE_EPOCH)
     assert rows(tmp_path / "out")[0][0]["broken_images"] == "1"  # its place in training is taken by another
 
 

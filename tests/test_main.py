@@ -29,14 +29,6 @@ from runs import assert_same_run, rows
 ROOT = Path(main.__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def _restore_signals():
-    before = {number: signal.getsignal(number) for number in utils.StopRequest.signals}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 BASE = shlex.split(
     "--model vanillanet_6 --width_mult 0.015625 --input_size 32 --data_set FMNIST --device cpu --num_workers 0 "
     "--batch_size 4 --update_freq 2 --lr 1e-2 --warmup_epochs 1 --epochs 4 --decay_epochs 5 --drop 0.1 --clip_grad 5 "
