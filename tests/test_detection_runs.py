@@ -15,7 +15,9 @@ from PIL import Image
 import utils
 from engine import Precision
 from object_detection import main, make_garments
+from object_detection.checkpoints import open_detector
 from object_detection.coco import CocoDataset
+from object_detection.comparing import largest_difference
 from object_detection.evaluation import average_precision, detect
 from object_detection.options import parse_args
 from optim_factory import step_schedule
@@ -207,6 +209,21 @@ def test_fusing_a_trained_detector(garments, straight, tmp_path, capsys):
         line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines() if line.startswith(("| box", "| mask"))
     ]
     assert again == aps[2:]
+
+
+def test_a_checkpoint_tells_what_it_is_of(garments, straight, tmp_path):
+    """Its detector finds what the run's does, in both forms."""
+    detector, classes = open_detector(straight / "checkpoint-last.pth", key="model")
+    assert classes == ("top", "trousers", "dress", "sandal", "sneaker", "bag", "boot")
+    assert (detector.training, detector.test_size, detector.transform.max_size) == (False, 80, 96)
+    run(garments, "--switch_to_deploy", tmp_path / "d.pth", "--finetune", straight / "checkpoint-last.pth")
+    fused, _ = open_detector(tmp_path / "d.pth")
+    assert fused.deploy
+    image = CocoDataset(garments / "val.json", garments / "val", train=False, masks=True)[1][0]
+    assert largest_difference(detector, fused, [image]) < 1e-4
+    utils.save_checkpoint({"model": {}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="is not the checkpoint of a detector"):
+        open_detector(tmp_path / "other.pth")
 
 
 def test_a_wrong_fusion_writes_nothing(garments, straight, tmp_path, capsys, monkeypatch):

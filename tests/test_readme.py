@@ -14,12 +14,15 @@ import timm
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import models  # noqa: F401  registers the variants
+import object_detection.benchmark
+import object_detection.options
 import visualize
 from options import build_parser, parse_args
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DETECTION = ROOT / "object_detection" / "README.md"
+PAGES = [README, DETECTION, *sorted((ROOT / "docs").glob("*.md"))]
 KEYS = json.loads((ROOT / "tests/data/state_dict_keys.json").read_text())
 
 # The paper's table: parameters (M), MACs (G), latency (ms), top-1 and ReaL (%). Frozen: these are not ours to change.
@@ -36,8 +39,13 @@ VanillaNet-13 58.6 11.9 4.26 82.05 87.15
 VanillaNet-13-1.5x 127.8 26.5 7.83 82.53 87.48
 VanillaNet-13-1.5x,_adaptive_pooling 127.8 48.9 9.72 83.11 87.85
 """
-# The scripts, with what parses their arguments.
-PARSERS = {"main.py": parse_args, "visualize.py": visualize.parse_args}
+# The scripts and modules, with what parses their arguments.
+PARSERS = {
+    "main.py": parse_args,
+    "visualize.py": visualize.parse_args,
+    "object_detection/main.py": object_detection.options.parse_args,
+    "object_detection.benchmark": lambda arguments: object_detection.benchmark.build_parser().parse_args(arguments),
+}
 # What else a block of commands may call.
 OTHER_COMMANDS = {"curl", "."}
 
@@ -76,9 +84,10 @@ def arguments_of(command: list[str], script: str = "main.py") -> list[str] | Non
         command = command[next(i for i, token in enumerate(command) if i and not token.startswith("-")) :]
     if command[0] == "torchrun":
         started = torchrun_parser().parse_args(command[1:])
-        assert started.training_script == "main.py"
-        return started.training_script_args if script == "main.py" else None
-    return command[2:] if command[:2] == ["python", script] else None
+        assert started.training_script in PARSERS
+        return started.training_script_args if script == started.training_script else None
+    started = ["python", "-m", script] if script.startswith("object_detection.") else ["python", script]
+    return command[len(started) :] if command[: len(started)] == started else None
 
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -166,7 +175,8 @@ def test_enough_python_blocks_run():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_in_the_text_exist(page):
-    flags = flags_of(build_parser()) | flags_of(visualize.build_parser())
+    parsers = build_parser, visualize.build_parser, object_detection.options.build_parser
+    flags = set().union(*(flags_of(build()) for build in (*parsers, object_detection.benchmark.build_parser)))
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
     launcher = {"node_rank"}
