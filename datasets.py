@@ -641,6 +641,11 @@ class _LimitAspect:
         return image.crop((left, top, left + width, top + height))
 
 
+def default_crop_pct(input_size: int) -> float:
+    """The part of the resized shorter side that is kept: 0.875 below 384 px and 1 from there on."""
+    return 0.875 if input_size < 384 else 1.0
+
+
 def build_eval_transform(
     input_size: int,
     *,
@@ -657,7 +662,7 @@ def build_eval_transform(
         input_size: px.
         mean, std: of each channel, in [0, 1].
         small: do not resize; an image smaller than input_size gets a black border.
-        crop_pct: in (0, 1]; None is 0.875 below 384 px and 1 from there on.
+        crop_pct: in (0, 1]; None is `default_crop_pct`.
 
     Raises:
         ValueError: crop_pct is out of range, or given with `small`, where it has no effect.
@@ -668,7 +673,7 @@ def build_eval_transform(
             raise ValueError(f"--crop_pct has no effect on images that are not resized (up to {NATIVE_SIZE} px)")
     else:
         if crop_pct is None:
-            crop_pct = 0.875 if input_size < 384 else 1.0
+            crop_pct = default_crop_pct(input_size)
         if not 0 < crop_pct <= 1:
             raise ValueError(f"--crop_pct must be above 0 and at most 1, not {crop_pct}")
         resize = [_LimitAspect(), transforms.Resize(int(input_size / crop_pct), InterpolationMode.BICUBIC)]

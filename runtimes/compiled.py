@@ -8,15 +8,15 @@ import torch._inductor.config as inductor
 from torch import nn
 
 from . import pt2e
-from .adaptive_pool import fix_adaptive_pools
 from .base import DTYPES, Engine, FixedBatch, Form, Runtime, set_tf32
 from .eager import operator_times
 from .memory import keep_freed_memory
+from .plain import plain
 
 
 def inductor_form(network: nn.Module, images: torch.Tensor, *, precision: str, calibration, device: str) -> nn.Module:
     """The module that inductor is given, float32 in and out: channels-last, in `precision`, pools fixed."""
-    network = fix_adaptive_pools(network, images)
+    network = plain(network, images)
     if precision == "int8":
         return pt2e.quantize(network, images, calibration)
     return Form(network, dtype=DTYPES[precision], layout=torch.channels_last, device=device)

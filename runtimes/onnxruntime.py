@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .adaptive_pool import fix_adaptive_pools
 from .base import (
     DTYPES,
     FileEngine,
@@ -23,6 +22,7 @@ from .base import (
     quiet,
     require,
 )
+from .plain import plain
 
 INPUT, OUTPUT = "images", "logits"
 OPSET = 20
@@ -76,7 +76,7 @@ def write_onnx(
         require(module, package, "ONNX")
     import onnx
 
-    network = fix_adaptive_pools(network, images)
+    network = plain(network, images)
     form = Form(network, dtype=DTYPES.get(precision, torch.float32))
     program = exported(form, images, dynamic_batch=True)
     with quiet():

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from .adaptive_pool import fix_adaptive_pools
 from .base import FileEngine, Form, Layer, Metadata, Runtime, exported, in_precision, quiet, require
+from .plain import plain
 
 SECTION = "vanillanet"  # in the file's rt_info
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # int8 leaves some operators out, which then run in bfloat16
@@ -24,7 +24,7 @@ class OpenVINO(FileEngine):
     ):
         self.check(precision, device, calibration)
         openvino = self._library()
-        form = Form(fix_adaptive_pools(network, images))
+        form = Form(plain(network, images))
         with quiet():
             model = openvino.convert_model(exported(form, images, dynamic_batch=True))
             if precision == "int8":
@@ -45,6 +45,8 @@ class OpenVINO(FileEngine):
             preset=nncf.QuantizationPreset.MIXED,
             target_device=nncf.TargetDevice.CPU,
             subset_size=len(images),
+            # The series activations stay in bfloat16: int8 gains 2 % of the time there and loses the most accuracy.
+            ignored_scope=nncf.IgnoredScope(types=["GroupConvolution"], validate=False),
         )
 
     def open(self, path: Path, *, precision=None, device="cpu", profile=False) -> Runtime:

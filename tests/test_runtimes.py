@@ -13,6 +13,7 @@ import models
 import runtimes
 from runtimes.adaptive_pool import AxisMaxPool, _as_strided_pool, fix_adaptive_pools, windows
 from runtimes.base import FixedBatch
+from runtimes.plain import plain
 
 ROOT = Path(__file__).parents[1]
 METADATA = runtimes.Metadata(
@@ -315,6 +316,20 @@ def test_a_network_with_adaptive_pools_is_rewritten_exactly(randomized, size):
     assert not any(isinstance(module, torch.nn.AdaptiveMaxPool2d) for module in fixed.modules())
     with torch.no_grad():
         assert torch.equal(fixed(images), network(images))
+
+
+@pytest.mark.parametrize("variant", models.vanillanet.VARIANTS)
+def test_the_plain_form_is_the_network_bit_by_bit(randomized, variant):
+    network = small(randomized, variant, width=1 / 64)
+    images = torch.randn(2, 3, 96, 96)
+    form = plain(network, images)
+    assert not any(isinstance(module, models.vanillanet.SeriesActivation) for module in form.modules())
+    with torch.no_grad():
+        assert torch.equal(form(images), network(images))
+    # A ReLU follows its convolution in every layer, so that an engine fuses the two.
+    names = [name.rpartition(".")[2] for name, module in form.named_modules() if not list(module.children())]
+    assert all(names[i + 1] == "relu" for i, name in enumerate(names) if name == "conv")
+    assert names.count("relu") == len(network.stages) + 1
 
 
 # -- memory
