@@ -1,16 +1,38 @@
-"""What the tests of the network share."""
+"""What the tests share."""
 
+import gzip
+import struct
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import datasets
+
+EMBEDDED = Path(datasets.__file__).parent / "data" / "fashion-mnist"
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_fmnist(tmp_path_factory):
+    """60 training and 40 test images of the embedded data, in the same format."""
+    folder = tmp_path_factory.mktemp("fmnist")
+    for split, count in (("train", 60), ("t10k", 40)):
+        for kind in ("images-idx3", "labels-idx1"):
+            name = f"{split}-{kind}-ubyte.gz"
+            values = datasets.read_idx(EMBEDDED / name)[:count]
+            header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
+            with gzip.open(folder / name, "wb") as file:
+                file.write(header + np.ascontiguousarray(values).tobytes())
+    return folder
 
 
 @pytest.fixture

@@ -2,14 +2,12 @@
 
 import argparse
 import csv
-import gzip
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -30,20 +28,6 @@ from optim_factory import cosine_schedule
 
 ROOT = Path(main.__file__).parent
 TIMINGS = {"images_per_second"}  # what differs between two runs of the same thing
-
-
-@pytest.fixture(scope="session")
-def tiny_fmnist(tmp_path_factory):
-    """60 training and 40 test images of the embedded data, in the same format."""
-    folder = tmp_path_factory.mktemp("fmnist")
-    for split, count in (("train", 60), ("t10k", 40)):
-        for kind in ("images-idx3", "labels-idx1"):
-            name = f"{split}-{kind}-ubyte.gz"
-            values = datasets.read_idx(ROOT / "data" / "fashion-mnist" / name)[:count]
-            header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
-            with gzip.open(folder / name, "wb") as file:
-                file.write(header + np.ascontiguousarray(values).tobytes())
-    return folder
 
 
 @pytest.fixture(autouse=True)
