@@ -189,6 +189,37 @@ def find_images(folder: str, above: Collection[tuple[int, int]] = ()) -> list[st
     ]
 
 
+def list_images(paths: Sequence[str]) -> list[str]:
+    """Image files that are named, and those anywhere under folders that are named, in order.
+
+    Raises:
+        ValueError: a path is not there or cannot be read, or a folder has no image.
+    """
+    found = []
+    for path in paths:
+        if not os.path.isdir(path):
+            if not os.path.exists(path):
+                raise ValueError(f"{path} does not exist")
+            found.append(os.fspath(path))
+            continue
+        try:
+            inside = find_images(path)
+        except OSError as error:
+            raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+        if not inside:
+            raise ValueError(f"no image is in the folder {path}")
+        found += inside
+    return found
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """An RGB image; ValueError, which names the file, where there is none."""
+    try:
+        return decode_image(path)
+    except BrokenImageError as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
 class FolderDataset(ImageDataset):
     """A folder of class folders of image files; the classes are the folders' names in sorted order.
 

@@ -128,22 +128,10 @@ def sample_folder(folder: str | Path, metadata: Metadata, count: int) -> torch.T
     """Images from anywhere under a folder, evenly spread in their order, (n, 3, H, W) with n up to `count`.
 
     Raises:
-        ValueError: the folder cannot be read or has no images, or one is broken.
+        ValueError: the folder cannot be read or has no image, or one is broken.
     """
-    try:
-        paths = datasets.find_images(os.fspath(folder))
-        if not os.path.isdir(folder):
-            raise ValueError(f"{folder} is no folder")
-    except OSError as error:
-        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-    if not paths:
-        raise ValueError(f"there is no image under {folder}")
-    prepare, images = transform(metadata), []
-    for place in _spread(len(paths), count):
-        try:
-            images.append(prepare(datasets.decode_image(paths[place])))
-        except datasets.BrokenImageError as error:
-            raise ValueError(f"{paths[place]}: {error}") from error
+    paths, prepare = datasets.list_images([os.fspath(folder)]), transform(metadata)
+    images = [prepare(datasets.read_image(paths[place])) for place in _spread(len(paths), count)]
     return torch.stack(images)
 
 

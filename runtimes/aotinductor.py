@@ -1,7 +1,6 @@
 """torch.export and AOTInductor: a `.pt2` package, compiled beforehand, that runs without a compiler."""
 
 import json
-import logging
 import zipfile
 from pathlib import Path
 
@@ -9,11 +8,15 @@ import torch
 from torch import nn
 
 from .base import FileEngine, FixedBatch, Metadata, Runtime, check_precision, exported, in_precision
-from .compiled import inductor_form, inductor_settings
 from .eager import operator_times
 from .memory import keep_freed_memory
 
 METADATA = "metadata.json"
+
+
+def instructions() -> str:
+    """The vector instructions that torch uses on this processor."""
+    return torch.backends.cpu.get_cpu_capability()
 
 
 class AOTInductor(FileEngine):
@@ -40,14 +43,22 @@ class AOTInductor(FileEngine):
         profile=False,
     ) -> list[Path]:
         self.check(precision, device, calibration)
+        # Only here, so that a package answers soon: what compiles it takes seconds to import.
         from torch._inductor import aot_compile
         from torch.export.pt2_archive._package import package_pt2
+
+        from .compiled import inductor_form, inductor_settings
 
         form = inductor_form(network, images, precision=precision, calibration=calibration, device=device)
         program = exported(form, images.to(device, torch.float32), dynamic_batch=False)
         with inductor_settings(profile), torch.no_grad():
             files = aot_compile(program.module(), program.example_inputs[0], options={"aot_inductor.package": True})
-        strings = {**in_precision(metadata, precision).to_strings(), "batch_size": str(len(images))}
+        strings = {
+            **in_precision(metadata, precision).to_strings(),
+            "batch_size": str(len(images)),
+            "device": torch.device(device).type,
+            "instructions": instructions(),
+        }
         package_pt2(str(path), aoti_files={"model": files}, extra_files={METADATA: json.dumps(strings)})
         return [path]
 
@@ -55,19 +66,36 @@ class AOTInductor(FileEngine):
         strings = self.read_strings(path)
         metadata = Metadata.from_strings(strings, path)
         precision = check_precision(metadata, precision, path)
-        if torch.device(device).type == "cpu":
+        self.check(precision, device, calibration=[torch.empty(0)])
+        kind = torch.device(device).type
+        if strings["device"] != kind:
+            raise ValueError(f"{path} was compiled for {strings['device']}, not for {kind}: export it anew")
+        if kind == "cpu":
+            if strings["instructions"] != instructions():
+                raise ValueError(
+                    f"{path} was compiled for {strings['instructions']}, this processor has {instructions()}: "
+                    "export it here"
+                )
             keep_freed_memory()
-        # What loading says about packages of an older format, or a device it was not compiled on, is a warning here.
-        logging.getLogger("torch.export.pt2_archive").setLevel(logging.ERROR)
+        # The class behind torch._inductor.aoti_load_package, which would first import the compiler, for a second.
+        index = torch.device(device).index
         try:
-            package = torch._inductor.aoti_load_package(str(path))
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1 if index is None else index)
         except RuntimeError as error:
             raise ValueError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
+
+        def package(images: torch.Tensor) -> torch.Tensor:
+            return loader.boxed_run([images])[0]
+
         run = FixedBatch(package, int(strings["batch_size"]))
         return Runtime(
-            self.name, precision, run, metadata=metadata, device=device,
+            self.name,
+            precision,
+            run,
+            metadata=metadata,
+            device=device,
             profile=lambda batch: operator_times(run, batch),
-        )  # fmt: skip
+        )
 
     @staticmethod
     def read_strings(path: Path) -> dict[str, str]:

@@ -22,7 +22,6 @@ from .base import (
     quiet,
     require,
 )
-from .plain import plain
 
 INPUT, OUTPUT = "images", "logits"
 OPSET = 20
@@ -75,6 +74,8 @@ def write_onnx(
     for module, package in (("onnx", "onnx"), ("onnxscript", "onnxscript")):
         require(module, package, "ONNX")
     import onnx
+
+    from .plain import plain
 
     network = plain(network, images)
     form = Form(network, dtype=DTYPES.get(precision, torch.float32))

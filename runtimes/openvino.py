@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from .base import FileEngine, Form, Layer, Metadata, Runtime, exported, in_precision, quiet, require
-from .plain import plain
 
 SECTION = "vanillanet"  # in the file's rt_info
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # int8 leaves some operators out, which then run in bfloat16
@@ -23,6 +22,8 @@ class OpenVINO(FileEngine):
         self, network, images, path, *, precision="fp32", calibration=None, metadata, device="cpu", profile=False
     ):
         self.check(precision, device, calibration)
+        from .plain import plain
+
         openvino = self._library()
         form = Form(plain(network, images))
         with quiet():
