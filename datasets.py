@@ -192,6 +192,37 @@ def find_images(folder: str, above: Collection[tuple[int, int]] = ()) -> list[st
     ]
 
 
+def list_images(paths: Sequence[str]) -> list[str]:
+    """Image files that are named, and those anywhere under folders that are named, in order.
+
+    Raises:
+        ValueError: a path is not there or cannot be read, or a folder has no image.
+    """
+    found = []
+    for path in paths:
+        if not os.path.isdir(path):
+            if not os.path.exists(path):
+                raise ValueError(f"{path} does not exist")
+            found.append(os.fspath(path))
+            continue
+        try:
+            inside = find_images(path)
+        except OSError as error:
+            raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+        if not inside:
+            raise ValueError(f"no image is in the folder {path}")
+        found += inside
+    return found
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """An RGB image; ValueError, which names the file, where there is none."""
+    try:
+        return decode_image(path)
+    except BrokenImageError as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+
+
 class FolderDataset(ImageDataset):
     """A folder of class folders of image files; the classes are the folders' names in sorted order.
 
@@ -644,6 +675,11 @@ class _LimitAspect:
         return image.crop((left, top, left + width, top + height))
 
 
+def default_crop_pct(input_size: int) -> float:
+    """The part of the resized shorter side that is kept: 0.875 below 384 px and 1 from there on."""
+    return 0.875 if input_size < 384 else 1.0
+
+
 def build_eval_transform(
     input_size: int,
     *,
@@ -660,7 +696,7 @@ def build_eval_transform(
         input_size: px.
         mean, std: of each channel, in [0, 1].
         small: do not resize; an image smaller than input_size gets a black border.
-        crop_pct: in (0, 1]; None is 0.875 below 384 px and 1 from there on.
+        crop_pct: in (0, 1]; None is `default_crop_pct`.
 
     Raises:
         ValueError: crop_pct is out of range, or given with `small`, where it has no effect.
@@ -671,7 +707,7 @@ def build_eval_transform(
             raise ValueError(f"--crop_pct has no effect on images that are not resized (up to {NATIVE_SIZE} px)")
     else:
         if crop_pct is None:
-            crop_pct = 0.875 if input_size < 384 else 1.0
+            crop_pct = default_crop_pct(input_size)
         if not 0 < crop_pct <= 1:
             raise ValueError(f"--crop_pct must be above 0 and at most 1, not {crop_pct}")
         resize = [_LimitAspect(), transforms.Resize(int(input_size / crop_pct), InterpolationMode.BICUBIC)]

@@ -241,6 +241,7 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
                 "model": fused.state_dict(),
                 "act_learn": 1.0,
                 "deploy": True,
+                **{key: checkpoint[key] for key in ("classes",) if key in checkpoint},
                 "args": plain_args(args),
             },
             target,
@@ -297,7 +298,7 @@ class ClassificationRun(Run):
         train_dataset = build_dataset(args, world, train=True)
         if not args.disable_eval:
             datasets.check_same_classes(train_dataset, eval_dataset)
-        self.num_classes = class_count(args, train_dataset)
+        self.num_classes, self.classes = class_count(args, train_dataset), train_dataset.classes
         self.loader = datasets.build_train_loader(train_dataset, **self.loading())
         self.mixup = datasets.build_mixup(
             args.batch_size,
@@ -390,7 +391,8 @@ class ClassificationRun(Run):
         return {"act_learn": self.slope()}
 
     def extra_state(self) -> dict[str, Any]:
-        return {"act_learn": self.slope(), "start_slope": self.start_slope}
+        state = {"act_learn": self.slope(), "start_slope": self.start_slope}
+        return state | ({"classes": list(self.classes)} if self.classes else {})
 
     def load_extra_state(self, checkpoint: dict[str, Any]) -> None:
         self.start_slope = checkpoint.get("start_slope", self.start_slope)
