@@ -16,7 +16,7 @@ from timm.models import group_parameters
 from torch import nn
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
@@ -225,7 +225,9 @@ def create_detector(
         detector = MaskRCNN(
             Pyramid(body, levels, fpn, fpn_channels),
             rpn_anchor_generator=AnchorGenerator(scales, (ASPECT_RATIOS,) * len(scales)),
-            box_head=TwoMLPHead(fpn_channels * 7**2, box_channels),
+            box_head=FastRCNNConvFCHead((fpn_channels, 7, 7), [fpn_channels] * 2, [box_channels], norm)
+            if head_norm
+            else TwoMLPHead(fpn_channels * 7**2, box_channels),
             box_predictor=FastRCNNPredictor(box_channels, num_classes),
             mask_head=MaskRCNNHeads(fpn_channels, mask_channels, 1, norm),
             mask_predictor=MaskRCNNPredictor(mask_channels[-1], mask_channels[-1], num_classes),
