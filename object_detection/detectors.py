@@ -177,8 +177,8 @@ def create_detector(
         fpn_channels: of the pyramid, and of all of RetinaNet's head.
         box_channels: of the two hidden layers of Mask R-CNN's box head.
         mask_channels: of the convolutions of its mask head.
-        head_norm: BatchNorm in pyramid, RetinaNet's head and Mask R-CNN's mask head, which helps heads that learn for a
-            short time (Li et al., "Benchmarking Detection Transfer Learning", 2021); the published ones have none.
+        head_norm: BatchNorm in pyramid and heads, and two convolutions more in Mask R-CNN's box head, which helps heads
+            that learn for a short time (as torchvision's v2 detectors have it); the published ones have none.
         anchor_sizes: five, px, by the pyramid's level, finest first; RetinaNet has each of them thrice, a third of an
             octave apart.
         train_sizes: px, one of which an image's short side is resized to in training.

@@ -12,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 
+import options
 import utils
 from engine import Precision
 from object_detection import main, make_garments
@@ -151,6 +152,16 @@ def test_ap_does_not_depend_on_the_ranks(garments, straight):
     assert average_precision(dataset.data, second + first, masks=True) == average_precision(
         dataset.data, alone, masks=True
     )
+
+
+def test_it_starts_from_anywhere(tmp_path):
+    """As a file, with `options.py` and the like of this folder out of the way of those above it."""
+    for start in ([str(ROOT / "object_detection" / "main.py")], ["-m", "object_detection.main"]):
+        folder = tmp_path if start[0] != "-m" else ROOT
+        done = subprocess.run(
+            [sys.executable, *start, "--help"], cwd=folder, capture_output=True, text=True, timeout=100, check=True
+        )
+        assert "--lr_steps" in done.stdout
 
 
 @pytest.mark.slow
@@ -368,3 +379,13 @@ def test_recipes_are_as_published(model):
     found = vars(parse_args([f"@{ROOT}/object_detection/recipes/{model}.args"]))
     wanted.pop("given"), found.pop("given")
     assert found == wanted
+
+
+def test_the_demos_recipes_fit_together(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    classifier = options.parse_args(["@object_detection/recipes/demo_backbone.args"])
+    detector = parse_args(["@object_detection/recipes/demo.args"])
+    assert detector.model == f"mask_rcnn_{classifier.model}"
+    assert (detector.width_mult, detector.act_num) == (classifier.width_mult, classifier.act_num)
+    assert classifier.decay_epochs < classifier.epochs  # its lambda ends at 1
+    assert f"{classifier.output_dir}/" == f"{detector.output_dir}/backbone/"
