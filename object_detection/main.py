@@ -7,6 +7,7 @@ python object_detection/main.py @RECIPE --export_onnx NEW --finetune FILE
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import logging
@@ -79,6 +80,19 @@ def build_eval_loader(args: argparse.Namespace, dataset: CocoDataset, world: uti
     )
 
 
+def first_images(dataset: CocoDataset, count: int) -> list[torch.Tensor]:
+    """The first images (3, H, W) that can be read. ValueError if none can."""
+    found: list[torch.Tensor] = []
+    for index in range(len(dataset)):
+        with contextlib.suppress(datasets.BrokenImageError):  # evaluation tells of them
+            found.append(dataset[index][0])
+        if len(found) == count:
+            break
+    if not found:
+        raise ValueError(f"no image of {dataset.path} can be read")
+    return found
+
+
 # -- evaluation
 
 
@@ -129,7 +143,7 @@ def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
 
 @torch.no_grad()
 def draw_checkpoint(args: argparse.Namespace, detector: Detector, dataset: CocoDataset, device: torch.device) -> None:
-    images = [dataset[index][0] for index in range(min(args.draw_images, len(dataset)))]
+    images = first_images(dataset, args.draw_images)
     detections = [detector([image.to(device)])[0] for image in images]
     pictures = [
         draw_detections(image, detection, classes=dataset.classes, threshold=args.draw_threshold)
@@ -148,7 +162,7 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
     fused = copy.deepcopy(detector)
     fused.switch_to_deploy()
     fused.to(memory_format=layout_of(args))  # what fusing returns is contiguous
-    images = [dataset[index][0].to(world.device) for index in range(min(COMPARED_IMAGES, len(dataset)))]
+    images = [image.to(world.device) for image in first_images(dataset, COMPARED_IMAGES)]
     difference = largest_difference(detector, fused, images)
     if not difference <= DEPLOY_TOLERANCE:
         raise ValueError(
@@ -188,7 +202,7 @@ def export_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
 
     _, dataset, detector, _ = prepare_eval(args, world)
     if world.is_main:
-        difference = export_onnx(detector, args.export_onnx, image=dataset[0][0])
+        difference = export_onnx(detector, args.export_onnx, image=first_images(dataset, 1)[0])
         print(f"{args.export_onnx}: largest difference from PyTorch {difference:.1e}")
 
 

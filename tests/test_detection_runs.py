@@ -252,6 +252,9 @@ def test_exporting(garments, straight, tmp_path, capsys):
     run(garments, "--export_onnx", tmp_path / "d.onnx", "--finetune", straight / "checkpoint-last.pth")
     assert "largest difference from PyTorch" in capsys.readouterr().out
     assert (tmp_path / "d.onnx").stat().st_size > 10_000
+    run(garments, "--switch_to_deploy", tmp_path / "d.pth", "--finetune", straight / "checkpoint-last.pth")
+    run(garments, "--deploy", "true", "--export_onnx", tmp_path / "fused.onnx", "--finetune", tmp_path / "d.pth")
+    assert (tmp_path / "fused.onnx").stat().st_size < (tmp_path / "d.onnx").stat().st_size
 
 
 def test_a_retinanet(garments, tmp_path, capsys):
@@ -326,6 +329,7 @@ def test_bad_input(garments, straight, tmp_path, capsys, monkeypatch, arguments,
         ("--model retinanet_vanillanet_6", "--box_channels has no effect"),
         ("--eval true", "--finetune"),
         ("--export_onnx F", "--export_onnx needs the weights"),
+        ("--export_onnx F --finetune G --eval true", "--eval has no effect"),
         ("--draw F", "--draw has no effect"),
         ("--draw_images 3", "--draw_images has no effect"),
         ("--backbone_key model", "--backbone_key has no effect"),
@@ -353,7 +357,9 @@ def test_a_broken_validation_image(garments, straight, tmp_path, capsys, caplog)
         run(tmp_path, *arguments)
     assert ended.value.code == 2
     assert "00002.png: not an image" in capsys.readouterr().err
-    run(tmp_path, *arguments, "--skip_broken_eval", "true")
+    run(tmp_path, *arguments, "--skip_broken_eval", "true", "--draw", tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (4 * 320 + 5 * 4, 320 + 2 * 4)  # the four that can be read
     assert "1 broken images: what is in them counts as missed" in capsys.readouterr().err
     (tmp_path / "train" / "00003.png").write_bytes(b"nothing")
     run(tmp_path, "--output_dir", tmp_path / "out", "--skip_broken_eval", "true", *ONE_EPOCH)
