@@ -13,6 +13,8 @@ from pathlib import Path
 
 import yaml
 
+from runtimes import ENGINES, PRECISIONS
+
 __all__ = [
     "COUNT",
     "FRACTION",
@@ -210,6 +212,15 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--test_freq", type=COUNT, default=20, help="epochs between evaluations")
     evaluation.add_argument("--test_epoch", type=WHOLE, default=260, help="evaluate every epoch from there on")
 
+    evaluation.add_argument(
+        "--runtime", choices=sorted(ENGINES), help="evaluate what is deployed: the fused network in this engine"
+    )
+    evaluation.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of --runtime [fp32, or the exported file's]; int8 needs training images",
+    )
+
     processes = parser.add_argument_group("processes")
     processes.add_argument("--world_size", type=COUNT, help="checked against the launcher, which sets it")
     processes.add_argument("--local_rank", type=int, help="for launchers that pass it as a flag")
@@ -269,6 +280,10 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
     for flag in ("model_key", "model_prefix"):
         needs(flag, args.finetune, "add --finetune")
     needs("compile", args.switch_to_deploy is None, "--switch_to_deploy compares the forms uncompiled")
+    needs("runtime", args.eval, "add --eval true")
+    needs("precision", args.runtime, "add --runtime")
+    # Precision and memory format are the runtime's too, but recipes set those of training.
+    needs("compile", args.runtime is None, "--runtime compile does that")
     needs("deploy", evaluates, "a deploy form has nothing left to train; add --eval true")
     if evaluates and args.finetune is None and args.resume is None:
         raise ValueError("--eval and --switch_to_deploy need the weights: add --finetune FILE")

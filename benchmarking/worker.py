@@ -59,6 +59,8 @@ class Spec:
 
 def _file(spec: Spec, folder: Path) -> Path | None:
     """Where a file engine's file of `spec` is kept between processes; None for the others."""
+    if spec.kind == "training":
+        return None
     engine = runtimes.find(spec.engine)
     if not isinstance(engine, runtimes.FileEngine):
         return None

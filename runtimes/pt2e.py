@@ -52,8 +52,7 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Sequence[tor
             graph = prepare_pt2e(graph, quantizer)
             for batch in calibration:
                 for part in batch.split(len(images)):
-                    if len(part) == len(images):
-                        graph(part)
+                    graph(part[torch.arange(len(images)) % len(part)])  # the last one filled up from its beginning
             graph = convert_pt2e(graph)
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
