@@ -151,9 +151,12 @@ class ImageDataset(Dataset, ABC):
     def describe(self, index: int) -> str:
         """Name the image in a message."""
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image, target = self.load(index)
+    def apply(self, image: Image.Image, target: Any) -> tuple[torch.Tensor, Any]:
+        """The transform of an image and its target; a class is not changed by it."""
         return self.transform(image), target
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.apply(*self.load(index))
 
 
 def _identity(folder: str | os.PathLike) -> tuple[int, int]:
@@ -809,14 +812,16 @@ class EpochSampler:
 # -- loaders
 
 # What a loader process sends for each image: (image or None, class, index, notes), the notes for the main process.
-_Sample = tuple[torch.Tensor | None, int, int, Sequence]
+_Sample = tuple[torch.Tensor | None, Any, int, Sequence]
+# Batches (image, target, index): by default (B, 3, H, W), (B,), (B,).
+Collate = Callable[[list[tuple]], Sequence]
 
 
-def _collate(samples: list[_Sample]) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, list]:
-    """Batch the samples that have an image: (B, 3, H, W), (B,), (B,), and the notes of all."""
+def _collate(samples: list[_Sample], batch: Collate) -> tuple[Any, Any, Any, list]:
+    """Batch the samples that have an image, and the notes of all."""
     notes = [note for sample in samples for note in sample[3]]
     kept = [sample[:3] for sample in samples if sample[0] is not None]
-    images, targets, indices = default_collate(kept) if kept else (None, None, None)
+    images, targets, indices = batch(kept) if kept else (None, None, None)
     return images, targets, indices, notes
 
 
@@ -841,7 +846,7 @@ class _TrainSamples(Dataset):
             except BrokenImageError as error:
                 notes.append((candidate, str(error)))
                 continue
-            return self.dataset.transform(image), target, candidate, notes
+            return *self.dataset.apply(image, target), candidate, notes
         return None, -1, index, notes
 
     def _candidates(self, index: int) -> Iterator[int]:
@@ -863,7 +868,7 @@ class _EvalSamples(Dataset):
             image, target = self.dataset.load(index)
         except BrokenImageError as error:
             return None, -1, index, [(index, str(error))]
-        return self.dataset.transform(image), target, index, ()
+        return *self.dataset.apply(image, target), index, ()
 
 
 def _stream(name: str, source: IterableDataset) -> Iterator[tuple[Image.Image, int]]:
@@ -961,13 +966,21 @@ def _start_worker(exiting: Any, worker_id: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
 
 
-def _make_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, seed: int = 0, **options) -> DataLoader:
+def _make_loader(
+    dataset: Dataset,
+    *,
+    num_workers: int,
+    pin_memory: bool,
+    seed: int = 0,
+    collate: Collate = default_collate,
+    **options,
+) -> DataLoader:
     """A DataLoader that draws from a generator of its own: iterating must not move the global one."""
     return DataLoader(
         dataset,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, batch=collate),
         worker_init_fn=partial(_start_worker, _exiting()),
         generator=torch.Generator().manual_seed(seed),
         **options,
@@ -987,7 +1000,16 @@ class TrainLoader:
         broken: indices of the images that this rank found broken so far. Each is logged once.
     """
 
-    def __init__(self, dataset: ImageDataset, *, sampler: EpochSampler, seed: int, num_workers: int, pin_memory: bool):
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        sampler: EpochSampler,
+        seed: int,
+        num_workers: int,
+        pin_memory: bool,
+        collate: Collate = default_collate,
+    ):
         self.broken: set[int] = set()
         self._dataset = dataset
         self._sampler = sampler
@@ -996,6 +1018,7 @@ class TrainLoader:
             batch_sampler=sampler,
             num_workers=num_workers,
             pin_memory=pin_memory,
+            collate=collate,
             persistent_workers=num_workers > 0,
         )
 
@@ -1124,6 +1147,7 @@ def build_train_loader(
     seed: int,
     num_workers: int,
     pin_memory: bool,
+    collate: Collate = default_collate,
 ) -> TrainLoader | StreamTrainLoader:
     """The training batches of one rank.
 
@@ -1131,6 +1155,7 @@ def build_train_loader(
         batch_size: of one rank.
         num_workers: loader processes; they live as long as the loader. 0 loads in this process.
         pin_memory: put batches in page-locked memory, for a GPU.
+        collate: batches (image, target, index), not those of a stream.
 
     Raises:
         ValueError: an argument is out of range.
@@ -1146,7 +1171,9 @@ def build_train_loader(
             pin_memory=pin_memory,
         )
     sampler = EpochSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed)
-    return TrainLoader(dataset, sampler=sampler, seed=seed, num_workers=num_workers, pin_memory=pin_memory)
+    return TrainLoader(
+        dataset, sampler=sampler, seed=seed, num_workers=num_workers, pin_memory=pin_memory, collate=collate
+    )
 
 
 class EvalLoader:
@@ -1168,6 +1195,7 @@ class EvalLoader:
         num_workers: int,
         pin_memory: bool,
         skip_broken: bool,
+        collate: Collate = default_collate,
     ):
         self.broken: set[int] = set()
         self._dataset = dataset
@@ -1179,6 +1207,7 @@ class EvalLoader:
             batch_size=batch_size,
             num_workers=num_workers,
             pin_memory=pin_memory,
+            collate=collate,
         )
 
     def __len__(self) -> int:
@@ -1269,6 +1298,7 @@ def build_eval_loader(
     num_workers: int,
     pin_memory: bool,
     skip_broken: bool = False,
+    collate: Collate = default_collate,
 ) -> EvalLoader | StreamEvalLoader:
     """The validation batches of one rank: images rank, rank + world_size, ...
 
@@ -1277,8 +1307,12 @@ def build_eval_loader(
         num_workers: loader processes, for the time of an iteration. 0 loads in this process.
         pin_memory: put batches in page-locked memory, for a GPU.
         skip_broken: leave broken images out and count them, instead of raising ValueError.
+        collate: batches (image, target, index), not those of a stream.
     """
-    kind = StreamEvalLoader if isinstance(dataset, StreamDataset) else EvalLoader
+    if isinstance(dataset, StreamDataset):
+        kind = StreamEvalLoader
+    else:
+        kind = partial(EvalLoader, collate=collate)
     return kind(
         dataset,
         batch_size=batch_size,

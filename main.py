@@ -28,8 +28,8 @@ import profiling
 import runtimes
 import utils
 from engine import Classification, Distiller, EvalResult, Precision, build_criterion, evaluate, train_meter
-from optim_factory import activation_slope
-from options import parse_args
+from optim_factory import activation_slope, cosine_schedule
+from options import parse_args, plain_args
 from training import Run, broken_count, build_precision, launch, layout_of
 
 logger = logging.getLogger("main")
@@ -305,7 +305,7 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
                 "act_learn": 1.0,
                 "deploy": True,
                 **{key: checkpoint[key] for key in ("classes",) if key in checkpoint},
-                "args": {name: value for name, value in vars(args).items() if name != "given"},
+                "args": plain_args(args),
             },
             target,
         )
@@ -348,7 +348,9 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
 class ClassificationRun(Run):
     """Training a classifier, with deep training where the network has it."""
 
-    schedule_flags = (*Run.schedule_flags, "decay_epochs", "decay_linear")
+    schedule_flags = (
+        *Run.schedule_flags, "min_lr", "warmup_epochs", "weight_decay_end", "decay_epochs", "decay_linear"
+    )  # fmt: skip
 
     def build_data(self) -> None:
         args, world = self.args, self.world
@@ -360,15 +362,7 @@ class ClassificationRun(Run):
         if not args.disable_eval:
             datasets.check_same_classes(train_dataset, eval_dataset)
         self.num_classes, self.classes = class_count(args, train_dataset), train_dataset.classes
-        self.loader = datasets.build_train_loader(
-            train_dataset,
-            batch_size=args.batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            seed=args.seed,
-            num_workers=args.num_workers,
-            pin_memory=args.pin_mem and world.device.type == "cuda",
-        )
+        self.loader = datasets.build_train_loader(train_dataset, **self.loading())
         self.mixup = datasets.build_mixup(
             args.batch_size,
             self.num_classes,
@@ -390,11 +384,7 @@ class ClassificationRun(Run):
         if args.finetune:
             slope, _ = load_network(args, model, fine_tuning=True)
             self.start_slope = 0.0 if args.restart_decay else slope
-        model = model.to(world.device, memory_format=layout_of(args))
-        if args.sync_bn:
-            if world.device.type != "cuda":
-                raise ValueError("--sync_bn true works on GPUs only; leave it out with --device cpu")
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = self.place(model)
         if "layer_decay_num_layers" in args.given and hasattr(model, "stages"):
             layers = len(model.stages)
             if args.layer_decay_num_layers != layers:
@@ -419,6 +409,21 @@ class ClassificationRun(Run):
                 args.epochs,
                 args.decay_epochs,
             )
+
+    def count_warmup_steps(self) -> int:
+        args = self.args
+        return args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * self.steps_per_epoch
+
+    def schedule(self, updates: int) -> tuple[float, float]:
+        args = self.args
+        lr = cosine_schedule(updates, self.total_steps, base=args.lr, final=args.min_lr, warmup_steps=self.warmup_steps)
+        end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+        return lr, cosine_schedule(updates, self.total_steps, base=args.weight_decay, final=end)
+
+    def wrap(self) -> None:
+        if self.args.compile:
+            self.model.compile()
+        super().wrap()
 
     def slope(self) -> float:
         args = self.args

@@ -94,7 +94,7 @@ def interleave(
 @torch.inference_mode()
 def throughput(
     models: Sequence[nn.Module],
-    images: torch.Tensor,
+    images: torch.Tensor | Sequence[torch.Tensor],
     *,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     rounds: int = 10,
@@ -103,7 +103,7 @@ def throughput(
 
     Args:
         models: networks in eval mode on the device of `images`.
-        images: one batch, (N, in_chans, H, W).
+        images: one batch, (N, in_chans, H, W), or what else the networks take that holds N images.
         autocast: makes the context to compute in.
         rounds: forward passes that count, of each network.
 
@@ -112,13 +112,14 @@ def throughput(
     """
     if any(model.training for model in models):
         raise ValueError("throughput is measured in eval mode, and one of the networks is in train mode")
+    device = images[0].device
 
     def take(model: nn.Module) -> list[float]:
         start = time.perf_counter()
         with autocast():
             model(images)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return [time.perf_counter() - start]
 
     seconds = interleave([partial(take, model) for model in models], rounds=rounds)

@@ -2,6 +2,7 @@
 
 import gzip
 import pickle
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import datasets
+import utils
 
 EMBEDDED = Path(datasets.__file__).parent / "data" / "fashion-mnist"
 
@@ -20,6 +22,15 @@ EMBEDDED = Path(datasets.__file__).parent / "data" / "fashion-mnist"
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _restore_signals():
+    """A run in this process answers signals in its own way."""
+    before = {number: signal.getsignal(number) for number in utils.StopRequest.signals}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

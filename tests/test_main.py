@@ -1,7 +1,6 @@
 """Whole runs through main.py, on a few real images: resume bit by bit, evaluate, fine-tune, deploy, bad input."""
 
 import argparse
-import csv
 import json
 import os
 import re
@@ -25,17 +24,9 @@ import models
 import networks
 import utils
 from optim_factory import cosine_schedule
+from runs import assert_same_run, rows
 
 ROOT = Path(main.__file__).parent
-TIMINGS = {"images_per_second"}  # what differs between two runs of the same thing
-
-
-@pytest.fixture(autouse=True)
-def _restore_signals():
-    before = {number: signal.getsignal(number) for number in utils.StopRequest.signals}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 BASE = shlex.split(
@@ -47,39 +38,6 @@ BASE = shlex.split(
 
 def run(data, *arguments, base=BASE):
     main.main([*base, "--data_path", str(data), *map(str, arguments)])
-
-
-def rows(folder):
-    with (folder / "summary.csv").open(newline="") as file:
-        summary = [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(file)]
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return summary, [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
-
-
-def differences(a, b, path=""):
-    """Where two nested structures of tensors and plain data differ."""
-    if isinstance(a, torch.Tensor):
-        return [] if isinstance(b, torch.Tensor) and torch.equal(a, b) else [path]
-    if isinstance(a, dict):
-        keys = [path] if set(a) != set(b) else []
-        return keys + [d for key in a if key in b for d in differences(a[key], b[key], f"{path}/{key}")]
-    if isinstance(a, (list, tuple)):
-        if len(a) != len(b):
-            return [path]
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
-    return [] if a == b else [path]
-
-
-def assert_same_run(straight, resumed):
-    """Bit by bit: weights, BN, EMAs, optimizer, scaler, schedules, lambda, random numbers, metrics, log rows."""
-    states = []
-    for folder in (straight, resumed):
-        state = utils.load_checkpoint(folder / "checkpoint-last.pth")
-        for flag in ("output_dir", "auto_resume", "resume", "early_stop_epochs", "num_workers", "save_ckpt_steps"):
-            state["args"].pop(flag)
-        states.append(state)
-    assert differences(*states) == []
-    assert rows(straight) == rows(resumed)
 
 
 @pytest.fixture(scope="session")
