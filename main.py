@@ -218,14 +218,15 @@ class _Deployed(nn.Module):
         return self.runtime(images)
 
 
-def calibration_images(args: argparse.Namespace, world: utils.World) -> torch.Tensor:
-    """Training images, evenly spread, as they are prepared for evaluation, (n, 3, H, W)."""
+def calibrate(args: argparse.Namespace, world: utils.World) -> runtimes.Calibration:
+    """Training images, evenly spread, as they are prepared for evaluation."""
     dataset = build_dataset(args, world, train=True, transform=build_transform(args, train=False))
     if isinstance(dataset, datasets.StreamDataset):
         raise ValueError(
             f"int8 cannot be calibrated on a stream (--data_set {args.data_set}): use export.py --calib_data"
         )
-    return torch.stack([dataset[place][0] for place in deployment.spread(len(dataset), CALIBRATION_IMAGES)])
+    images = torch.stack([dataset[place][0] for place in deployment.spread(len(dataset), CALIBRATION_IMAGES)])
+    return runtimes.Calibration(images.split(args.batch_size))
 
 
 def open_exported(args: argparse.Namespace, world: utils.World, path: str):
@@ -257,7 +258,7 @@ def evaluate_deployed(args: argparse.Namespace, world: utils.World) -> None:
             engine=args.runtime,
             precision=args.precision,
             images=torch.zeros(args.batch_size, 3, args.input_size, args.input_size),
-            calibration=calibration_images(args, world).split(args.batch_size) if args.precision == "int8" else None,
+            calibration=calibrate(args, world) if args.precision == "int8" else None,
             device=str(world.device),
         )
     name = f"{path} in {runtime.name}, {runtime.precision}"

@@ -90,14 +90,6 @@ def test_past_the_tolerance_nothing_is_written(checkpoint, tmp_path, capsys):
     assert list(folder.iterdir()) == []
 
 
-def test_the_package_answers_without_a_compiler(checkpoint, tmp_path):
-    """Also for a batch of another size than it was compiled for."""
-    run(checkpoint, "--to", "pt2", "--precision", "bf16", "--batch_size", 2, "--output", tmp_path / "network.pt2")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a compiler was started"))
-        assert runtimes.load(tmp_path / "network.pt2")(torch.zeros(3, 3, 32, 32)).shape == (3, 10)
-
-
 def test_layer_errors(checkpoint, photographs, capsys, monkeypatch):
     run(checkpoint, "--layer_errors", "true", "--calib_data", photographs)
     rows = [row.split("|")[1:-1] for row in capsys.readouterr().out.splitlines() if row.startswith("|")]
@@ -182,6 +174,8 @@ def test_the_payload_would_work(hostile, tmp_path):
         ("--to onnx --precision bf16", "fp32, fp16, int8"),
         ("--to onnx --output network.pt2", ".onnx"),
         ("--to onnx --batch_size 4", "--batch_size"),
+        ("--to pt2 --int8_depthwise true", "--int8_depthwise"),
+        ("--to onnx --int8 --calib_data DIR --int8_depthwise true", "ONNX has it always"),
         ("--to openvino --device cuda", "not on cuda"),
         ("--layer_errors true", "--calib_data"),
         ("--layer_errors true --calib_data DIR --to onnx", "--to"),

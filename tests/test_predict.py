@@ -1,5 +1,6 @@
 """predict.py on real photographs, in every format; main.py --runtime: the accuracy of what is deployed."""
 
+import os
 import re
 import subprocess
 import sys
@@ -74,12 +75,22 @@ def test_photographs_by_a_checkpoint(checkpoint, photographs, capsys):
         assert [percent for _, percent in pairs] == pytest.approx((100 * best.values).tolist(), abs=0.06)
 
 
-@pytest.mark.parametrize(("suffix", "precision"), [(".onnx", "fp32"), (".xml", "bf16"), (".pt2", "fp32")])
-def test_a_file_says_the_same(checkpoint, photographs, tmp_path, capsys, suffix, precision):
-    pytest.importorskip({".onnx": "onnxscript", ".xml": "openvino"}.get(suffix, "torch"))
-    path = tmp_path / f"network{suffix}"
-    to = {".onnx": "onnx", ".xml": "openvino", ".pt2": "pt2"}[suffix]
-    export.main([str(checkpoint), "--to", to, "--precision", precision, "--output", str(path)])
+@pytest.fixture(scope="module")
+def package(checkpoint, tmp_path_factory):
+    """The checkpoint as an AOTInductor package for two images a call."""
+    path = tmp_path_factory.mktemp("package") / "network.pt2"
+    export.main([str(checkpoint), "--to", "pt2", "--precision", "bf16", "--batch_size", "2", "--output", str(path)])
+    return path
+
+
+@pytest.mark.parametrize(("to", "precision"), [("onnx", "fp32"), ("openvino", "bf16"), ("pt2", "bf16")])
+def test_a_file_says_the_same(checkpoint, photographs, request, tmp_path, capsys, to, precision):
+    if to == "pt2":
+        path = request.getfixturevalue("package")
+    else:
+        pytest.importorskip({"onnx": "onnxscript"}.get(to, to))
+        path = tmp_path / f"network{runtimes.find(runtimes.FORMATS[to]).suffix}"
+        export.main([str(checkpoint), "--to", to, "--precision", precision, "--output", str(path)])
     capsys.readouterr()
     expected, found = run(capsys, checkpoint, photographs, "--top", 3), run(capsys, path, photographs, "--top", 3)
     assert list(found) == list(expected)
@@ -143,19 +154,28 @@ def test_code_in_a_checkpoint_is_not_run(hostile, photographs, tmp_path, capsys)
 ANSWER = """
 import sys, torch
 import runtimes
-print(runtimes.load(sys.argv[1])(torch.zeros(1, 3, 64, 64)).shape)
+for count in (1, 2, 5):
+    assert runtimes.load(sys.argv[1])(torch.zeros(count, 3, 64, 64)).shape == (count, 10)
 print([name for name in ("timm", "torchvision", "sympy", "torch._inductor", "torch._dynamo") if name in sys.modules])
 """
 
 
-def test_a_package_answers_without_importing_what_made_it(checkpoint, tmp_path):
-    """The second that this takes is the difference between starting at once and waiting."""
-    path = tmp_path / "network.pt2"
-    export.main([str(checkpoint), "--to", "pt2", "--precision", "bf16", "--output", str(path)])
+def test_a_package_answers_without_what_made_it(package):
+    """Without a compiler to be found, and without the second that importing inductor takes."""
+    environment = {**os.environ, "PATH": "", "CXX": "no-compiler"}
     done = subprocess.run(
-        [sys.executable, "-c", ANSWER, path], cwd=ROOT, capture_output=True, text=True, check=True
-    )  # fmt: skip
-    assert done.stdout.splitlines() == ["torch.Size([1, 10])", "[]"]
+        [sys.executable, "-c", ANSWER, package], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_package_for_another_processor_is_refused(package, photographs, capsys, monkeypatch):
+    monkeypatch.setattr("runtimes.aotinductor.instructions", lambda: "NEON")
+    with pytest.raises(SystemExit) as ended:
+        predict.main([str(package), str(photographs)])
+    assert ended.value.code == 2
+    assert "this processor has NEON: export it here" in capsys.readouterr().err
 
 
 # -- main.py --runtime

@@ -13,9 +13,13 @@ import pytest
 import timm
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+import benchmark
+import export
 import models  # noqa: F401  registers the variants
+import options
+import predict
 import visualize
-from options import build_parser, parse_args
+from options import parse_args
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -37,9 +41,15 @@ VanillaNet-13-1.5x 127.8 26.5 7.83 82.53 87.48
 VanillaNet-13-1.5x,_adaptive_pooling 127.8 48.9 9.72 83.11 87.85
 """
 # The scripts, with what parses their arguments.
-PARSERS = {"main.py": parse_args, "visualize.py": visualize.parse_args}
+PARSERS = {
+    "main.py": parse_args,
+    "visualize.py": visualize.parse_args,
+    "export.py": export.parse_args,
+    "predict.py": predict.parse_args,
+    "benchmark.py": benchmark.parse_args,
+}
 # What else a block of commands may call.
-OTHER_COMMANDS = {"curl", "."}
+OTHER_COMMANDS = {"curl", ".", "pip"}
 
 
 def blocks(language: str) -> list[SimpleNamespace]:
@@ -166,7 +176,8 @@ def test_enough_python_blocks_run():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_in_the_text_exist(page):
-    flags = flags_of(build_parser()) | flags_of(visualize.build_parser())
+    parsers = [module.build_parser() for module in (options, visualize, export, predict, benchmark)]
+    flags = set().union(*map(flags_of, parsers))
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
     launcher = {"node_rank"}
