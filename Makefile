@@ -14,7 +14,7 @@ FASHION_MNIST ?= $(firstword $(wildcard /usr/share/datasets/fashion-mnist) outpu
 setup: $(READY)
 
 # torch is asked for together with torchvision, which pins the build it belongs to.
-$(READY): requirements.txt requirements-dev.txt
+$(READY): requirements.txt requirements-deploy.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from runtimes import ENGINES, PRECISIONS
+
 __all__ = [
     "COUNT",
     "FRACTION",
@@ -242,6 +244,14 @@ def build_parser() -> argparse.ArgumentParser:
     further = parser.add_argument_group("further")
     further.add_argument("--dist_eval", type=boolean, default=True, help="false: on rank 0 alone")
     further.add_argument("--compile", type=boolean, default=False, help="torch.compile the network")
+
+    deployed = parser.add_argument_group("what is deployed")
+    deployed.add_argument(
+        "--runtime", choices=sorted(ENGINES), help="evaluate the fused network, or an exported file, in this engine"
+    )
+    deployed.add_argument(
+        "--precision", choices=PRECISIONS, help="of --runtime [fp32, or the file's]; int8 needs training images"
+    )
     return parser
 
 
@@ -308,6 +318,10 @@ def _check(args: argparse.Namespace, needs: Requirements) -> None:
     needs("teacher_key", args.teacher_weights, "add --teacher_weights")
     needs("restart_decay", args.finetune, "add --finetune")
     needs("compile", args.switch_to_deploy is None, "--switch_to_deploy compares the forms uncompiled")
+    needs("runtime", args.eval, "add --eval true")
+    needs("precision", args.runtime, "add --runtime")
+    # Precision and memory format are the runtime's too, but recipes set those of training.
+    needs("compile", args.runtime is None, "--runtime compile does that")
     check_training_flags(args, needs)
     if args.weight_decay_end is not None and args.weight_decay == 0:
         raise ValueError("--weight_decay_end has no effect with --weight_decay 0")

@@ -1,6 +1,7 @@
 """What the tests share."""
 
 import gzip
+import pickle
 import signal
 import struct
 from collections.abc import Callable
@@ -93,3 +94,45 @@ def dispatched() -> Callable[[nn.Module, torch.Tensor], list[str]]:
         return recorder.names
 
     return record
+
+
+# -- checkpoints as runs leave them, and as they should not be
+
+
+@pytest.fixture(scope="session")
+def recorded() -> Callable[..., dict]:
+    """A function that gives the arguments that a run of main.py records, as far as deploying reads them."""
+
+    def record(**args):
+        return {
+            "model": "vanillanet_6", "data_set": "FMNIST", "input_size": 32, "crop_pct": None,
+            "imagenet_default_mean_and_std": True, **args,
+        }  # fmt: skip
+
+    return record
+
+
+class _Payload:
+    """What a pickle could do when it is loaded: leave a file behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture
+def hostile(recorded, tmp_path) -> Callable[..., Path]:
+    """A function that writes a checkpoint whose loading would leave the file `harm` beside it."""
+
+    def write(*, pickled: bool = False) -> Path:
+        checkpoint = {"model": {}, "args": recorded(), "payload": _Payload(tmp_path / "harm")}
+        path = tmp_path / "hostile.pth"
+        if pickled:
+            path.write_bytes(pickle.dumps(checkpoint, protocol=2))
+        else:
+            torch.save(checkpoint, path)
+        return path
+
+    return write
