@@ -28,7 +28,7 @@ import utils
 from engine import Classification, Distiller, EvalResult, Precision, build_criterion, evaluate, train_meter
 from optim_factory import activation_slope
 from options import parse_args
-from training import Run, broken_count, build_precision, launch, layout_of
+from training import EvaluationStopped, Run, broken_count, build_precision, launch, layout_of
 
 logger = logging.getLogger("main")
 
@@ -192,16 +192,36 @@ def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.devi
 
 
 def run_eval(
-    args: argparse.Namespace, world: utils.World, model: nn.Module, loader, real, precision: Precision, name: str
+    args: argparse.Namespace,
+    world: utils.World,
+    model: nn.Module,
+    loader,
+    real,
+    precision: Precision,
+    name: str,
+    stop: utils.StopRequest | None = None,
 ) -> EvalResult | None:
-    """Evaluate on all ranks, or with --dist_eval false on rank 0; the others then return None."""
-    result = None
-    if args.dist_eval or world.is_main:
-        batches = metrics.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
-        reduce = world.sum if args.dist_eval else (lambda sums: sums)
-        result = evaluate(model, batches, precision=precision, real_targets=real, reduce=reduce)
-    world.barrier()
-    return result
+    """Evaluate on all ranks, or with --dist_eval false on rank 0; the others then return None.
+
+    Raises:
+        EvaluationStopped: on all ranks, if any of them received a signal that `stop` remembers.
+    """
+
+    def meet() -> None:
+        """Wait for the other ranks, before the sums of one that a signal ended early are taken for a result."""
+        if world.any(stop is not None and stop.received is not None):
+            raise EvaluationStopped
+
+    def reduce(sums: torch.Tensor) -> torch.Tensor:
+        meet()
+        return world.sum(sums) if args.dist_eval else sums
+
+    if not (args.dist_eval or world.is_main):
+        return meet()
+    batches = metrics.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
+    if stop is not None:
+        batches = stop.until_received(batches)
+    return evaluate(model, batches, precision=precision, real_targets=real, reduce=reduce)
 
 
 def report_eval(name: str, result: EvalResult, broken: int) -> None:
@@ -429,7 +449,9 @@ class ClassificationRun(Run):
             return None
         found = {}
         for prefix, network in self.networks_to_evaluate():
-            result = run_eval(self.args, self.world, network, self.eval_loader, self.real, self.precision, prefix)
+            result = run_eval(
+                self.args, self.world, network, self.eval_loader, self.real, self.precision, prefix, self.stop
+            )
             found |= result.metrics(prefix) if result else {}
         return found
 
@@ -464,7 +486,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         body = evaluate_checkpoint
     else:
         body = train
-    launch("main.py", args, functools.partial(body, args))
+    launch("main.py", args, functools.partial(body, args), output_dir=args.output_dir if body is train else None)
 
 
 if __name__ == "__main__":

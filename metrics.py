@@ -7,13 +7,17 @@ import csv
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from terminaltables import AsciiTable
 from tqdm import tqdm
+
+from utils import cannot_write, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,15 @@ def progress(batches: Iterable, *, description: str, total: int, initial: int = 
     if not (enabled and sys.stderr.isatty()):
         return iter(batches)
     return iter(tqdm(batches, desc=description, total=total, initial=initial, leave=False, dynamic_ncols=True))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A log that cannot be written ends the run: turn the cause, which may lack the path, into a line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(cannot_write(path, error)) from error
 
 
 class Sink(Protocol):
@@ -98,7 +111,7 @@ class CsvSink:
         self.rows.append({"epoch": step, **metrics})
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         # Rewritten as a whole, because a later row may bring a column that the header lacks.
-        with self.path.open("w", newline="") as file:
+        with _writing(self.path), replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
@@ -111,12 +124,13 @@ class JsonLinesSink:
     """`log.jsonl`, an object a call; `start` as in `CsvSink`, `key` names the step."""
 
     def __init__(self, path: Path, key: str, start: int = 0):
-        self.key = key
-        kept = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if self._before(line, start)]
-        path.write_text("".join(kept))
-        self.file = path.open("a", buffering=1)
+        self.key, self.path = key, path
+        with _writing(path):
+            if path.exists():
+                lines = path.read_text().splitlines(keepends=True)
+                with replacing(path) as temporary:
+                    temporary.write_text("".join(line for line in lines if self._before(line, start)))
+            self.file = path.open("ab", buffering=0)  # what a failed write leaves in a buffer would be written again
 
     def _before(self, line: str, start: int) -> bool:
         try:
@@ -125,28 +139,40 @@ class JsonLinesSink:
             return False
 
     def log(self, metrics: Metrics, step: int) -> None:
-        self.file.write(json.dumps({self.key: step, **metrics}) + "\n")
+        with _writing(self.path):
+            self.file.write(f"{json.dumps({self.key: step, **metrics})}\n".encode())
 
     def close(self) -> None:
         self.file.close()
 
 
 class TensorBoardSink:
-    """TensorBoard events; every metric is a scalar under `prefix`."""
+    """TensorBoard events; every metric is a scalar under `prefix`.
+
+    Not by tensorboardX's SummaryWriter: its thread dies of a full disk, and then its queue fills up and the run hangs.
+    """
 
     def __init__(self, folder: Path, prefix: str):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
 
-        self.writer = SummaryWriter(logdir=str(folder), filename_suffix=f".{prefix}")
-        self.prefix = prefix
+        self.path, self.prefix = folder, prefix
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.writer = EventsWriter(str(folder / "events"), f".{prefix}")
 
     def log(self, metrics: Metrics, step: int) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"{self.prefix}/{name}", value, step)
-        self.writer.flush()
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        with _writing(self.path):
+            for name, value in metrics.items():
+                summary = scalar(f"{self.prefix}/{name}", value)
+                self.writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self.writer.flush()
 
     def close(self) -> None:
-        self.writer.close()
+        with _writing(self.path):
+            self.writer.close()
 
 
 class WandbSink:
@@ -193,7 +219,8 @@ class CurvesSink:
             axes.grid(alpha=0.3)
             if len(names) > 1 and axes.lines:
                 axes.legend()
-        figure.savefig(self.path, dpi=100)
+        with _writing(self.path):
+            figure.savefig(self.path, dpi=100)
 
     def close(self) -> None:
         pass

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import yaml
 
+from utils import cannot_write
+
 __all__ = ["build_parser", "parse_args", "save_args"]
 
 
@@ -199,6 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
     processes.add_argument("--local_rank", type=int, help="for launchers that pass it as a flag")
     processes.add_argument("--dist_on_itp", type=_bool, nargs="?", const=True, default=False, help="ranks from OpenMPI")
     processes.add_argument("--dist_url", default="env://")
+    processes.add_argument("--dist_timeout", type=_COUNT, default=1800, help="seconds to wait for another process")
     processes.add_argument("--sync_bn", type=_bool, default=False, help="BatchNorm over all processes' batches")
 
     precision = parser.add_argument_group("precision and logging")
@@ -290,4 +293,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def save_args(args: argparse.Namespace, path: Path) -> None:
     """Write the arguments, all of them, as YAML."""
-    path.write_text(yaml.safe_dump({k: v for k, v in vars(args).items() if k != "given"}, sort_keys=True))
+    text = yaml.safe_dump({k: v for k, v in vars(args).items() if k != "given"}, sort_keys=True)
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ValueError(cannot_write(path, error)) from error
