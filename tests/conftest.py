@@ -1,4 +1,4 @@
-"""What the tests of the network share."""
+"""What the tests share."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--reliability", metavar="FILE", help="run the fault suite in its thorough form and write its table to FILE"
+    )
 
 
 @pytest.fixture(autouse=True)

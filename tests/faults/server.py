@@ -1,0 +1,57 @@
+"""Starts processes from one that has imported everything already, which takes a tenth of the time.
+
+What it starts is a process as any other: a fork with a session, an environment, limits and files of its own, which
+leaves through Python's ordinary exit. Requests and answers are lines of JSON:
+
+    {"target": "main:main", "arguments": [[...]], "cwd": ..., "env": {}, "limits": {}, "user": null, "log": FILE} -> pid
+    {"poll": pid} -> exit code as `subprocess` gives it, or null while the process runs
+"""
+
+import importlib
+import json
+import os
+import resource
+import sys
+
+
+def serve() -> dict:
+    """Answer requests; returns in a new process, with what it is to do."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                return request
+        print(json.dumps(answer), flush=True)
+    os._exit(0)
+
+
+def become(request: dict) -> None:
+    os.setsid()
+    files = os.open(os.devnull, os.O_RDONLY), os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for source, target in ((files[0], 0), (files[1], 1), (files[1], 2)):
+        os.dup2(source, target)
+    for file in files:
+        os.close(file)
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    for name, value in request["limits"].items():
+        number = getattr(resource, name)
+        resource.setrlimit(number, (value, resource.getrlimit(number)[1]))
+    if request["user"] is not None:
+        os.setgroups([])
+        os.setgid(request["user"])
+        os.setuid(request["user"])
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    print(json.dumps("ready"), flush=True)
+    request = serve()
+    become(request)
+    module, _, function = request["target"].partition(":")
+    getattr(importlib.import_module(module), function)(*request["arguments"])
