@@ -12,11 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import pytest
+
 import utils
 from runs import BASE, ROOT, environment
 
 # Fewer epochs and lines than the tests of main.py have, since the faults are many.
 FLAGS = [*BASE, "--epochs", "3", "--log_freq", "1"]
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
 PRELOADED = ("main", "tensorboardX.summary", "tensorboardX.event_file_writer", "matplotlib.backends.backend_agg")
 
 
