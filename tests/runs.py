@@ -73,7 +73,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
         if len(a) != len(b):
             return [path]
         return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{path}/{i}")]
-    return [] if a == b else [path]
+    return [] if a == b or (a != a and b != b) else [path]  # nan, the gradient's norm of a step that was skipped
 
 
 def count_values(state: Any) -> int:

@@ -25,10 +25,10 @@ make faults
 
 The injection is real: signals of the kernel, full file systems, truncated and flipped bytes, links taken down. The runs
 are `main.py` with a network of 24,000 weights on a few images, on the CPU, with gloo where there are several processes
-(ranks). Except where `python` or `torchrun` is named, they begin in a process that has imported everything already, since
-that takes longer than such a run. "The same end" means: equal bit by bit to a run that nothing happened to, in weights,
-BatchNorm statistics, averages, optimizer, scaler, schedules, lambda, random numbers, metrics and log lines, without the
-timings among them.
+(ranks). Except where `python` or `torchrun` is named, they begin in a process that has imported everything already,
+since that takes longer than such a run. "The same end" means: equal bit by bit to a run that nothing happened to, in
+weights, BatchNorm statistics, averages, optimizer, scaler, schedules, lambda, random numbers, metrics and log lines,
+without the timings among them.
 
 {conditions}
 
@@ -42,10 +42,10 @@ timings among them.
   given) if the machine or the network is gone. Only a launcher can start all of them anew: `torchrun --max-restarts=N`
   does, and needs `--auto_resume true`.
 - **`torchrun`** passes SIGTERM and SIGINT on. The processes save and exit with 143 or 130; torchrun's own code is 1. It
-  kills what has not ended after 30 s. SIGUSR1 is not passed on: it ends torchrun itself. Under SLURM let `srun` start the
-  processes.
-- **Several networks** between two machines: gloo takes the one that the host's name leads to. `GLOO_SOCKET_IFNAME` is the
-  name of another one, as `NCCL_SOCKET_IFNAME` is for GPUs.
+  kills what has not ended after 30 s. SIGUSR1 is not passed on: it ends torchrun itself. Under SLURM let `srun` start
+  the processes.
+- **Several networks** between two machines: gloo takes the one that the host's name leads to. `GLOO_SOCKET_IFNAME` is
+  the name of another one, as `NCCL_SOCKET_IFNAME` is for GPUs.
 - **The lock** `run.lock` is the kernel's, and is gone with the process. Where a network file system has no locks, a
   warning says so.
 - **Not covered** here: GPUs and NCCL, a machine that loses power, network file systems.
