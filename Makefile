@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := outputs/demo
+# The full data: Debian's package dataset-fashion-mnist, or else what torchvision downloads.
+FASHION_MNIST ?= $(firstword $(wildcard /usr/share/datasets/fashion-mnist) outputs/fashion-mnist)
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo ablation test test-all lint clean
 
 setup: $(READY)
 
@@ -20,6 +22,9 @@ demo: setup
 	$(BIN)/python main.py @recipes/demo.args
 	$(BIN)/python main.py @recipes/demo.args --finetune $(DEMO)/checkpoint-last.pth \
 		--model_key model_ema --switch_to_deploy $(DEMO)/deploy.pth
+
+ablation: setup
+	$(BIN)/python ablation.py --data_path $(FASHION_MNIST)
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"

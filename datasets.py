@@ -19,7 +19,7 @@ import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from ctypes import c_bool
 from functools import cache, partial
@@ -34,8 +34,17 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, UnidentifiedImageError
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+    Mixup,
+    auto_augment,
+    create_dataset,
+    create_transform,
+)
 from timm.data import ImageDataset as TimmImageDataset
-from timm.data import Mixup, auto_augment, create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -156,11 +165,11 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _find_images(folder: str, above: set[tuple[int, int]]) -> list[str]:
-    """Paths of the images under a class folder, in the order of torchvision's ImageFolder.
+def find_images(folder: str, above: Collection[tuple[int, int]] = ()) -> list[str]:
+    """Paths of the images under a (class) folder by their extensions, in the order of torchvision's ImageFolder.
 
     Links are followed, but each folder is read once, and none of those `above` the class folder: a link upwards would
-    go on for ever, and give the class the images of all others.
+    go on for ever, and give the class the images of all others. Raises OSError where a folder cannot be read.
     """
     seen = set(above)
     found = []
@@ -204,7 +213,7 @@ class FolderDataset(ImageDataset):
                 if _identity(folder) in above:
                     logger.warning("%s is a link to a folder above it and no class", folder)
                     continue
-                groups[name] = [path[prefix:] for path in _find_images(folder, above)]
+                groups[name] = [path[prefix:] for path in find_images(folder, above)]
         except OSError as error:
             raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
         if not groups:
@@ -530,6 +539,13 @@ def _some(names: Sequence[str], limit: int = 5) -> str:
 
 
 # -- transforms
+
+
+def mean_and_std(imagenet: bool) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """What images are normalized with, (mean, std) of each channel in [0, 1]: ImageNet's, or else 0.5 for all."""
+    if imagenet:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 
 
 def keeps_native_size(data_set: str, input_size: int) -> bool:

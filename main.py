@@ -17,12 +17,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from torch import nn
 
 import datasets
 import metrics
 import models  # noqa: F401  registers the variants
+import networks
 import profiling
 import utils
 from engine import Classification, Distiller, EvalResult, Precision, build_criterion, evaluate, train_meter
@@ -40,10 +40,10 @@ COMPARED_BATCHES = 4
 
 
 def build_transform(args: argparse.Namespace, *, train: bool):
-    imagenet = args.imagenet_default_mean_and_std
+    mean, std = datasets.mean_and_std(args.imagenet_default_mean_and_std)
     shared = {
-        "mean": IMAGENET_DEFAULT_MEAN if imagenet else IMAGENET_INCEPTION_MEAN,
-        "std": IMAGENET_DEFAULT_STD if imagenet else IMAGENET_INCEPTION_STD,
+        "mean": mean,
+        "std": std,
         "small": datasets.keeps_native_size(args.data_set, args.input_size),
     }
     if not train:
@@ -104,9 +104,7 @@ def class_count(args: argparse.Namespace, dataset) -> int:
 def build_model(args: argparse.Namespace, num_classes: int, *, deploy: bool = False) -> nn.Module:
     """The network on the CPU, initialized from the current seed."""
     kwargs: dict[str, Any] = {"num_classes": num_classes, "drop_rate": args.drop}
-    entry = timm.models.is_model(args.model.split(".")[0])
-    if not entry:
-        raise ValueError(f"--model {args.model} is not known; see timm.list_models('vanillanet*')")
+    networks.check_name(args.model, "--model", family="vanillanet*")
     if args.model.startswith("vanillanet"):
         kwargs.update(act_num=args.act_num, deploy=deploy)
         if args.width_mult is not None:
@@ -115,28 +113,6 @@ def build_model(args: argparse.Namespace, num_classes: int, *, deploy: bool = Fa
         if flag in args.given and flag not in kwargs:
             raise ValueError(f"--{flag} belongs to VanillaNet, --model {args.model} has no such thing")
     return timm.create_model(args.model, **kwargs)
-
-
-def set_slope(slope: float, *networks: nn.Module) -> None:
-    """Set lambda in the networks that have one; another timm model may be trained by this script, too."""
-    for network in networks:
-        if hasattr(network, "change_act"):
-            network.change_act(slope)
-
-
-def recorded_slope(checkpoint: dict[str, Any]) -> float:
-    """Lambda that a checkpoint was trained with, 1 if it cannot be known.
-
-    Published checkpoints do not record it; it follows from their epoch and arguments.
-    """
-    if "act_learn" in checkpoint:
-        return float(checkpoint["act_learn"])
-    arguments = checkpoint.get("args")
-    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments or {}
-    if "epoch" in checkpoint and "decay_epochs" in arguments:
-        linear = arguments.get("decay_linear", True)
-        return activation_slope(checkpoint["epoch"], decay_epochs=arguments["decay_epochs"], linear=linear)
-    return 1.0
 
 
 def load_network(args: argparse.Namespace, model: nn.Module, *, fine_tuning: bool) -> tuple[float, dict[str, Any]]:
@@ -153,39 +129,29 @@ def load_network(args: argparse.Namespace, model: nn.Module, *, fine_tuning: boo
     skipped = utils.load_weights(model, weights, path=path, allow_other_classes=fine_tuning)
     if skipped:
         logger.info("%s has other classes: its classifier (%d tensors) is not loaded", path, len(skipped))
-    slope = recorded_slope(checkpoint)
-    set_slope(slope, model)
+    slope = networks.recorded_slope(checkpoint)
+    networks.set_slope(slope, model)
     return slope, checkpoint
 
 
 def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
     """The network to learn from, in eval mode: --teacher_weights, or else timm's pretrained weights."""
-    if not timm.models.is_model(args.teacher.split(".")[0]):
-        raise ValueError(f"--teacher {args.teacher} is not known; see timm.list_models()")
     if args.teacher_weights:
-        checkpoint = utils.load_checkpoint(args.teacher_weights)
-        kwargs: dict[str, Any] = {"num_classes": num_classes}
-        if args.teacher.startswith("vanillanet"):
-            recorded = checkpoint.get("args")
-            recorded = vars(recorded) if isinstance(recorded, argparse.Namespace) else recorded or {}
-            kwargs |= {name: recorded[name] for name in ("act_num", "width_mult") if recorded.get(name) is not None}
-            kwargs["deploy"] = bool(checkpoint.get("deploy", False))
-        teacher = timm.create_model(args.teacher, **kwargs)
-        weights = utils.checkpoint_weights(
-            checkpoint, key=args.teacher_key, whole_file="teacher_key" not in args.given, path=args.teacher_weights
+        _, teacher, _ = networks.create_trained(
+            args.teacher_weights,
+            name=args.teacher,
+            num_classes=num_classes,
+            key=args.teacher_key,
+            whole_file="teacher_key" not in args.given,
+            flag="--teacher",
         )
-        utils.load_weights(teacher, weights, path=args.teacher_weights)
-        set_slope(recorded_slope(checkpoint), teacher)
     else:
-        try:
-            teacher = timm.create_model(args.teacher, pretrained=True)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"no pretrained weights for --teacher {args.teacher}: add --teacher_weights") from error
+        teacher = networks.create_pretrained(args.teacher, "--teacher", mend="add --teacher_weights")
         if teacher.num_classes != num_classes:
             raise ValueError(
                 f"--teacher {args.teacher} knows {teacher.num_classes} classes, the data have {num_classes}"
             )
-    return teacher.to(device, memory_format=layout_of(args)).eval().requires_grad_(False)
+    return teacher.to(device, memory_format=layout_of(args)).requires_grad_(False)
 
 
 # -- evaluation
@@ -417,7 +383,7 @@ class ClassificationRun(Run):
         )
 
     def begin_epoch(self) -> None:
-        set_slope(self.slope(), self.model, *(ema.module for ema in self.emas))
+        networks.set_slope(self.slope(), self.model, *(ema.module for ema in self.emas))
 
     def objective(self) -> Classification:
         args = self.args

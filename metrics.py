@@ -11,13 +11,16 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from terminaltables import AsciiTable
 from tqdm import tqdm
 
 from utils import cannot_write, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +95,12 @@ class ConsoleSink:
         pass
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header, all cells as text."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 class CsvSink:
     """`summary.csv`, a row an epoch. A column may be empty in an epoch that was not evaluated.
 
@@ -102,10 +111,8 @@ class CsvSink:
 
     def __init__(self, path: Path, start: int = 0):
         self.path = path
-        self.rows: list[dict[str, object]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < start]
+        rows = read_rows(path) if path.exists() else []
+        self.rows: list[dict[str, object]] = [row for row in rows if int(row["epoch"]) < start]
 
     def log(self, metrics: Metrics, step: int) -> None:
         self.rows.append({"epoch": step, **metrics})
@@ -191,36 +198,70 @@ class WandbSink:
         self.run.finish()
 
 
+CURVES = (
+    ("loss", ("train_loss", "test_loss")),
+    ("top-1 (%)", ("test_acc1", "ema_acc1")),
+    ("learning rate", ("lr",)),
+    ("lambda", ("act_learn",)),
+)  # the panels: title and columns
+
+
+def curve(rows: Iterable[Mapping[str, object]], column: str) -> list[tuple[int, float]]:
+    """(epoch, value) of a column of `summary.csv` in the epochs that have one. Raises ValueError for other cells."""
+    return [(int(row["epoch"]), float(row[column])) for row in rows if row.get(column) not in (None, "")]
+
+
+def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]]) -> "Figure":
+    """The curves of one or several runs over each other.
+
+    One run has a colour for each column. Of several, each run has a colour and each column of a panel a line style; a
+    line is labelled by its run and column.
+
+    Args:
+        runs: rows of a run's `summary.csv`, by its name.
+
+    Raises:
+        ValueError: a cell is no number.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    single = len(runs) == 1
+    # The usual colours are ten; more runs than that share a rainbow out among them.
+    colors = [f"C{i}" if len(runs) <= 10 else colormaps["turbo"](i / (len(runs) - 1)) for i in range(len(runs))]
+    for axes, (title, columns) in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
+        styles = dict(zip(columns, ("-", "--", ":"), strict=False))
+        for column, style in styles.items():
+            for color, (run, rows) in zip(colors, runs.items(), strict=True):
+                points = curve(rows, column)
+                if not points:
+                    continue
+                look = {"label": column} if single else {"label": f"{run}: {column}", "color": color, "ls": style}
+                axes.plot(*zip(*points, strict=True), marker=".", **look)
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        if len(columns) > 1 and axes.lines:
+            shown = [Line2D([], [], color="black", ls=style, label=column) for column, style in styles.items()]
+            axes.legend(handles=axes.lines if single else shown)
+    if not single:
+        names = [Line2D([], [], color=color, marker=".", label=run) for color, run in zip(colors, runs, strict=True)]
+        figure.legend(handles=names, loc="outside upper center", ncols=4)
+    return figure
+
+
 class CurvesSink:
     """`curves.png`: loss, accuracy of model and EMA, learning rate and lambda by epoch, drawn anew from the CSV."""
-
-    panels = (
-        ("loss", ("train_loss", "test_loss")),
-        ("top-1 (%)", ("test_acc1", "ema_acc1")),
-        ("learning rate", ("lr",)),
-        ("lambda", ("act_learn",)),
-    )
 
     def __init__(self, path: Path, table: CsvSink):
         self.path, self.table = path, table
 
     def log(self, metrics: Metrics, step: int) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(10, 6), layout="constrained")
-        FigureCanvasAgg(figure)
-        for axes, (title, names) in zip(figure.subplots(2, 2).flat, self.panels, strict=True):
-            for name in names:
-                points = [(int(r["epoch"]), float(r[name])) for r in self.table.rows if r.get(name) not in (None, "")]
-                if points:
-                    axes.plot(*zip(*points, strict=True), marker=".", label=name)
-            axes.set(title=title, xlabel="epoch")
-            axes.grid(alpha=0.3)
-            if len(names) > 1 and axes.lines:
-                axes.legend()
         with _writing(self.path):
-            figure.savefig(self.path, dpi=100)
+            curves_figure({"": self.table.rows}).savefig(self.path, dpi=100)
 
     def close(self) -> None:
         pass

@@ -15,10 +15,24 @@ import yaml
 
 from utils import cannot_write
 
-__all__ = ["build_parser", "parse_args", "save_args"]
+__all__ = [
+    "COUNT",
+    "FRACTION",
+    "NONNEGATIVE",
+    "POSITIVE",
+    "WHOLE",
+    "Parser",
+    "boolean",
+    "build_parser",
+    "canonical",
+    "number",
+    "parse_args",
+    "save_args",
+]
 
 
-def _bool(text: str) -> bool:
+def boolean(text: str) -> bool:
+    """A type for argparse: true or false, in the spellings that people use."""
     if text.lower() in ("true", "1", "yes", "on", "t", "y"):
         return True
     if text.lower() in ("false", "0", "no", "off", "f", "n"):
@@ -26,7 +40,7 @@ def _bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
 
 
-def _number(kind: type, low: float | None = None, high: float | None = None, above: float | None = None):
+def number(kind: type, *, low: float | None = None, high: float | None = None, above: float | None = None):
     """A type for argparse: a number in a range, whose message names the range."""
 
     def convert(text: str):
@@ -45,14 +59,14 @@ def _number(kind: type, low: float | None = None, high: float | None = None, abo
     return convert
 
 
-_COUNT = _number(int, low=1)
-_WHOLE = _number(int, low=0)
-_POSITIVE = _number(float, above=0)
-_FRACTION = _number(float, low=0, high=1)
-_NONNEGATIVE = _number(float, low=0)
+COUNT = number(int, low=1)
+WHOLE = number(int, low=0)
+POSITIVE = number(float, above=0)
+FRACTION = number(float, low=0, high=1)
+NONNEGATIVE = number(float, low=0)
 
 
-def _canonical(token: str) -> str:
+def canonical(token: str) -> str:
     """`--batch-size=64` -> `--batch_size=64`: flags are spelled with underscores, and dashes are accepted."""
     match = re.match(r"--[A-Za-z][\w-]*", token)
     if not match:
@@ -60,17 +74,19 @@ def _canonical(token: str) -> str:
     return "--" + match.group(0)[2:].replace("-", "_") + token[match.end() :]
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An error is one line on standard error and exit code 2; pass tokens through `canonical` first."""
+
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         """A line of a recipe: flags and values as on the command line, `#` begins a comment."""
-        return [_canonical(token) for token in shlex.split(arg_line, comments=True)]
+        return [canonical(token) for token in shlex.split(arg_line, comments=True)]
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="main.py",
         description="Train, evaluate (--eval true) or deploy (--switch_to_deploy FILE) VanillaNet.",
         fromfile_prefix_chars="@",
@@ -78,86 +94,84 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     run = parser.add_argument_group("run")
-    run.add_argument("--batch_size", type=_COUNT, default=64, help="images per process and accumulation step")
-    run.add_argument("--epochs", type=_COUNT, default=300)
-    run.add_argument(
-        "--early_stop_epochs", type=_COUNT, help="end after so many epochs, with the schedules of --epochs"
-    )
-    run.add_argument("--update_freq", type=_COUNT, default=1, help="batches accumulated for one optimizer step")
-    run.add_argument("--seed", type=_WHOLE, default=0)
+    run.add_argument("--batch_size", type=COUNT, default=64, help="images per process and accumulation step")
+    run.add_argument("--epochs", type=COUNT, default=300)
+    run.add_argument("--early_stop_epochs", type=COUNT, help="end after so many epochs, with the schedules of --epochs")
+    run.add_argument("--update_freq", type=COUNT, default=1, help="batches accumulated for one optimizer step")
+    run.add_argument("--seed", type=WHOLE, default=0)
     run.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
-    run.add_argument("--num_workers", type=_WHOLE, default=10, help="loader processes per process")
-    run.add_argument("--pin_mem", type=_bool, default=True, help="page-locked batches, for a GPU")
-    run.add_argument("--start_epoch", type=_WHOLE, default=0, help="epoch to begin the schedules and data order at")
+    run.add_argument("--num_workers", type=WHOLE, default=10, help="loader processes per process")
+    run.add_argument("--pin_mem", type=boolean, default=True, help="page-locked batches, for a GPU")
+    run.add_argument("--start_epoch", type=WHOLE, default=0, help="epoch to begin the schedules and data order at")
 
     deep = parser.add_argument_group("deep training")
-    deep.add_argument("--decay_epochs", type=_WHOLE, default=100, help="epochs until lambda is 1; 0: always 1")
-    deep.add_argument("--decay_linear", type=_bool, default=True, help="false: half a cosine")
+    deep.add_argument("--decay_epochs", type=WHOLE, default=100, help="epochs until lambda is 1; 0: always 1")
+    deep.add_argument("--decay_linear", type=boolean, default=True, help="false: half a cosine")
     deep.add_argument(
         "--restart_decay",
-        type=_bool,
+        type=boolean,
         default=False,
         help="with --finetune: begin the ramp at 0 again instead of at the checkpoint's lambda",
     )
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="vanillanet_5", help="a VanillaNet variant or any timm model")
-    model.add_argument("--act_num", type=_WHOLE, default=3, help="n of the series activation")
-    model.add_argument("--drop", type=_FRACTION, default=0.0, help="dropout before the classifier")
-    model.add_argument("--input_size", type=_COUNT, default=224, help="pixels")
-    model.add_argument("--width_mult", type=_POSITIVE, help="factor on the channels [the variant's own]")
-    model.add_argument("--deploy", type=_bool, default=False, help="the network in --finetune is in deploy form")
+    model.add_argument("--act_num", type=WHOLE, default=3, help="n of the series activation")
+    model.add_argument("--drop", type=FRACTION, default=0.0, help="dropout before the classifier")
+    model.add_argument("--input_size", type=COUNT, default=224, help="pixels")
+    model.add_argument("--width_mult", type=POSITIVE, help="factor on the channels [the variant's own]")
+    model.add_argument("--deploy", type=boolean, default=False, help="the network in --finetune is in deploy form")
     model.add_argument(
         "--switch_to_deploy", metavar="FILE", help="fuse --finetune, compare, evaluate and write to FILE"
     )
 
     ema = parser.add_argument_group("EMA")
-    ema.add_argument("--model_ema", type=_bool, default=False, help="keep moving averages of the weights")
-    ema.add_argument("--model_ema_decay", type=_FRACTION, nargs="+", default=[0.9999], help="one average for each")
-    ema.add_argument("--model_ema_force_cpu", type=_bool, default=False)
-    ema.add_argument("--model_ema_eval", type=_bool, default=False, help="evaluate the averages, too")
+    ema.add_argument("--model_ema", type=boolean, default=False, help="keep moving averages of the weights")
+    ema.add_argument("--model_ema_decay", type=FRACTION, nargs="+", default=[0.9999], help="one average for each")
+    ema.add_argument("--model_ema_force_cpu", type=boolean, default=False)
+    ema.add_argument("--model_ema_eval", type=boolean, default=False, help="evaluate the averages, too")
 
     optimizer = parser.add_argument_group("optimizer")
     optimizer.add_argument("--opt", default="adamw", help="any of timm's optimizers")
-    optimizer.add_argument("--opt_eps", type=_POSITIVE, default=1e-8)
-    optimizer.add_argument("--opt_betas", type=_FRACTION, nargs="+")
-    optimizer.add_argument("--clip_grad", type=_POSITIVE, help="largest norm of the gradients")
-    optimizer.add_argument("--momentum", type=_FRACTION, default=0.9)
-    optimizer.add_argument("--weight_decay", type=_NONNEGATIVE, default=0.05)
-    optimizer.add_argument("--weight_decay_end", type=_NONNEGATIVE, help="its value at the end of half a cosine")
-    optimizer.add_argument("--lr", type=_POSITIVE, default=4e-3)
-    optimizer.add_argument("--min_lr", type=_NONNEGATIVE, default=1e-6)
-    optimizer.add_argument("--warmup_epochs", type=_WHOLE, default=5)
+    optimizer.add_argument("--opt_eps", type=POSITIVE, default=1e-8)
+    optimizer.add_argument("--opt_betas", type=FRACTION, nargs="+")
+    optimizer.add_argument("--clip_grad", type=POSITIVE, help="largest norm of the gradients")
+    optimizer.add_argument("--momentum", type=FRACTION, default=0.9)
+    optimizer.add_argument("--weight_decay", type=NONNEGATIVE, default=0.05)
+    optimizer.add_argument("--weight_decay_end", type=NONNEGATIVE, help="its value at the end of half a cosine")
+    optimizer.add_argument("--lr", type=POSITIVE, default=4e-3)
+    optimizer.add_argument("--min_lr", type=NONNEGATIVE, default=1e-6)
+    optimizer.add_argument("--warmup_epochs", type=WHOLE, default=5)
     optimizer.add_argument("--warmup_steps", type=int, default=-1, help="wins over --warmup_epochs if above 0")
-    optimizer.add_argument("--layer_decay", type=_number(float, above=0, high=1), default=1.0)
-    optimizer.add_argument("--layer_decay_num_layers", type=_COUNT, default=4, help="checked if given: the model knows")
+    optimizer.add_argument("--layer_decay", type=number(float, above=0, high=1), default=1.0)
+    optimizer.add_argument("--layer_decay_num_layers", type=COUNT, default=4, help="checked if given: the model knows")
 
     teacher = parser.add_argument_group("distillation")
     teacher.add_argument("--teacher", metavar="MODEL", help="a timm model or VanillaNet variant to learn from")
     teacher.add_argument("--teacher_weights", metavar="FILE", help="its checkpoint [the pretrained weights of timm]")
     teacher.add_argument("--teacher_key", default="model_ema|model", help="key of the weights in --teacher_weights")
-    teacher.add_argument("--distill_alpha", type=_FRACTION, default=0.5, help="the teacher's share of the loss")
-    teacher.add_argument("--distill_tau", type=_POSITIVE, default=1.0, help="temperature")
+    teacher.add_argument("--distill_alpha", type=FRACTION, default=0.5, help="the teacher's share of the loss")
+    teacher.add_argument("--distill_tau", type=POSITIVE, default=1.0, help="temperature")
 
     augmentation = parser.add_argument_group("augmentation")
-    augmentation.add_argument("--color_jitter", type=_NONNEGATIVE, default=0.4, help="without --aa only")
+    augmentation.add_argument("--color_jitter", type=NONNEGATIVE, default=0.4, help="without --aa only")
     augmentation.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy; none: off")
-    augmentation.add_argument("--smoothing", type=_FRACTION, default=0.1)
+    augmentation.add_argument("--smoothing", type=FRACTION, default=0.1)
     augmentation.add_argument(
         "--train_interpolation", default="bicubic", choices=("random", "bilinear", "bicubic", "lanczos", "nearest")
     )
-    augmentation.add_argument("--reprob", type=_FRACTION, default=0.25, help="probability of random erasing")
+    augmentation.add_argument("--reprob", type=FRACTION, default=0.25, help="probability of random erasing")
     augmentation.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"))
-    augmentation.add_argument("--recount", type=_COUNT, default=1)
-    augmentation.add_argument("--resplit", type=_bool, default=False)
-    augmentation.add_argument("--mixup", type=_NONNEGATIVE, default=0.8)
-    augmentation.add_argument("--cutmix", type=_NONNEGATIVE, default=1.0)
-    augmentation.add_argument("--cutmix_minmax", type=_FRACTION, nargs=2, metavar=("MIN", "MAX"))
-    augmentation.add_argument("--mixup_prob", type=_FRACTION, default=1.0)
-    augmentation.add_argument("--mixup_switch_prob", type=_FRACTION, default=0.5)
+    augmentation.add_argument("--recount", type=COUNT, default=1)
+    augmentation.add_argument("--resplit", type=boolean, default=False)
+    augmentation.add_argument("--mixup", type=NONNEGATIVE, default=0.8)
+    augmentation.add_argument("--cutmix", type=NONNEGATIVE, default=1.0)
+    augmentation.add_argument("--cutmix_minmax", type=FRACTION, nargs=2, metavar=("MIN", "MAX"))
+    augmentation.add_argument("--mixup_prob", type=FRACTION, default=1.0)
+    augmentation.add_argument("--mixup_switch_prob", type=FRACTION, default=0.5)
     augmentation.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"))
     augmentation.add_argument("--bce_loss", action="store_true", help="binary cross-entropy over the classes")
-    augmentation.add_argument("--bce_target_thresh", type=_FRACTION)
+    augmentation.add_argument("--bce_target_thresh", type=FRACTION)
 
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", help="folder of the data set, with train/ and val/ for folders of images")
@@ -165,11 +179,11 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--data_set", default="IMNET", help="IMNET, image_folder, CIFAR, FMNIST, or a name of timm's create_dataset"
     )
-    data.add_argument("--nb_classes", type=_COUNT, default=1000, help="checked if given: the data know")
-    data.add_argument("--imagenet_default_mean_and_std", type=_bool, default=True, help="false: 0.5 for all")
-    data.add_argument("--crop_pct", type=_number(float, above=0, high=1), help="[0.875 below 384 px, 1 from there]")
+    data.add_argument("--nb_classes", type=COUNT, default=1000, help="checked if given: the data know")
+    data.add_argument("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: 0.5 for all")
+    data.add_argument("--crop_pct", type=number(float, above=0, high=1), help="[0.875 below 384 px, 1 from there]")
     data.add_argument("--real_labels", metavar="FILE", help="ImageNet-ReaL's real.json")
-    data.add_argument("--skip_broken_eval", type=_bool, default=False, help="leave broken validation images out")
+    data.add_argument("--skip_broken_eval", type=boolean, default=False, help="leave broken validation images out")
 
     checkpoints = parser.add_argument_group("checkpoints")
     checkpoints.add_argument("--finetune", metavar="FILE", help="weights to begin with, or to evaluate or deploy")
@@ -181,37 +195,41 @@ def build_parser() -> argparse.ArgumentParser:
     checkpoints.add_argument(
         "--resume_new_sched", action="store_true", help="resume under schedules other than the checkpoint's"
     )
-    checkpoints.add_argument("--auto_resume", type=_bool, default=False, help="resume the newest valid of --output_dir")
-    checkpoints.add_argument("--save_ckpt", type=_bool, default=True)
-    checkpoints.add_argument("--save_ckpt_freq", type=_COUNT, default=1, help="epochs between checkpoints")
-    checkpoints.add_argument("--save_ckpt_steps", type=_WHOLE, default=0, help="steps between them; 0: epochs only")
-    checkpoints.add_argument("--save_ckpt_num", type=_COUNT, default=10, help="how many of the newest to keep")
+    checkpoints.add_argument(
+        "--auto_resume", type=boolean, default=False, help="resume the newest valid of --output_dir"
+    )
+    checkpoints.add_argument("--save_ckpt", type=boolean, default=True)
+    checkpoints.add_argument("--save_ckpt_freq", type=COUNT, default=1, help="epochs between checkpoints")
+    checkpoints.add_argument("--save_ckpt_steps", type=WHOLE, default=0, help="steps between them; 0: epochs only")
+    checkpoints.add_argument("--save_ckpt_num", type=COUNT, default=10, help="how many of the newest to keep")
     checkpoints.add_argument("--output_dir", help="folder of checkpoints, logs and curves")
     checkpoints.add_argument("--log_dir", help="folder of TensorBoard events [OUTPUT_DIR/tensorboard]")
 
     evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument("--eval", type=_bool, default=False, help="evaluate --finetune, train nothing")
-    evaluation.add_argument("--dist_eval", type=_bool, default=True, help="false: on rank 0 alone")
-    evaluation.add_argument("--disable_eval", type=_bool, default=False, help="train without evaluating")
-    evaluation.add_argument("--test_freq", type=_COUNT, default=20, help="epochs between evaluations")
-    evaluation.add_argument("--test_epoch", type=_WHOLE, default=260, help="evaluate every epoch from there on")
+    evaluation.add_argument("--eval", type=boolean, default=False, help="evaluate --finetune, train nothing")
+    evaluation.add_argument("--dist_eval", type=boolean, default=True, help="false: on rank 0 alone")
+    evaluation.add_argument("--disable_eval", type=boolean, default=False, help="train without evaluating")
+    evaluation.add_argument("--test_freq", type=COUNT, default=20, help="epochs between evaluations")
+    evaluation.add_argument("--test_epoch", type=WHOLE, default=260, help="evaluate every epoch from there on")
 
     processes = parser.add_argument_group("processes")
-    processes.add_argument("--world_size", type=_COUNT, help="checked against the launcher, which sets it")
+    processes.add_argument("--world_size", type=COUNT, help="checked against the launcher, which sets it")
     processes.add_argument("--local_rank", type=int, help="for launchers that pass it as a flag")
-    processes.add_argument("--dist_on_itp", type=_bool, nargs="?", const=True, default=False, help="ranks from OpenMPI")
+    processes.add_argument(
+        "--dist_on_itp", type=boolean, nargs="?", const=True, default=False, help="ranks from OpenMPI"
+    )
     processes.add_argument("--dist_url", default="env://")
-    processes.add_argument("--dist_timeout", type=_COUNT, default=1800, help="seconds to wait for another process")
-    processes.add_argument("--sync_bn", type=_bool, default=False, help="BatchNorm over all processes' batches")
+    processes.add_argument("--dist_timeout", type=COUNT, default=1800, help="seconds to wait for another process")
+    processes.add_argument("--sync_bn", type=boolean, default=False, help="BatchNorm over all processes' batches")
 
     precision = parser.add_argument_group("precision and logging")
-    precision.add_argument("--use_amp", type=_bool, default=False, help="autocast")
+    precision.add_argument("--use_amp", type=boolean, default=False, help="autocast")
     precision.add_argument("--amp_dtype", choices=("bf16", "fp16"), help="[fp16 on a GPU, bf16 on the CPU]")
-    precision.add_argument("--compile", type=_bool, default=False, help="torch.compile the network")
-    precision.add_argument("--channels_last", type=_bool, default=False, help="memory format of images and weights")
-    precision.add_argument("--log_freq", type=_COUNT, default=10, help="steps between log lines")
-    precision.add_argument("--enable_wandb", type=_bool, default=False, help="log to Weights & Biases")
-    precision.add_argument("--wandb_ckpt", type=_bool, default=False, help="upload the last checkpoint there")
+    precision.add_argument("--compile", type=boolean, default=False, help="torch.compile the network")
+    precision.add_argument("--channels_last", type=boolean, default=False, help="memory format of images and weights")
+    precision.add_argument("--log_freq", type=COUNT, default=10, help="steps between log lines")
+    precision.add_argument("--enable_wandb", type=boolean, default=False, help="log to Weights & Biases")
+    precision.add_argument("--wandb_ckpt", type=boolean, default=False, help="upload the last checkpoint there")
     return parser
 
 
@@ -277,7 +295,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Errors end the process with exit code 2 and one line on standard error.
     """
     parser = build_parser()
-    argv = [_canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
+    argv = [canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
     args = parser.parse_args(argv)
     # Parsed once more without defaults, which leaves just what was written out.
     for action in parser._actions:

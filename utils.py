@@ -413,7 +413,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        refused = re.search(r"[Uu]nsupported (?:global|class|operand)[^\n]*", str(error))
+        refused = re.search(r"unsupported (?:global|class|operand)[^\n]*", str(error), re.IGNORECASE)
         cause = f"refused: {refused.group(0)}" if refused else "it is truncated or no PyTorch checkpoint"
         raise CheckpointError(f"cannot load {path}: {cause}") from error
     if not isinstance(checkpoint, dict):

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from runs import cut_fmnist
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -17,6 +19,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_fmnist(tmp_path_factory):
+    """60 training and 40 test images of the embedded data, in the same format."""
+    return cut_fmnist(tmp_path_factory.mktemp("fmnist"), train=60, test=40)
 
 
 @pytest.fixture

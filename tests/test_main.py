@@ -14,14 +14,10 @@ from torch._dynamo.utils import counters
 import datasets
 import main
 import models
+import networks
 import utils
 from optim_factory import cosine_schedule
-from runs import BASE, EMBEDDED, ROOT, cut_fmnist, rows, torchrun
-
-
-@pytest.fixture(scope="session")
-def tiny_fmnist(tmp_path_factory):
-    return cut_fmnist(tmp_path_factory.mktemp("fmnist"), train=60, test=40)
+from runs import BASE, EMBEDDED, ROOT, rows, torchrun
 
 
 @pytest.fixture(autouse=True)
@@ -186,10 +182,10 @@ def test_a_mid_ramp_checkpoint_evaluates_as_it_trained(tiny_fmnist, straight, ca
 
 def test_lambda_of_a_published_checkpoint_follows_from_its_epoch(tmp_path):
     arguments = argparse.Namespace(decay_epochs=100, decay_linear=True)
-    assert main.recorded_slope({"epoch": 37, "args": arguments}) == 0.37
-    assert main.recorded_slope({"epoch": 299, "args": arguments}) == 1.0
-    assert main.recorded_slope({"model": {}}) == 1.0
-    assert main.recorded_slope({"act_learn": 0.5, "epoch": 299, "args": arguments}) == 0.5
+    assert networks.recorded_slope({"epoch": 37, "args": arguments}) == 0.37
+    assert networks.recorded_slope({"epoch": 299, "args": arguments}) == 1.0
+    assert networks.recorded_slope({"model": {}}) == 1.0
+    assert networks.recorded_slope({"act_learn": 0.5, "epoch": 299, "args": arguments}) == 0.5
 
 
 # -- deploying and fine-tuning

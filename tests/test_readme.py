@@ -1,5 +1,6 @@
 """The documentation: every command parses, the Python runs, links lead somewhere, tables agree with the code."""
 
+import argparse
 import json
 import re
 import shlex
@@ -13,6 +14,7 @@ import timm
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import models  # noqa: F401  registers the variants
+import visualize
 from options import build_parser, parse_args
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +36,8 @@ VanillaNet-13 58.6 11.9 4.26 82.05 87.15
 VanillaNet-13-1.5x 127.8 26.5 7.83 82.53 87.48
 VanillaNet-13-1.5x,_adaptive_pooling 127.8 48.9 9.72 83.11 87.85
 """
+# The scripts, with what parses their arguments.
+PARSERS = {"main.py": parse_args, "visualize.py": visualize.parse_args}
 # What else a block of commands may call.
 OTHER_COMMANDS = {"curl", "."}
 
@@ -66,15 +70,24 @@ def commands(block: str) -> list[list[str]]:
     return [command for command in found if command]
 
 
-def arguments_of(command: list[str]) -> list[str] | None:
-    """What main.py is given by a command; None if the command does not start it."""
+def arguments_of(command: list[str], script: str = "main.py") -> list[str] | None:
+    """What `script` is given by a command; None if the command does not start it."""
     if command[0] == "srun":
         command = command[next(i for i, token in enumerate(command) if i and not token.startswith("-")) :]
     if command[0] == "torchrun":
         started = torchrun_parser().parse_args(command[1:])
         assert started.training_script == "main.py"
-        return started.training_script_args
-    return command[2:] if command[:2] == ["python", "main.py"] else None
+        return started.training_script_args if script == "main.py" else None
+    return command[2:] if command[:2] == ["python", script] else None
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The names of all options, those of its commands included."""
+    flags = {action.dest for action in parser._actions}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            flags = flags.union(*map(flags_of, action.choices.values()))
+    return flags
 
 
 def table(first_header: str) -> list[list[str]]:
@@ -102,10 +115,11 @@ def _in_root(monkeypatch):
 def test_every_command_parses(block):
     assert subprocess.run(["bash", "-n"], input=block.text, text=True, check=False).returncode == 0
     for command in commands(block.text):
-        arguments = arguments_of(command)
-        if arguments is not None:
-            if arguments != ["--help"]:
-                parse_args(arguments)
+        given = {script: arguments_of(command, script) for script in PARSERS}
+        script = next((script for script, arguments in given.items() if arguments is not None), None)
+        if script:
+            if given[script] != ["--help"]:
+                PARSERS[script](given[script])
         elif command[0] == "make":
             targets = re.findall(r"^([\w-]+):(?!=)", Path("Makefile").read_text(), re.MULTILINE)
             assert set(command[1:]) <= set(targets)
@@ -122,6 +136,8 @@ def test_the_pages_hold_what_they_must():
     assert any(args.switch_to_deploy for args in parsed)
     assert any(args.auto_resume for args in parsed)
     assert any(args.finetune and not args.eval for args in parsed)
+    pictures = [arguments_of(command, "visualize.py") for block in SHELL for command in commands(block.text)]
+    assert {arguments[0] for arguments in pictures if arguments} == {"cam", "curves", "figures"}
     assert {"torchrun", "srun", "make"} <= {command[0] for block in SHELL for command in commands(block.text)}
 
 
@@ -150,7 +166,7 @@ def test_enough_python_blocks_run():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_in_the_text_exist(page):
-    flags = {action.dest for action in build_parser()._actions}
+    flags = flags_of(build_parser()) | flags_of(visualize.build_parser())
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
     launcher = {"node_rank"}

@@ -1,0 +1,166 @@
+"""Class-activation maps: where in an image a network finds the evidence for a class.
+
+The paper compares VanillaNet-9 with ResNet-50 by them. The map is Grad-CAM's, ReLU(sum over c of w_c A_c), where
+A (C, h, w) is a feature map and w_c the mean over positions of the gradient of the class's logit by A_c. Under a linear
+classifier on average-pooled features, which VanillaNet's is at lambda 1, that is the class-activation map proper (Zhou
+et al., "Learning Deep Features for Discriminative Localization", CVPR 2016).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import nn
+
+__all__ = ["View", "activation_maps", "cam_figure"]
+
+
+class _Split(nn.Module):
+    """A timm model whose last feature map, before pooling, passes through `features`, where it can be observed."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.features = nn.Identity()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.forward_head(self.features(self.model.forward_features(images)))
+
+
+def _observed_layer(split: _Split, level: int | None) -> nn.Module:
+    """The layer whose output is the feature map, by timm's `feature_info` if it is not the last one before pooling."""
+    model = split.model
+    if level is None and getattr(model, "global_pool", None) != "token":
+        return split.features
+    levels = getattr(model, "feature_info", None) or []
+    if level is None:
+        # Such a transformer reads its class off one token: the other tokens of its last block have no part in it, and
+        # those of the block before it have, through that block's attention.
+        level = -2
+    try:
+        return model.get_submodule(levels[level]["module"])
+    except (IndexError, KeyError, AttributeError):
+        raise ValueError(
+            f"--level {level} is not there: timm names {len(levels)} feature maps of the network"
+        ) from None
+
+
+def _as_map(features: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """(N, C, h, w) of features in the layout that timm's `output_fmt` names, or of tokens (N, T, C) of a square grid.
+
+    Raises:
+        ValueError: several maps, tokens that form no square, or a single position.
+    """
+    if not isinstance(features, torch.Tensor):
+        raise ValueError("the model has several last feature maps: choose one by --level")
+    if features.ndim == 4 and getattr(model, "output_fmt", "NCHW") == "NHWC":
+        features = features.permute(0, 3, 1, 2)
+    elif features.ndim == 3:
+        count = features.shape[1]
+        # Some models put their class token in front only after the blocks.
+        for prefix in (getattr(model, "num_prefix_tokens", 0), 0):
+            side = math.isqrt(count - prefix)
+            if side * side == count - prefix:
+                features = features[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
+                break
+    if features.ndim != 4:
+        raise ValueError(f"the network's features of shape {tuple(features.shape[1:])} are no map")
+    if features.shape[2:].numel() == 1:
+        raise ValueError("the feature map is a single position at this input size: choose an earlier one by --level")
+    return features
+
+
+def activation_maps(
+    model: nn.Module, images: torch.Tensor, *, target: int | None = None, level: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class-activation maps of a timm model, which is left in eval mode, without in-place activations.
+
+    Args:
+        images: (N, 3, H, W), as the network wants them.
+        target: the class to explain; None: the one predicted for each image.
+        level: index into timm's `feature_info`, negative from the end; None: the last feature map before pooling.
+
+    Returns:
+        The maps (N, H, W), float32, each scaled to reach from 0 to 1 and enlarged bilinearly, all 0 if nothing speaks
+        for the class; and the logits (N, classes).
+
+    Raises:
+        ValueError: the package grad-cam is missing, no such class or level, or features that are no map.
+    """
+    try:
+        from pytorch_grad_cam import GradCAM
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    except ImportError:
+        raise ValueError("class-activation maps need the package grad-cam: pip install grad-cam") from None
+    if target is not None and not 0 <= target < model.num_classes:
+        raise ValueError(f"--target {target} is no class of the network, which has 0 to {model.num_classes - 1}")
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # would overwrite the feature map after it was observed
+    split = _Split(model)
+    targets = None if target is None else [ClassifierOutputTarget(target)] * len(images)
+    seen = []  # the feature map, then its gradient
+
+    def observe(features: torch.Tensor) -> torch.Tensor:
+        seen.append(_as_map(features, model))
+        return seen[-1]
+
+    cam = GradCAM(split, [_observed_layer(split, level)], reshape_transform=observe)
+    try:  # not as a context, which would swallow an IndexError
+        with torch.enable_grad():
+            maps = cam(images, targets)
+        logits = cam.outputs.detach().cpu().numpy()
+    except AttributeError as error:  # what the library ends in without a gradient
+        if len(seen) == 2:
+            raise
+        raise ValueError("the model does not answer by the feature map that timm names: try --level") from error
+    finally:
+        cam.activations_and_grads.release()
+    model.zero_grad(set_to_none=True)
+    return maps, logits
+
+
+@dataclass(frozen=True)
+class View:
+    """What one network makes of one image.
+
+    Attributes:
+        image: (H, W, 3) in [0, 1], the part of the image that the network is given.
+        heat: (H, W) in [0, 1], the map.
+        title: its answer, in words.
+    """
+
+    image: np.ndarray
+    heat: np.ndarray
+    title: str
+
+
+def cam_figure(columns: Mapping[str, Sequence[View]], names: Sequence[str]) -> Figure:
+    """A row an image: the image as the first network is given it, then each network's map over its own.
+
+    Args:
+        columns: by the network's label, a view of each image.
+        names: of the images.
+    """
+    shape = len(names), 1 + len(columns)
+    figure = Figure(figsize=(2.4 * shape[1], 2.7 * shape[0] + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(*shape, squeeze=False)
+    for axes, label in zip(grid[0], ("", *columns), strict=True):
+        axes.set_title(label, fontsize=9)
+    for row, name, original in zip(grid, names, next(iter(columns.values())), strict=True):
+        row[0].imshow(original.image)
+        row[0].set_xlabel(name, fontsize=8)
+    for column, views in zip(grid.T[1:], columns.values(), strict=True):
+        for axes, view in zip(column, views, strict=True):
+            axes.imshow(view.image)
+            # Beyond the range of the values, to leave out the ends of the colour map, which are almost black.
+            axes.imshow(view.heat, cmap="turbo", vmin=-0.1, vmax=1.1, alpha=0.5)
+            axes.set_xlabel(view.title, fontsize=8)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    return figure

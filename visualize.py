@@ -1,0 +1,157 @@
+"""Pictures of networks, runs and results.
+
+python visualize.py cam IMAGE_OR_FOLDER --network CHECKPOINT --network resnet50 --output FILE.png
+python visualize.py curves RUN_DIR RUN_DIR --output FILE.png
+python visualize.py figures --output_dir docs
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+import metrics
+from options import COUNT, WHOLE, Parser, canonical
+from pictures.cam import View, activation_maps, cam_figure
+from pictures.figures import read_results, results_figures
+from pictures.subjects import Network, open_network, read_images
+
+PAPER_RESULTS = Path(__file__).parent / "docs" / "paper_results.csv"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    print(path)
+
+
+# -- class-activation maps
+
+
+def _views(network: Network, images: Sequence, target: int | None, level: int | None) -> list[View]:
+    """What a network makes of each image; the title has its answer, or with `target` that class's probability too."""
+    inputs = torch.stack([network.transform(image) for image in images])
+    maps, logits = activation_maps(network.model, inputs, target=target, level=level)
+    views = []
+    for pixels, heat, chances in zip(
+        network.pixels(inputs).numpy(), maps, network.probabilities(torch.from_numpy(logits)), strict=True
+    ):
+        answer = int(chances.argmax())
+        title = f"{network.name(answer)} {chances[answer]:.2f}"
+        if target is not None:
+            title = f"map of {network.name(target)} {chances[target]:.2f}\nanswer {title}"
+        views.append(View(pixels, heat, title))
+    return views
+
+
+def draw_cam(args: argparse.Namespace) -> None:
+    opened = [open_network(spec, key=args.model_key) for spec in args.network]
+    names, images, total = read_images(args.images, args.max_images)
+    columns: dict[str, list[View]] = {}
+    for number, network in enumerate(opened, 1):
+        label = network.label if network.label not in columns else f"{network.label} ({number})"
+        try:
+            columns[label] = _views(network, images, args.target, args.level)
+        except ValueError as error:
+            raise ValueError(f"{' '.join(network.label.split())}: {error}") from error
+    if total > len(images):
+        print(f"the first {len(images)} of {total} images; --max_images takes more")
+    _save(cam_figure(columns, names), args.output)
+
+
+# -- curves of runs
+
+
+def _run_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, or their paths if two have the same name."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _read_run(folder: Path) -> list[dict[str, str]]:
+    path = folder / "summary.csv"
+    try:
+        rows = metrics.read_rows(path)
+        points = [point for _, columns in metrics.CURVES for column in columns for point in metrics.curve(rows, column)]
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; name the folder of a run of main.py") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table of epochs: {error}") from error
+    if not points:
+        raise ValueError(f"{path} has no finished epoch")
+    return rows
+
+
+def draw_curves(args: argparse.Namespace) -> None:
+    if len(set(args.runs)) < len(args.runs):
+        raise ValueError("the same run is named twice")
+    runs = {name: _read_run(folder) for name, folder in zip(_run_names(args.runs), args.runs, strict=True)}
+    _save(metrics.curves_figure(runs), args.output)
+
+
+# -- the paper's figures
+
+
+def draw_figures(args: argparse.Namespace) -> None:
+    tables = {"the paper": read_results(args.paper)}
+    if args.measured is not None:
+        tables["measured here"] = read_results(args.measured)
+    for name, figure in results_figures(tables).items():
+        _save(figure, args.output_dir / name)
+
+
+# -- the command line
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="visualize.py", description="Draw pictures of networks, runs and results.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    cam = commands.add_parser("cam", help="class-activation maps: where a network looks")
+    cam.set_defaults(draw=draw_cam)
+    cam.add_argument("images", nargs="+", metavar="IMAGES", help="image files, folders of them, or idx files")
+    cam.add_argument(
+        "--network",
+        action="append",
+        required=True,
+        metavar="[MODEL=]CHECKPOINT",
+        help="a column; repeat it to compare. MODEL alone takes timm's pretrained weights",
+    )
+    cam.add_argument("--output", type=Path, required=True, metavar="FILE.png")
+    cam.add_argument("--target", type=WHOLE, metavar="CLASS", help="number of the class to explain [the predicted one]")
+    cam.add_argument("--level", type=int, help="index of timm's feature_info [the last feature map]")
+    cam.add_argument("--max_images", type=COUNT, default=8, help="rows of the picture")
+    cam.add_argument("--model_key", help="of the weights in the checkpoints [model_ema, or else model]")
+
+    curves = commands.add_parser("curves", help="training curves of several runs over each other")
+    curves.set_defaults(draw=draw_curves)
+    curves.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="output folders of main.py")
+    curves.add_argument("--output", type=Path, required=True, metavar="FILE.png")
+
+    figures = commands.add_parser("figures", help="the paper's depth and latency against accuracy")
+    figures.set_defaults(draw=draw_figures)
+    figures.add_argument("--output_dir", type=Path, required=True, help="for depth_accuracy.png, latency_accuracy.png")
+    figures.add_argument("--paper", type=Path, default=PAPER_RESULTS, metavar="FILE", help="[docs/paper_results.csv]")
+    figures.add_argument("--measured", type=Path, metavar="FILE", help="results of our own, drawn beside the paper's")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command. Errors end the process with exit code 2 and one line on standard error."""
+    return build_parser().parse_args([canonical(token) for token in (sys.argv[1:] if argv is None else argv)])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        args.draw(args)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"visualize.py: error: {error}\n")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
