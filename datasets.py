@@ -16,6 +16,7 @@ import random
 import re
 import signal
 import sys
+import time
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -939,9 +940,19 @@ def _make_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, seed: 
 
 
 def _iterate(loader: DataLoader) -> Iterator[tuple]:
+    """The batches of the loader. Raises RuntimeError, by torch's handler of SIGCHLD, if a loader process dies."""
     with _held_signals():
         iterator = iter(loader)  # starts the loader processes
-    return iterator
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            # It died while it was sending. The signal that names it is on its way, and its handler raises here.
+            time.sleep(5)
+            raise RuntimeError("DataLoader worker (pid unknown) has ended while it was sending a batch") from error
+        yield batch
 
 
 class TrainLoader:

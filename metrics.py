@@ -4,6 +4,7 @@ The training loop knows neither: it returns numbers, and `main.py` hands them to
 """
 
 import csv
+import gc
 import json
 import logging
 import sys
@@ -262,6 +263,7 @@ class CurvesSink:
     def log(self, metrics: Metrics, step: int) -> None:
         with _writing(self.path):
             curves_figure({"": self.table.rows}).savefig(self.path, dpi=100)
+        gc.collect()  # a figure is a knot of 5 MB, which Python would come to undo many epochs later
 
     def close(self) -> None:
         pass

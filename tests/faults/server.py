@@ -3,7 +3,7 @@
 What it starts is a process as any other: a fork with a session, an environment, limits and files of its own, which
 leaves through Python's ordinary exit. Requests and answers are lines of JSON:
 
-    {"target": "main:main", "arguments": [[...]], "cwd": ..., "env": {}, "limits": {}, "user": null, "log": FILE} -> pid
+    {"target": "main:main", "arguments": [[...]], "cwd": ..., "env": {}, "limits": {}, "log": FILE} -> pid
     {"poll": pid} -> exit code as `subprocess` gives it, or null while the process runs
 """
 
@@ -41,10 +41,6 @@ def become(request: dict) -> None:
     for name, value in request["limits"].items():
         number = getattr(resource, name)
         resource.setrlimit(number, (value, resource.getrlimit(number)[1]))
-    if request["user"] is not None:
-        os.setgroups([])
-        os.setgid(request["user"])
-        os.setuid(request["user"])
 
 
 if __name__ == "__main__":
