@@ -112,7 +112,9 @@ def build_model(args: argparse.Namespace, num_classes: int, *, deploy: bool = Fa
     for flag in ("act_num", "width_mult", "deploy"):
         if flag in args.given and flag not in kwargs:
             raise ValueError(f"--{flag} belongs to VanillaNet, --model {args.model} has no such thing")
-    return timm.create_model(args.model, **kwargs)
+    model = timm.create_model(args.model, **kwargs)
+    networks.check_input_size(model, args.input_size, f"--model {args.model}")
+    return model
 
 
 def load_network(args: argparse.Namespace, model: nn.Module, *, fine_tuning: bool) -> tuple[float, dict[str, Any]]:
@@ -151,6 +153,7 @@ def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.devi
             raise ValueError(
                 f"--teacher {args.teacher} knows {teacher.num_classes} classes, the data have {num_classes}"
             )
+    networks.check_input_size(teacher, args.input_size, f"--teacher {args.teacher}")
     return teacher.to(device, memory_format=layout_of(args)).requires_grad_(False)
 
 

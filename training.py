@@ -508,5 +508,5 @@ def launch(
         held.close()
     if failure:
         code, message = failure
-        sys.stderr.write(f"{prog}: error: {message}\n")
+        sys.stderr.write(f"{prog}: error: {utils.one_line(message)}\n")
         raise SystemExit(code)

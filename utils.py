@@ -148,7 +148,12 @@ def init_world(
         )
     if local_rank is None or local_rank < 0 or "LOCAL_RANK" in os.environ:
         local_rank = launched_local_rank
-    target = torch.device(device)
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        target = None
+    if target is None or target.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {device} is not known; it is cuda, cuda:N or cpu")
     if target.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"--device {device}: no CUDA device is available here; use --device cpu")
@@ -253,6 +258,11 @@ class StopRequest:
     @property
     def exit_code(self) -> int:
         return 128 + (self.received or signal.SIGTERM)
+
+
+def one_line(message: str) -> str:
+    """The message with line ends and whatever else cannot be printed spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message.strip())
 
 
 def setup_logging(rank: int) -> None:
