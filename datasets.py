@@ -152,9 +152,12 @@ class ImageDataset(Dataset, ABC):
     def describe(self, index: int) -> str:
         """Name the image in a message."""
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image, target = self.load(index)
+    def apply(self, image: Image.Image, target: Any) -> tuple[torch.Tensor, Any]:
+        """The transform of an image and its target; a class is not changed by it."""
         return self.transform(image), target
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.apply(*self.load(index))
 
 
 def _identity(folder: str | os.PathLike) -> tuple[int, int]:
@@ -188,6 +191,37 @@ def find_images(folder: str, above: Collection[tuple[int, int]] = ()) -> list[st
         for name in files
         if name.lower().endswith(IMG_EXTENSIONS)
     ]
+
+
+def list_images(paths: Sequence[str]) -> list[str]:
+    """Image files that are named, and those anywhere under folders that are named, in order.
+
+    Raises:
+        ValueError: a path is not there or cannot be read, or a folder has no image.
+    """
+    found = []
+    for path in paths:
+        if not os.path.isdir(path):
+            if not os.path.exists(path):
+                raise ValueError(f"{path} does not exist")
+            found.append(os.fspath(path))
+            continue
+        try:
+            inside = find_images(path)
+        except OSError as error:
+            raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+        if not inside:
+            raise ValueError(f"no image is in the folder {path}")
+        found += inside
+    return found
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """An RGB image; ValueError, which names the file, where there is none."""
+    try:
+        return decode_image(path)
+    except BrokenImageError as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
 
 
 class FolderDataset(ImageDataset):
@@ -642,6 +676,11 @@ class _LimitAspect:
         return image.crop((left, top, left + width, top + height))
 
 
+def default_crop_pct(input_size: int) -> float:
+    """The part of the resized shorter side that is kept: 0.875 below 384 px and 1 from there on."""
+    return 0.875 if input_size < 384 else 1.0
+
+
 def build_eval_transform(
     input_size: int,
     *,
@@ -658,7 +697,7 @@ def build_eval_transform(
         input_size: px.
         mean, std: of each channel, in [0, 1].
         small: do not resize; an image smaller than input_size gets a black border.
-        crop_pct: in (0, 1]; None is 0.875 below 384 px and 1 from there on.
+        crop_pct: in (0, 1]; None is `default_crop_pct`.
 
     Raises:
         ValueError: crop_pct is out of range, or given with `small`, where it has no effect.
@@ -669,7 +708,7 @@ def build_eval_transform(
             raise ValueError(f"--crop_pct has no effect on images that are not resized (up to {NATIVE_SIZE} px)")
     else:
         if crop_pct is None:
-            crop_pct = 0.875 if input_size < 384 else 1.0
+            crop_pct = default_crop_pct(input_size)
         if not 0 < crop_pct <= 1:
             raise ValueError(f"--crop_pct must be above 0 and at most 1, not {crop_pct}")
         resize = [_LimitAspect(), transforms.Resize(int(input_size / crop_pct), InterpolationMode.BICUBIC)]
@@ -774,14 +813,16 @@ class EpochSampler:
 # -- loaders
 
 # What a loader process sends for each image: (image or None, class, index, notes), the notes for the main process.
-_Sample = tuple[torch.Tensor | None, int, int, Sequence]
+_Sample = tuple[torch.Tensor | None, Any, int, Sequence]
+# Batches (image, target, index): by default (B, 3, H, W), (B,), (B,).
+Collate = Callable[[list[tuple]], Sequence]
 
 
-def _collate(samples: list[_Sample]) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, list]:
-    """Batch the samples that have an image: (B, 3, H, W), (B,), (B,), and the notes of all."""
+def _collate(samples: list[_Sample], batch: Collate) -> tuple[Any, Any, Any, list]:
+    """Batch the samples that have an image, and the notes of all."""
     notes = [note for sample in samples for note in sample[3]]
     kept = [sample[:3] for sample in samples if sample[0] is not None]
-    images, targets, indices = default_collate(kept) if kept else (None, None, None)
+    images, targets, indices = batch(kept) if kept else (None, None, None)
     return images, targets, indices, notes
 
 
@@ -806,7 +847,7 @@ class _TrainSamples(Dataset):
             except BrokenImageError as error:
                 notes.append((candidate, str(error)))
                 continue
-            return self.dataset.transform(image), target, candidate, notes
+            return *self.dataset.apply(image, target), candidate, notes
         return None, -1, index, notes
 
     def _candidates(self, index: int) -> Iterator[int]:
@@ -828,7 +869,7 @@ class _EvalSamples(Dataset):
             image, target = self.dataset.load(index)
         except BrokenImageError as error:
             return None, -1, index, [(index, str(error))]
-        return self.dataset.transform(image), target, index, ()
+        return *self.dataset.apply(image, target), index, ()
 
 
 def _stream(name: str, source: IterableDataset) -> Iterator[tuple[Image.Image, int]]:
@@ -926,13 +967,21 @@ def _start_worker(exiting: Any, worker_id: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
 
 
-def _make_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, seed: int = 0, **options) -> DataLoader:
+def _make_loader(
+    dataset: Dataset,
+    *,
+    num_workers: int,
+    pin_memory: bool,
+    seed: int = 0,
+    collate: Collate = default_collate,
+    **options,
+) -> DataLoader:
     """A DataLoader that draws from a generator of its own: iterating must not move the global one."""
     return DataLoader(
         dataset,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, batch=collate),
         worker_init_fn=partial(_start_worker, _exiting()),
         generator=torch.Generator().manual_seed(seed),
         **options,
@@ -962,7 +1011,16 @@ class TrainLoader:
         broken: indices of the images that this rank found broken so far. Each is logged once.
     """
 
-    def __init__(self, dataset: ImageDataset, *, sampler: EpochSampler, seed: int, num_workers: int, pin_memory: bool):
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        sampler: EpochSampler,
+        seed: int,
+        num_workers: int,
+        pin_memory: bool,
+        collate: Collate = default_collate,
+    ):
         self.broken: set[int] = set()
         self._dataset = dataset
         self._sampler = sampler
@@ -971,6 +1029,7 @@ class TrainLoader:
             batch_sampler=sampler,
             num_workers=num_workers,
             pin_memory=pin_memory,
+            collate=collate,
             persistent_workers=num_workers > 0,
         )
 
@@ -1099,6 +1158,7 @@ def build_train_loader(
     seed: int,
     num_workers: int,
     pin_memory: bool,
+    collate: Collate = default_collate,
 ) -> TrainLoader | StreamTrainLoader:
     """The training batches of one rank.
 
@@ -1106,6 +1166,7 @@ def build_train_loader(
         batch_size: of one rank.
         num_workers: loader processes; they live as long as the loader. 0 loads in this process.
         pin_memory: put batches in page-locked memory, for a GPU.
+        collate: batches (image, target, index), not those of a stream.
 
     Raises:
         ValueError: an argument is out of range.
@@ -1121,7 +1182,9 @@ def build_train_loader(
             pin_memory=pin_memory,
         )
     sampler = EpochSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed)
-    return TrainLoader(dataset, sampler=sampler, seed=seed, num_workers=num_workers, pin_memory=pin_memory)
+    return TrainLoader(
+        dataset, sampler=sampler, seed=seed, num_workers=num_workers, pin_memory=pin_memory, collate=collate
+    )
 
 
 class EvalLoader:
@@ -1143,6 +1206,7 @@ class EvalLoader:
         num_workers: int,
         pin_memory: bool,
         skip_broken: bool,
+        collate: Collate = default_collate,
     ):
         self.broken: set[int] = set()
         self._dataset = dataset
@@ -1154,6 +1218,7 @@ class EvalLoader:
             batch_size=batch_size,
             num_workers=num_workers,
             pin_memory=pin_memory,
+            collate=collate,
         )
 
     def __len__(self) -> int:
@@ -1244,6 +1309,7 @@ def build_eval_loader(
     num_workers: int,
     pin_memory: bool,
     skip_broken: bool = False,
+    collate: Collate = default_collate,
 ) -> EvalLoader | StreamEvalLoader:
     """The validation batches of one rank: images rank, rank + world_size, ...
 
@@ -1252,8 +1318,12 @@ def build_eval_loader(
         num_workers: loader processes, for the time of an iteration. 0 loads in this process.
         pin_memory: put batches in page-locked memory, for a GPU.
         skip_broken: leave broken images out and count them, instead of raising ValueError.
+        collate: batches (image, target, index), not those of a stream.
     """
-    kind = StreamEvalLoader if isinstance(dataset, StreamDataset) else EvalLoader
+    if isinstance(dataset, StreamDataset):
+        kind = StreamEvalLoader
+    else:
+        kind = partial(EvalLoader, collate=collate)
     return kind(
         dataset,
         batch_size=batch_size,

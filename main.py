@@ -26,9 +26,9 @@ import networks
 import profiling
 import utils
 from engine import Classification, Distiller, EvalResult, Precision, build_criterion, evaluate, train_meter
-from optim_factory import activation_slope
-from options import parse_args
-from training import EvaluationStopped, Run, broken_count, build_precision, launch, layout_of
+from optim_factory import activation_slope, cosine_schedule
+from options import parse_args, plain_args
+from training import Run, broken_count, build_precision, launch, layout_of, meet, until_stopped
 
 logger = logging.getLogger("main")
 
@@ -173,24 +173,18 @@ def run_eval(
     """Evaluate on all ranks, or with --dist_eval false on rank 0; the others then return None.
 
     Raises:
-        EvaluationStopped: on all ranks, if any of them received a signal that `stop` remembers.
+        EvaluationStopped: see `training.until_stopped`.
     """
-
-    def meet() -> None:
-        """Wait for the other ranks, before the sums of one that a signal ended early are taken for a result."""
-        if world.any(stop is not None and stop.received is not None):
-            raise EvaluationStopped
-
-    def reduce(sums: torch.Tensor) -> torch.Tensor:
-        meet()
-        return world.sum(sums) if args.dist_eval else sums
-
     if not (args.dist_eval or world.is_main):
-        return meet()
+        return meet(world, stop)
     batches = metrics.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
-    if stop is not None:
-        batches = stop.until_received(batches)
-    return evaluate(model, batches, precision=precision, real_targets=real, reduce=reduce)
+    return evaluate(
+        model,
+        until_stopped(batches, world, stop),
+        precision=precision,
+        real_targets=real,
+        reduce=world.sum if args.dist_eval else (lambda sums: sums),
+    )
 
 
 def report_eval(name: str, result: EvalResult, broken: int) -> None:
@@ -264,7 +258,8 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
                 "model": fused.state_dict(),
                 "act_learn": 1.0,
                 "deploy": True,
-                "args": {name: value for name, value in vars(args).items() if name != "given"},
+                **{key: checkpoint[key] for key in ("classes",) if key in checkpoint},
+                "args": plain_args(args),
             },
             target,
         )
@@ -307,7 +302,9 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
 class ClassificationRun(Run):
     """Training a classifier, with deep training where the network has it."""
 
-    schedule_flags = (*Run.schedule_flags, "decay_epochs", "decay_linear")
+    schedule_flags = (
+        *Run.schedule_flags, "min_lr", "warmup_epochs", "weight_decay_end", "decay_epochs", "decay_linear"
+    )  # fmt: skip
 
     def build_data(self) -> None:
         args, world = self.args, self.world
@@ -318,16 +315,8 @@ class ClassificationRun(Run):
         train_dataset = build_dataset(args, world, train=True)
         if not args.disable_eval:
             datasets.check_same_classes(train_dataset, eval_dataset)
-        self.num_classes = class_count(args, train_dataset)
-        self.loader = datasets.build_train_loader(
-            train_dataset,
-            batch_size=args.batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            seed=args.seed,
-            num_workers=args.num_workers,
-            pin_memory=args.pin_mem and world.device.type == "cuda",
-        )
+        self.num_classes, self.classes = class_count(args, train_dataset), train_dataset.classes
+        self.loader = datasets.build_train_loader(train_dataset, **self.loading())
         self.mixup = datasets.build_mixup(
             args.batch_size,
             self.num_classes,
@@ -349,11 +338,7 @@ class ClassificationRun(Run):
         if args.finetune:
             slope, _ = load_network(args, model, fine_tuning=True)
             self.start_slope = 0.0 if args.restart_decay else slope
-        model = model.to(world.device, memory_format=layout_of(args))
-        if args.sync_bn:
-            if world.device.type != "cuda":
-                raise ValueError("--sync_bn true works on GPUs only; leave it out with --device cpu")
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = self.place(model)
         if "layer_decay_num_layers" in args.given and hasattr(model, "stages"):
             layers = len(model.stages)
             if args.layer_decay_num_layers != layers:
@@ -378,6 +363,21 @@ class ClassificationRun(Run):
                 args.epochs,
                 args.decay_epochs,
             )
+
+    def count_warmup_steps(self) -> int:
+        args = self.args
+        return args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * self.steps_per_epoch
+
+    def schedule(self, updates: int) -> tuple[float, float]:
+        args = self.args
+        lr = cosine_schedule(updates, self.total_steps, base=args.lr, final=args.min_lr, warmup_steps=self.warmup_steps)
+        end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+        return lr, cosine_schedule(updates, self.total_steps, base=args.weight_decay, final=end)
+
+    def wrap(self) -> None:
+        if self.args.compile:
+            self.model.compile()
+        super().wrap()
 
     def slope(self) -> float:
         args = self.args
@@ -408,7 +408,8 @@ class ClassificationRun(Run):
         return {"act_learn": self.slope()}
 
     def extra_state(self) -> dict[str, Any]:
-        return {"act_learn": self.slope(), "start_slope": self.start_slope}
+        state = {"act_learn": self.slope(), "start_slope": self.start_slope}
+        return state | ({"classes": list(self.classes)} if self.classes else {})
 
     def load_extra_state(self, checkpoint: dict[str, Any]) -> None:
         self.start_slope = checkpoint.get("start_slope", self.start_slope)

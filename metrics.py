@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -199,12 +199,13 @@ class WandbSink:
         self.run.finish()
 
 
-CURVES = (
+Panels = Sequence[tuple[str, Sequence[str]]]  # title and columns of each
+CURVES: Panels = (
     ("loss", ("train_loss", "test_loss")),
     ("top-1 (%)", ("test_acc1", "ema_acc1")),
     ("learning rate", ("lr",)),
     ("lambda", ("act_learn",)),
-)  # the panels: title and columns
+)
 
 
 def curve(rows: Iterable[Mapping[str, object]], column: str) -> list[tuple[int, float]]:
@@ -212,7 +213,7 @@ def curve(rows: Iterable[Mapping[str, object]], column: str) -> list[tuple[int, 
     return [(int(row["epoch"]), float(row[column])) for row in rows if row.get(column) not in (None, "")]
 
 
-def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]]) -> "Figure":
+def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]], panels: Panels = CURVES) -> "Figure":
     """The curves of one or several runs over each other.
 
     One run has a colour for each column. Of several, each run has a colour and each column of a panel a line style; a
@@ -220,6 +221,7 @@ def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]]) -> "Figure
 
     Args:
         runs: rows of a run's `summary.csv`, by its name.
+        panels: four.
 
     Raises:
         ValueError: a cell is no number.
@@ -234,7 +236,7 @@ def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]]) -> "Figure
     single = len(runs) == 1
     # The usual colours are ten; more runs than that share a rainbow out among them.
     colors = [f"C{i}" if len(runs) <= 10 else colormaps["turbo"](i / (len(runs) - 1)) for i in range(len(runs))]
-    for axes, (title, columns) in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
+    for axes, (title, columns) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         styles = dict(zip(columns, ("-", "--", ":"), strict=False))
         for column, style in styles.items():
             for color, (run, rows) in zip(colors, runs.items(), strict=True):
@@ -255,14 +257,14 @@ def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]]) -> "Figure
 
 
 class CurvesSink:
-    """`curves.png`: loss, accuracy of model and EMA, learning rate and lambda by epoch, drawn anew from the CSV."""
+    """`curves.png`: the columns of `panels` by epoch, drawn anew from the CSV."""
 
-    def __init__(self, path: Path, table: CsvSink):
-        self.path, self.table = path, table
+    def __init__(self, path: Path, table: CsvSink, panels: Panels = CURVES):
+        self.path, self.table, self.panels = path, table, panels
 
     def log(self, metrics: Metrics, step: int) -> None:
         with _writing(self.path):
-            curves_figure({"": self.table.rows}).savefig(self.path, dpi=100)
+            curves_figure({"": self.table.rows}, self.panels).savefig(self.path, dpi=100)
         gc.collect()  # a figure is a knot of 5 MB, which Python would come to undo many epochs later
 
     def close(self) -> None:

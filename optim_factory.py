@@ -12,6 +12,7 @@ __all__ = [
     "build_optimizer",
     "cosine_schedule",
     "set_hyperparameters",
+    "step_schedule",
 ]
 
 
@@ -33,6 +34,19 @@ def cosine_schedule(
         return final
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+
+
+def step_schedule(
+    step: int, *, base: float, milestones: Sequence[int], gamma: float = 0.1, warmup_steps: int = 0
+) -> float:
+    """A linear warm-up from 0, then `base`, multiplied by `gamma` at each milestone.
+
+    Args:
+        step: optimizer steps taken so far, counted from 0; the value is the one to take the next step with.
+        milestones: steps; one within the warm-up counts in it, too.
+    """
+    value = base * gamma ** sum(step >= milestone for milestone in milestones)
+    return value * step / warmup_steps if step < warmup_steps else value
 
 
 def activation_slope(epoch: int, *, decay_epochs: int, linear: bool = True, start: float = 0.0) -> float:

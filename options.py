@@ -9,8 +9,9 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -23,11 +24,16 @@ __all__ = [
     "POSITIVE",
     "WHOLE",
     "Parser",
+    "Requirements",
+    "add_training_flags",
     "boolean",
     "build_parser",
     "canonical",
+    "check_training_flags",
     "number",
     "parse_args",
+    "parse_checked",
+    "plain_args",
     "save_args",
 ]
 
@@ -86,14 +92,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="main.py",
-        description="Train, evaluate (--eval true) or deploy (--switch_to_deploy FILE) VanillaNet.",
-        fromfile_prefix_chars="@",
-        epilog="@FILE reads flags from a recipe; what follows it on the command line wins.",
-    )
-
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `training.Run`, which every command that trains has; `set_defaults` gives them other defaults."""
     run = parser.add_argument_group("run")
     run.add_argument("--batch_size", type=COUNT, default=64, help="images per process and accumulation step")
     run.add_argument("--epochs", type=COUNT, default=300)
@@ -104,6 +104,77 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--num_workers", type=WHOLE, default=10, help="loader processes per process")
     run.add_argument("--pin_mem", type=boolean, default=True, help="page-locked batches, for a GPU")
     run.add_argument("--start_epoch", type=WHOLE, default=0, help="epoch to begin the schedules and data order at")
+
+    ema = parser.add_argument_group("EMA")
+    ema.add_argument("--model_ema", type=boolean, default=False, help="keep moving averages of the weights")
+    ema.add_argument("--model_ema_decay", type=FRACTION, nargs="+", default=[0.9999], help="one average for each")
+    ema.add_argument("--model_ema_force_cpu", type=boolean, default=False)
+    ema.add_argument("--model_ema_eval", type=boolean, default=False, help="evaluate the averages, too")
+
+    optimizer = parser.add_argument_group("optimizer")
+    optimizer.add_argument("--opt", default="adamw", help="any of timm's optimizers")
+    optimizer.add_argument("--opt_eps", type=POSITIVE, default=1e-8)
+    optimizer.add_argument("--opt_betas", type=FRACTION, nargs="+")
+    optimizer.add_argument("--clip_grad", type=POSITIVE, help="largest norm of the gradients")
+    optimizer.add_argument("--momentum", type=FRACTION, default=0.9)
+    optimizer.add_argument("--weight_decay", type=NONNEGATIVE, default=0.05)
+    optimizer.add_argument("--lr", type=POSITIVE, default=4e-3)
+    optimizer.add_argument("--layer_decay", type=number(float, above=0, high=1), default=1.0)
+
+    checkpoints = parser.add_argument_group("checkpoints")
+    checkpoints.add_argument("--finetune", metavar="FILE", help="weights to begin with, or to evaluate or deploy")
+    checkpoints.add_argument(
+        "--model_key", default="model|module", help="of the weights in --finetune; | separates alternatives"
+    )
+    checkpoints.add_argument("--model_prefix", default="", help="of the names in --finetune")
+    checkpoints.add_argument("--resume", metavar="FILE", help="checkpoint to go on from")
+    checkpoints.add_argument(
+        "--resume_new_sched", action="store_true", help="resume under schedules other than the checkpoint's"
+    )
+    checkpoints.add_argument(
+        "--auto_resume", type=boolean, default=False, help="resume the newest valid of --output_dir"
+    )
+    checkpoints.add_argument("--save_ckpt", type=boolean, default=True)
+    checkpoints.add_argument("--save_ckpt_freq", type=COUNT, default=1, help="epochs between checkpoints")
+    checkpoints.add_argument("--save_ckpt_steps", type=WHOLE, default=0, help="steps between them; 0: epochs only")
+    checkpoints.add_argument("--save_ckpt_num", type=COUNT, default=10, help="how many of the newest to keep")
+    checkpoints.add_argument("--output_dir", help="folder of checkpoints, logs and curves")
+    checkpoints.add_argument("--log_dir", help="folder of TensorBoard events [OUTPUT_DIR/tensorboard]")
+
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument("--eval", type=boolean, default=False, help="evaluate --finetune, train nothing")
+    evaluation.add_argument("--disable_eval", type=boolean, default=False, help="train without evaluating")
+    evaluation.add_argument("--test_freq", type=COUNT, default=20, help="epochs between evaluations")
+    evaluation.add_argument("--test_epoch", type=WHOLE, default=260, help="evaluate every epoch from there on")
+
+    processes = parser.add_argument_group("processes")
+    processes.add_argument("--world_size", type=COUNT, help="checked against the launcher, which sets it")
+    processes.add_argument("--local_rank", type=int, help="for launchers that pass it as a flag")
+    processes.add_argument(
+        "--dist_on_itp", type=boolean, nargs="?", const=True, default=False, help="ranks from OpenMPI"
+    )
+    processes.add_argument("--dist_url", default="env://")
+    processes.add_argument("--dist_timeout", type=COUNT, default=1800, help="seconds to wait for another process")
+    processes.add_argument("--sync_bn", type=boolean, default=False, help="BatchNorm over all processes' batches")
+
+    precision = parser.add_argument_group("precision and logging")
+    precision.add_argument("--use_amp", type=boolean, default=False, help="autocast")
+    precision.add_argument("--amp_dtype", choices=("bf16", "fp16"), help="[fp16 on a GPU, bf16 on the CPU]")
+    precision.add_argument("--channels_last", type=boolean, default=False, help="memory format of images and weights")
+    precision.add_argument("--log_freq", type=COUNT, default=10, help="steps between log lines")
+    precision.add_argument("--enable_wandb", type=boolean, default=False, help="log to Weights & Biases")
+    precision.add_argument("--wandb_ckpt", type=boolean, default=False, help="upload the last checkpoint there")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="main.py",
+        description="Train, evaluate (--eval true) or deploy (--switch_to_deploy FILE) VanillaNet.",
+        fromfile_prefix_chars="@",
+        epilog="@FILE reads flags from a recipe; what follows it on the command line wins.",
+    )
+
+    add_training_flags(parser)
 
     deep = parser.add_argument_group("deep training")
     deep.add_argument("--decay_epochs", type=WHOLE, default=100, help="epochs until lambda is 1; 0: always 1")
@@ -126,26 +197,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--switch_to_deploy", metavar="FILE", help="fuse --finetune, compare, evaluate and write to FILE"
     )
 
-    ema = parser.add_argument_group("EMA")
-    ema.add_argument("--model_ema", type=boolean, default=False, help="keep moving averages of the weights")
-    ema.add_argument("--model_ema_decay", type=FRACTION, nargs="+", default=[0.9999], help="one average for each")
-    ema.add_argument("--model_ema_force_cpu", type=boolean, default=False)
-    ema.add_argument("--model_ema_eval", type=boolean, default=False, help="evaluate the averages, too")
-
-    optimizer = parser.add_argument_group("optimizer")
-    optimizer.add_argument("--opt", default="adamw", help="any of timm's optimizers")
-    optimizer.add_argument("--opt_eps", type=POSITIVE, default=1e-8)
-    optimizer.add_argument("--opt_betas", type=FRACTION, nargs="+")
-    optimizer.add_argument("--clip_grad", type=POSITIVE, help="largest norm of the gradients")
-    optimizer.add_argument("--momentum", type=FRACTION, default=0.9)
-    optimizer.add_argument("--weight_decay", type=NONNEGATIVE, default=0.05)
-    optimizer.add_argument("--weight_decay_end", type=NONNEGATIVE, help="its value at the end of half a cosine")
-    optimizer.add_argument("--lr", type=POSITIVE, default=4e-3)
-    optimizer.add_argument("--min_lr", type=NONNEGATIVE, default=1e-6)
-    optimizer.add_argument("--warmup_epochs", type=WHOLE, default=5)
-    optimizer.add_argument("--warmup_steps", type=int, default=-1, help="wins over --warmup_epochs if above 0")
-    optimizer.add_argument("--layer_decay", type=number(float, above=0, high=1), default=1.0)
-    optimizer.add_argument("--layer_decay_num_layers", type=COUNT, default=4, help="checked if given: the model knows")
+    schedules = parser.add_argument_group("schedules")
+    schedules.add_argument("--weight_decay_end", type=NONNEGATIVE, help="its value at the end of half a cosine")
+    schedules.add_argument("--min_lr", type=NONNEGATIVE, default=1e-6)
+    schedules.add_argument("--warmup_epochs", type=WHOLE, default=5)
+    schedules.add_argument("--warmup_steps", type=int, default=-1, help="wins over --warmup_epochs if above 0")
+    schedules.add_argument("--layer_decay_num_layers", type=COUNT, default=4, help="checked if given: the model knows")
 
     teacher = parser.add_argument_group("distillation")
     teacher.add_argument("--teacher", metavar="MODEL", help="a timm model or VanillaNet variant to learn from")
@@ -186,76 +243,59 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--real_labels", metavar="FILE", help="ImageNet-ReaL's real.json")
     data.add_argument("--skip_broken_eval", type=boolean, default=False, help="leave broken validation images out")
 
-    checkpoints = parser.add_argument_group("checkpoints")
-    checkpoints.add_argument("--finetune", metavar="FILE", help="weights to begin with, or to evaluate or deploy")
-    checkpoints.add_argument(
-        "--model_key", default="model|module", help="of the weights in --finetune; | separates alternatives"
-    )
-    checkpoints.add_argument("--model_prefix", default="", help="of the names in --finetune")
-    checkpoints.add_argument("--resume", metavar="FILE", help="checkpoint to go on from")
-    checkpoints.add_argument(
-        "--resume_new_sched", action="store_true", help="resume under schedules other than the checkpoint's"
-    )
-    checkpoints.add_argument(
-        "--auto_resume", type=boolean, default=False, help="resume the newest valid of --output_dir"
-    )
-    checkpoints.add_argument("--save_ckpt", type=boolean, default=True)
-    checkpoints.add_argument("--save_ckpt_freq", type=COUNT, default=1, help="epochs between checkpoints")
-    checkpoints.add_argument("--save_ckpt_steps", type=WHOLE, default=0, help="steps between them; 0: epochs only")
-    checkpoints.add_argument("--save_ckpt_num", type=COUNT, default=10, help="how many of the newest to keep")
-    checkpoints.add_argument("--output_dir", help="folder of checkpoints, logs and curves")
-    checkpoints.add_argument("--log_dir", help="folder of TensorBoard events [OUTPUT_DIR/tensorboard]")
-
-    evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument("--eval", type=boolean, default=False, help="evaluate --finetune, train nothing")
-    evaluation.add_argument("--dist_eval", type=boolean, default=True, help="false: on rank 0 alone")
-    evaluation.add_argument("--disable_eval", type=boolean, default=False, help="train without evaluating")
-    evaluation.add_argument("--test_freq", type=COUNT, default=20, help="epochs between evaluations")
-    evaluation.add_argument("--test_epoch", type=WHOLE, default=260, help="evaluate every epoch from there on")
-
-    processes = parser.add_argument_group("processes")
-    processes.add_argument("--world_size", type=COUNT, help="checked against the launcher, which sets it")
-    processes.add_argument("--local_rank", type=int, help="for launchers that pass it as a flag")
-    processes.add_argument(
-        "--dist_on_itp", type=boolean, nargs="?", const=True, default=False, help="ranks from OpenMPI"
-    )
-    processes.add_argument("--dist_url", default="env://")
-    processes.add_argument("--dist_timeout", type=COUNT, default=1800, help="seconds to wait for another process")
-    processes.add_argument("--sync_bn", type=boolean, default=False, help="BatchNorm over all processes' batches")
-
-    precision = parser.add_argument_group("precision and logging")
-    precision.add_argument("--use_amp", type=boolean, default=False, help="autocast")
-    precision.add_argument("--amp_dtype", choices=("bf16", "fp16"), help="[fp16 on a GPU, bf16 on the CPU]")
-    precision.add_argument("--compile", type=boolean, default=False, help="torch.compile the network")
-    precision.add_argument("--channels_last", type=boolean, default=False, help="memory format of images and weights")
-    precision.add_argument("--log_freq", type=COUNT, default=10, help="steps between log lines")
-    precision.add_argument("--enable_wandb", type=boolean, default=False, help="log to Weights & Biases")
-    precision.add_argument("--wandb_ckpt", type=boolean, default=False, help="upload the last checkpoint there")
+    further = parser.add_argument_group("further")
+    further.add_argument("--dist_eval", type=boolean, default=True, help="false: on rank 0 alone")
+    further.add_argument("--compile", type=boolean, default=False, help="torch.compile the network")
     return parser
 
 
-def _check(args: argparse.Namespace, given: set[str]) -> None:
-    """Reject combinations in which a flag that was given cannot do anything.
+class Requirements:
+    """Rejects flags that were given where they cannot do anything; called `needs` by those who ask it.
 
     Args:
-        given: the flags that were written out, in the command or a recipe.
-
-    Raises:
-        ValueError: one line that names the flags.
+        args: the parsed flags.
+        given: those of them that were written out, in the command or a recipe.
     """
-    evaluates = args.eval or args.switch_to_deploy is not None
 
-    def needs(flag: str, condition: bool, mend: str) -> None:
-        if flag in given and getattr(args, flag) not in (False, None) and not condition:
+    def __init__(self, args: argparse.Namespace, given: Collection[str]):
+        self.args, self.given = args, given
+
+    def __call__(self, flag: str, condition: object, mend: str) -> None:
+        """Raises ValueError if `flag` was given, asks for something, and `condition` does not hold."""
+        if flag in self.given and getattr(self.args, flag) not in (False, None) and not condition:
             raise ValueError(f"--{flag} has no effect here; {mend}")
 
-    needs("resplit", False, "it belongs to augmentation in splits, which is not done; leave --resplit out")
+
+def check_training_flags(args: argparse.Namespace, needs: Requirements) -> None:
+    """The checks of what `add_training_flags` adds, with --deploy and --switch_to_deploy. Raises ValueError, a line."""
+    evaluates = args.eval or args.switch_to_deploy is not None
     for flag in ("model_ema_decay", "model_ema_force_cpu", "model_ema_eval"):
         needs(flag, args.model_ema, "add --model_ema true")
-    needs("bce_target_thresh", args.bce_loss, "add --bce_loss")
     needs("amp_dtype", args.use_amp, "add --use_amp true")
     needs("wandb_ckpt", args.enable_wandb, "add --enable_wandb true")
     needs("wandb_ckpt", args.save_ckpt and args.output_dir, "it needs --save_ckpt true and --output_dir")
+    needs("resume_new_sched", args.resume or args.auto_resume, "add --resume or --auto_resume true")
+    for flag in ("auto_resume", "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num"):
+        needs(flag, args.output_dir, "add --output_dir")
+    for flag in ("model_key", "model_prefix"):
+        needs(flag, args.finetune, "add --finetune")
+    needs("deploy", evaluates, "a deploy form has nothing left to train; add --eval true")
+    if evaluates and args.finetune is None and args.resume is None:
+        raise ValueError("--eval and --switch_to_deploy need the weights: add --finetune FILE")
+    if args.finetune and args.resume:
+        raise ValueError("--finetune and --resume exclude each other: one begins with weights, the other goes on")
+    if args.switch_to_deploy is not None and args.deploy:
+        raise ValueError("--switch_to_deploy fuses a train form, --deploy true says that it is fused already: drop one")
+    if args.eval and args.disable_eval:
+        raise ValueError("--eval true and --disable_eval true exclude each other")
+    if len(set(args.model_ema_decay)) < len(args.model_ema_decay):
+        raise ValueError("--model_ema_decay names the same decay twice")
+
+
+def _check(args: argparse.Namespace, needs: Requirements) -> None:
+    """Reject combinations in which a flag that was given cannot do anything. Raises ValueError, a line naming them."""
+    needs("resplit", False, "it belongs to augmentation in splits, which is not done; leave --resplit out")
+    needs("bce_target_thresh", args.bce_loss, "add --bce_loss")
     needs("layer_decay_num_layers", args.layer_decay < 1, "add --layer_decay")
     for flag in ("mixup_prob", "mixup_switch_prob", "mixup_mode"):
         mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
@@ -267,35 +307,23 @@ def _check(args: argparse.Namespace, given: set[str]) -> None:
         needs(flag, args.teacher, "add --teacher")
     needs("teacher_key", args.teacher_weights, "add --teacher_weights")
     needs("restart_decay", args.finetune, "add --finetune")
-    needs("resume_new_sched", args.resume or args.auto_resume, "add --resume or --auto_resume true")
-    for flag in ("auto_resume", "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num"):
-        needs(flag, args.output_dir, "add --output_dir")
-    for flag in ("model_key", "model_prefix"):
-        needs(flag, args.finetune, "add --finetune")
     needs("compile", args.switch_to_deploy is None, "--switch_to_deploy compares the forms uncompiled")
-    needs("deploy", evaluates, "a deploy form has nothing left to train; add --eval true")
-    if evaluates and args.finetune is None and args.resume is None:
-        raise ValueError("--eval and --switch_to_deploy need the weights: add --finetune FILE")
-    if args.finetune and args.resume:
-        raise ValueError("--finetune and --resume exclude each other: one begins with weights, the other goes on")
-    if args.switch_to_deploy is not None and args.deploy:
-        raise ValueError("--switch_to_deploy fuses a train form, --deploy true says that it is fused already: drop one")
-    if args.eval and args.disable_eval:
-        raise ValueError("--eval true and --disable_eval true exclude each other")
+    check_training_flags(args, needs)
     if args.weight_decay_end is not None and args.weight_decay == 0:
         raise ValueError("--weight_decay_end has no effect with --weight_decay 0")
-    if len(set(args.model_ema_decay)) < len(args.model_ema_decay):
-        raise ValueError("--model_ema_decay names the same decay twice")
-    if not args.data_path and not (evaluates and args.eval_data_path):
+    if not args.data_path and not ((args.eval or args.switch_to_deploy is not None) and args.eval_data_path):
         raise ValueError("--data_path is missing")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check a command; `args.given` holds the flags that were written out.
+def parse_checked(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    check: Callable[[argparse.Namespace, Requirements], None],
+) -> argparse.Namespace:
+    """Parse a command, the process's own for None, and check it; `args.given` holds the flags that were written out.
 
-    Errors end the process with exit code 2 and one line on standard error.
+    Errors, also a ValueError of `check`, end the process with exit code 2 and one line on standard error.
     """
-    parser = build_parser()
     argv = [canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
     try:
         args = parser.parse_args(argv)
@@ -306,18 +334,29 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # Parsed once more without defaults, which leaves just what was written out.
     for action in parser._actions:
         action.default = argparse.SUPPRESS
+    parser._defaults.clear()  # those of set_defaults
     given = set(vars(parser.parse_args(argv)))
     try:
-        _check(args, given)
+        check(args, Requirements(args, given))
     except ValueError as error:
         parser.error(str(error))
     args.given = sorted(given)
     return args
 
 
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of main.py; see `parse_checked`."""
+    return parse_checked(build_parser(), argv, _check)
+
+
+def plain_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags and their values, for a checkpoint or file."""
+    return {name: value for name, value in vars(args).items() if name != "given"}
+
+
 def save_args(args: argparse.Namespace, path: Path) -> None:
     """Write the arguments, all of them, as YAML."""
-    text = yaml.safe_dump({k: v for k, v in vars(args).items() if k != "given"}, sort_keys=True)
+    text = yaml.safe_dump(plain_args(args), sort_keys=True)
     try:
         path.write_text(text)
     except OSError as error:

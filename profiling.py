@@ -1,9 +1,11 @@
 """What a network costs: layers, parameters, multiply-accumulates, images per second."""
 
 import copy
+import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from statistics import median
 
 import torch
@@ -12,7 +14,7 @@ from torchprofile import profile_macs
 
 from models.vanillanet import SeriesActivation
 
-__all__ = ["count_layers", "count_macs", "count_params", "profile", "throughput"]
+__all__ = ["count_layers", "count_macs", "count_params", "interleave", "profile", "throughput"]
 
 WARM_UP_ROUNDS = 2
 
@@ -64,21 +66,44 @@ def profile(model: nn.Module, input_size: int | tuple[int, int, int]) -> tuple[i
     return count_layers(model), count_params(model), count_macs(model, input_size)
 
 
+def interleave(
+    takes: Sequence[Callable[[], Sequence[float]]], *, rounds: int, warm_up: int = WARM_UP_ROUNDS, seed: int = 0
+) -> list[list[float]]:
+    """Measure several things by turns, so that whatever else the machine does meets all alike.
+
+    Args:
+        takes: each measures its thing once or a few times, and returns the measurements.
+        rounds: in which each has one turn, in an order drawn anew.
+        warm_up: rounds before those, that do not count.
+        seed: of the orders.
+
+    Returns:
+        The measurements of each.
+    """
+    order, generator = list(range(len(takes))), random.Random(seed)
+    measured: list[list[float]] = [[] for _ in takes]
+    for number in range(warm_up + rounds):
+        generator.shuffle(order)
+        for index in order:
+            found = takes[index]()
+            if number >= warm_up:
+                measured[index].extend(found)
+    return measured
+
+
 @torch.inference_mode()
 def throughput(
     models: Sequence[nn.Module],
-    images: torch.Tensor,
+    images: torch.Tensor | Sequence[torch.Tensor],
     *,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     rounds: int = 10,
 ) -> list[float]:
     """Images per second of each network, from the median over interleaved rounds.
 
-    Interleaved, so that whatever else the machine does meets all networks alike and their ratio can be trusted.
-
     Args:
         models: networks in eval mode on the device of `images`.
-        images: one batch, (N, in_chans, H, W).
+        images: one batch, (N, in_chans, H, W), or what else the networks take that holds N images.
         autocast: makes the context to compute in.
         rounds: forward passes that count, of each network.
 
@@ -87,13 +112,15 @@ def throughput(
     """
     if any(model.training for model in models):
         raise ValueError("throughput is measured in eval mode, and one of the networks is in train mode")
-    seconds: list[list[float]] = [[] for _ in models]
-    for _ in range(WARM_UP_ROUNDS + rounds):
-        for model, times in zip(models, seconds, strict=True):
-            start = time.perf_counter()
-            with autocast():
-                model(images)
-            if images.is_cuda:
-                torch.cuda.synchronize(images.device)
-            times.append(time.perf_counter() - start)
-    return [len(images) / median(times[WARM_UP_ROUNDS:]) for times in seconds]
+    device = images[0].device
+
+    def take(model: nn.Module) -> list[float]:
+        start = time.perf_counter()
+        with autocast():
+            model(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return [time.perf_counter() - start]
+
+    seconds = interleave([partial(take, model) for model in models], rounds=rounds)
+    return [len(images) / median(times) for times in seconds]

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -24,8 +24,8 @@ from torch import nn
 import metrics
 import utils
 from engine import FiniteGuard, NonFiniteError, Objective, Precision, Progress, train_one_epoch
-from optim_factory import build_optimizer, cosine_schedule, set_hyperparameters
-from options import save_args
+from optim_factory import build_optimizer, set_hyperparameters
+from options import plain_args, save_args
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,25 @@ class EvaluationStopped(Exception):
     """A signal came during the evaluation. The state is saved, and a run that goes on begins the evaluation again."""
 
 
+def until_stopped(batches: Iterable[Any], world: utils.World, stop: utils.StopRequest | None) -> Iterator[Any]:
+    """`batches`, up to a signal; then all ranks meet.
+
+    Raises:
+        EvaluationStopped: on all ranks, after the last batch, if any of them received a signal that `stop` remembers.
+    """
+    for batch in batches:
+        if stop is not None and stop.received is not None:
+            break
+        yield batch
+    meet(world, stop)
+
+
+def meet(world: utils.World, stop: utils.StopRequest | None) -> None:
+    """The end of `until_stopped`, for a rank that has no batches."""
+    if world.any(stop is not None and stop.received is not None):
+        raise EvaluationStopped
+
+
 class Run(ABC):
     """The state of a run, and what is done with it between steps and epochs.
 
@@ -57,10 +76,8 @@ class Run(ABC):
     `broken` the run relies on.
     """
 
-    schedule_flags: tuple[str, ...] = (
-        "epochs", "lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "weight_decay_end", "opt",
-        "update_freq",
-    )  # fmt: skip
+    panels = metrics.CURVES  # of curves.png
+    schedule_flags: tuple[str, ...] = ("epochs", "lr", "warmup_steps", "weight_decay", "opt", "update_freq")
 
     def __init__(self, args: argparse.Namespace, world: utils.World, stop: utils.StopRequest):
         self.args, self.world, self.stop = args, world, stop
@@ -91,6 +108,14 @@ class Run(ABC):
     @abstractmethod
     def build_model(self) -> nn.Module:
         """The network, on its device, initialized from the current seed or from the weights asked for."""
+
+    @abstractmethod
+    def count_warmup_steps(self) -> int:
+        """Length of the warm-up in optimizer steps."""
+
+    @abstractmethod
+    def schedule(self, updates: int) -> tuple[float, float]:
+        """Learning rate and weight decay after so many optimizer steps."""
 
     @abstractmethod
     def build_meter(self) -> metrics.SumMeter:
@@ -131,6 +156,27 @@ class Run(ABC):
 
     # set-up
 
+    def place(self, model: nn.Module) -> nn.Module:
+        """A network on the device in its memory format, with the BatchNorms asked for."""
+        model = model.to(self.world.device, memory_format=layout_of(self.args))
+        if self.args.sync_bn:
+            if self.world.device.type != "cuda":
+                raise ValueError("--sync_bn true works on GPUs only; leave it out with --device cpu")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model
+
+    def loading(self) -> dict[str, Any]:
+        """How this rank's training batches are loaded, for `datasets.build_train_loader`."""
+        args, world = self.args, self.world
+        return {
+            "batch_size": args.batch_size,
+            "rank": world.rank,
+            "world_size": world.size,
+            "seed": args.seed,
+            "num_workers": args.num_workers,
+            "pin_memory": args.pin_mem and world.device.type == "cuda",
+        }
+
     def build_emas(self) -> list[ModelEmaV3]:
         args = self.args
         device = "cpu" if args.model_ema_force_cpu else None
@@ -155,18 +201,17 @@ class Run(ABC):
     def build_schedules(self) -> None:
         args = self.args
         self.total_steps = args.epochs * self.steps_per_epoch
-        self.warmup_steps = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * self.steps_per_epoch
+        self.warmup_steps = self.count_warmup_steps()
         if self.warmup_steps >= self.total_steps:
             raise ValueError(
                 f"the warm-up ({self.warmup_steps} steps) leaves nothing of --epochs {args.epochs} "
-                f"({self.total_steps} steps): lower --warmup_epochs or --warmup_steps"
+                f"({self.total_steps} steps): lower "
+                + " or ".join(f"--{flag}" for flag in self.schedule_flags if flag.startswith("warmup"))
             )
         self.last_epoch = min(args.epochs, args.early_stop_epochs or args.epochs)
 
     def wrap(self) -> None:
-        """Compile and distribute; the state above stays that of the plain network."""
-        if self.args.compile:
-            self.model.compile()
+        """Distribute; the state above stays that of the plain network."""
         self.guard = FiniteGuard(self.model, rank=self.world.rank, world_size=self.world.size)
         self.wrapped = self.model
         if self.world.distributed:
@@ -185,7 +230,7 @@ class Run(ABC):
             folder = Path(args.output_dir)
             save_args(args, folder / "args.yaml")
             csv = metrics.CsvSink(folder / "summary.csv", self.progress.epoch)
-            epoch_sinks += [csv, metrics.CurvesSink(folder / "curves.png", csv)]
+            epoch_sinks += [csv, metrics.CurvesSink(folder / "curves.png", csv, self.panels)]
             step_sinks.append(metrics.JsonLinesSink(folder / "log.jsonl", "step", start_step + 1))
         events = args.log_dir or (Path(args.output_dir) / "tensorboard" if args.output_dir else None)
         if events:
@@ -201,15 +246,6 @@ class Run(ABC):
             step_sinks.append(metrics.WandbSink(self.wandb, "step"))
             epoch_sinks.append(metrics.WandbSink(self.wandb, "epoch"))
         return metrics.Sinks(*step_sinks), metrics.Sinks(*epoch_sinks)
-
-    # schedules
-
-    def schedule(self, updates: int) -> tuple[float, float]:
-        """Learning rate and weight decay after so many optimizer steps."""
-        args = self.args
-        lr = cosine_schedule(updates, self.total_steps, base=args.lr, final=args.min_lr, warmup_steps=self.warmup_steps)
-        end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-        return lr, cosine_schedule(updates, self.total_steps, base=args.weight_decay, final=end)
 
     # checkpoints
 
@@ -237,7 +273,7 @@ class Run(ABC):
             **self.extra_state(),
             "best": dict(self.best),
             "ranks": self.world.gather(rank_state),
-            "args": {name: value for name, value in vars(self.args).items() if name != "given"},
+            "args": plain_args(self.args),
         }
 
     def save(self, *, finished_epoch: bool, names: Sequence[str] = ()) -> None:

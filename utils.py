@@ -15,7 +15,7 @@ import sys
 import tempfile
 import weakref
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -247,13 +247,6 @@ class StopRequest:
     def _handle(self, number: int, _frame) -> None:
         if self.received is None:
             self.received = number
-
-    def until_received(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """`batches`, up to the signal."""
-        for batch in batches:
-            if self.received is not None:
-                return
-            yield batch
 
     @property
     def exit_code(self) -> int:

@@ -108,13 +108,6 @@ def open_network(spec: str, *, key: str | None = None) -> Network:
     return _make_network(f"{name}{form}\n{Path(path).name}", model, networks.recorded_args(checkpoint))
 
 
-def _read(path: str) -> Image.Image:
-    try:
-        return datasets.decode_image(path)
-    except datasets.BrokenImageError as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
-
-
 def read_images(paths: Sequence[str], limit: int) -> tuple[list[str], list[Image.Image], int]:
     """The first `limit` images of files, folders (with what is under them), and idx files as those of Fashion-MNIST.
 
@@ -126,18 +119,12 @@ def read_images(paths: Sequence[str], limit: int) -> tuple[list[str], list[Image
     """
     sources = []
     for path in paths:
-        if Path(path).is_dir():
-            try:
-                found = datasets.find_images(path)
-            except OSError as error:
-                raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-            if not found:
-                raise ValueError(f"no image is in the folder {path}")
-            sources += [(Path(name).name, name) for name in found]
-        elif path.removesuffix(".gz").endswith("idx3-ubyte"):
+        if path.removesuffix(".gz").endswith("idx3-ubyte"):
             sources += [(f"image {index}", array) for index, array in enumerate(datasets.read_idx(path))]
         else:
-            sources.append((Path(path).name, path))
+            sources += [(Path(name).name, name) for name in datasets.list_images([path])]
     names, chosen = zip(*sources[:limit], strict=True)
-    images = [_read(item) if isinstance(item, str) else Image.fromarray(item).convert("RGB") for item in chosen]
+    images = [
+        datasets.read_image(item) if isinstance(item, str) else Image.fromarray(item).convert("RGB") for item in chosen
+    ]
     return list(names), images, len(sources)

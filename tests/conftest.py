@@ -1,5 +1,6 @@
 """What the tests share."""
 
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import utils
 from runs import cut_fmnist
 
 
@@ -19,6 +21,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _restore_signals():
+    """A run in this process answers signals in its own way."""
+    before = {number: signal.getsignal(number) for number in utils.StopRequest.signals}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import argparse
 import json
 import shlex
-import signal
 
 import numpy as np
 import pytest
@@ -18,14 +17,6 @@ import networks
 import utils
 from optim_factory import cosine_schedule
 from runs import BASE, EMBEDDED, ROOT, rows, torchrun
-
-
-@pytest.fixture(autouse=True)
-def _restore_signals():
-    before = {number: signal.getsignal(number) for number in utils.StopRequest.signals}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def run(data, *arguments, base=BASE):

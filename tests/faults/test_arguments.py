@@ -4,10 +4,8 @@ import contextlib
 import io
 import shlex
 import shutil
-import signal
 from pathlib import Path
 
-import pytest
 import torch
 from harness import flags
 from hypothesis import HealthCheck, Phase, given, settings
@@ -17,18 +15,9 @@ from PIL import Image
 import main
 import models
 import options
-import utils
 from options import build_parser
 
 NARROW = {"width_mult": 1 / 64, "num_classes": 10}
-
-
-@pytest.fixture(autouse=True)
-def _signals_restored():
-    before = {number: signal.getsignal(number) for number in utils.StopRequest.signals}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def outcome(function, *arguments):

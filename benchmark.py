@@ -1,0 +1,335 @@
+"""Measure networks in engines: latency, throughput, memory, training steps; beside each other and the machine's limit.
+
+python benchmark.py --quick true
+python benchmark.py --models all --peers paper --runtimes all --output results/cpu.csv
+python benchmark.py --report results/cpu.csv --docs docs/benchmark.md --figures docs
+"""
+
+import argparse
+import itertools
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import metrics
+import profiling
+import runtimes
+from benchmarking import report, results
+from benchmarking.subjects import PAPER_PEERS, create, deployed, is_vanillanet
+from benchmarking.worker import Spec, Worker, WorkerError, closing, prepare
+from options import COUNT, POSITIVE, Parser, boolean, canonical
+
+TRAINING_ENGINES = ("plain", "channels_last", "compile")
+QUICK = {
+    "models": ["vanillanet_5"],
+    "peers": ["resnet18"],
+    "runtimes": ["eager", "channels_last", "aotinductor", "onnxruntime", "openvino"],
+    "precisions": ["fp32", "bf16"],
+    "calls": 20,
+}
+CALLS_PER_TURN = 5
+
+
+# -- the command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="benchmark.py", description="Measure networks in engines, beside each other.")
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--models", nargs="+", help="VanillaNet variants, timm models, checkpoints; all: every variant")
+    what.add_argument("--peers", nargs="+", default=[], help="further timm models; paper: those of the paper's table")
+    what.add_argument("--runtimes", nargs="+", default=["all"], help="engines; all: those that can run here")
+    what.add_argument("--precisions", nargs="+", help="[all that an engine has]", choices=runtimes.PRECISIONS)
+    what.add_argument("--resolutions", nargs="+", type=COUNT, default=[224], help="px")
+    what.add_argument("--batches", nargs="+", type=COUNT, default=[1], help="images a call")
+    what.add_argument("--training", type=boolean, default=False, help="training steps instead of inference")
+    what.add_argument("--profile", type=boolean, default=False, help="layers' times by the engines' own clocks instead")
+    what.add_argument("--twins", type=boolean, default=False, help="each VanillaNet also as built in deploy form")
+    what.add_argument("--width_mult", type=POSITIVE, help="factor on VanillaNets' channels, for trials")
+    how = parser.add_argument_group("how")
+    how.add_argument("--calls", type=COUNT, default=200, help="that count, of each")
+    how.add_argument("--together", type=COUNT, default=1, help="networks whose processes are alive at the same time")
+    how.add_argument("--threads", type=COUNT, help="[as torch chooses]")
+    how.add_argument("--device", default="cpu", help="cpu or cuda")
+    how.add_argument("--quick", type=boolean, default=False, help="a small choice of everything, within two minutes")
+    out = parser.add_argument_group("output")
+    out.add_argument("--output", type=Path, metavar="FILE.csv", help="write the results; rows there are kept")
+    out.add_argument("--report", type=Path, nargs="+", metavar="FILE.csv", help="measure nothing; report these results")
+    out.add_argument("--docs", type=Path, metavar="FILE.md", help="write the tables as a page")
+    out.add_argument("--figures", type=Path, metavar="DIR", help="draw the figures there")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check a command. Errors end the process with exit code 2 and one line on standard error."""
+    parser = build_parser()
+    tokens = [canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
+    args = parser.parse_args(tokens)
+    given = {token.split("=")[0].removeprefix("--") for token in tokens if token.startswith("--")}
+    if args.report:
+        others = given - {"report", "docs", "figures"}
+        if others:
+            parser.error(f"--report measures nothing: leave --{min(others)} out")
+    elif not args.models and not args.quick:
+        parser.error("name --models, or add --quick true")
+    if args.profile and (args.training or args.docs or args.figures):
+        parser.error("--profile true prints a table of its own: leave --training, --docs and --figures out")
+    if args.training and given & {"runtimes", "twins"}:
+        parser.error("--training true has engines of its own: leave --runtimes and --twins out")
+    if args.quick:
+        for name, value in QUICK.items():
+            if name not in given:
+                setattr(args, name, value)
+    args.models = args.models or []
+    args.threads = args.threads or torch.get_num_threads()
+    return args
+
+
+def _networks(args: argparse.Namespace) -> list[str]:
+    names = []
+    for name in args.models:
+        names += timm.list_models("vanillanet*") if name == "all" else [name]
+    for name in args.peers:
+        names += PAPER_PEERS if name == "paper" else [name]
+    if args.width_mult is not None and not any(map(is_vanillanet, names)):
+        raise ValueError("--width_mult is for VanillaNets, and none is measured")
+    return list(dict.fromkeys(names))
+
+
+def _engines(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(engine, precision) of all that is asked for and can run on this device."""
+    if args.training:
+        precisions = [name for name in ("fp32", "bf16") if name in (args.precisions or ("fp32", "bf16"))]
+        return list(itertools.product(TRAINING_ENGINES, precisions))
+    kind = torch.device(args.device).type
+    every = list(runtimes.ENGINES) if "all" in args.runtimes else args.runtimes
+    pairs = []
+    for name in every:
+        engine = runtimes.find(name)
+        if kind not in engine.devices:
+            if "all" in args.runtimes:
+                continue
+            raise ValueError(f"{name} does not run on {kind}: leave it out of --runtimes")
+        for precision in engine.precisions:
+            fits = precision != "tf32" if kind == "cpu" else True
+            # In half precision an eager CPU network converts in each operator: no one's choice, and slow to measure.
+            if kind == "cpu" and precision == "fp16":
+                fits = False
+            if fits and precision in (args.precisions or engine.precisions):
+                pairs.append((name, precision))
+    if not pairs:
+        raise ValueError("no engine of --runtimes has a precision of --precisions here")
+    return pairs
+
+
+def _specs(args: argparse.Namespace, network: str) -> list[Spec]:
+    """Everything that is measured of one network."""
+    shared = {
+        "device": args.device,
+        "kind": "training" if args.training else "inference",
+        "width_mult": args.width_mult if is_vanillanet(network) else None,
+    }
+    specs = []
+    for resolution, batch in itertools.product(args.resolutions, args.batches):
+        for engine, precision in _engines(args):
+            for twin in (False, True) if args.twins and is_vanillanet(network) else (False,):
+                specs.append(Spec(network, engine, precision, resolution, batch, twin=twin, **shared))
+    return specs
+
+
+# -- measuring
+
+
+def _start(
+    specs: Sequence[Spec], folder: Path, args: argparse.Namespace, workers: list[Worker]
+) -> dict[Spec, dict[str, float]]:
+    """Add the processes of `specs` to `workers`; what cannot be built is named and left out.
+
+    Returns:
+        What `Worker.ready` says of each.
+    """
+    failures = {} if args.profile else prepare(specs, folder, threads=args.threads)
+    waiting = list(reversed([spec for spec in specs if spec not in failures]))
+    started: list[Worker] = []
+    facts = {}
+    while waiting or started:
+        while waiting and len(started) < args.threads:
+            started.append(Worker(waiting.pop(), folder, threads=args.threads, profile=args.profile))
+        worker = started.pop(0)
+        try:
+            facts[worker.spec] = worker.ready()
+            workers.append(worker)
+        except WorkerError as error:
+            failures[worker.spec] = str(error)
+            worker.close()
+    for spec, reason in failures.items():
+        print(f"left out: {spec}: {reason}", flush=True)
+    return facts
+
+
+def _costs(spec: Spec) -> dict[str, float]:
+    """Layers, parameters and multiply-accumulates of a network in the form that is measured."""
+    if spec.kind == "training":
+        network = create(spec.network, resolution=spec.resolution, width_mult=spec.width_mult, deploy=False)
+    else:
+        network = deployed(spec)
+    layers, params, macs = profiling.profile(network, spec.resolution)
+    return {"layers": layers, "params_m": params / 1e6, "macs_g": macs / 1e9}
+
+
+def _measure_group(
+    workers: Sequence[Worker],
+    facts: dict[Spec, dict[str, float]],
+    anchor: Worker,
+    limit: Worker,
+    limits: dict[str, float],
+    args: argparse.Namespace,
+) -> Iterator[dict[str, Any]]:
+    """Rows of the networks whose processes are alive, measured by turns, without what needs the whole run."""
+    rounds = -(-args.calls // CALLS_PER_TURN)
+    takes = [partial(worker.times, CALLS_PER_TURN) for worker in (anchor, *workers)]
+    anchor_seconds, *seconds = profiling.interleave(takes, rounds=rounds, warm_up=1)
+    for precision in {worker.spec.precision for worker in workers}:
+        limits[precision] = max(limits.get(precision, 0.0), limit.ask(precision))
+    costs: dict[tuple, dict[str, float]] = {}
+    for worker, times in zip(workers, seconds, strict=True):
+        spec = worker.spec
+        key = (spec.network, spec.resolution, spec.twin)
+        if key not in costs:
+            costs[key] = _costs(spec)
+        yield {
+            "kind": spec.kind,
+            "network": Path(spec.network).stem + (" (built deployed)" if spec.twin else ""),
+            "engine": spec.engine,
+            "precision": spec.precision,
+            "device": spec.device,
+            "resolution": spec.resolution,
+            "batch": spec.batch,
+            **costs[key],
+            **results.statistics(times, spec.batch),
+            "peak_mb": worker.peak_mb(),
+            **facts[spec],
+            "anchor_ms": results.statistics(anchor_seconds, 1)["median_ms"],
+            **results.conditions(spec.engine, device=spec.device, threads=args.threads),
+        }
+
+
+def complete(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
+    """Put in what compares a row with others: the ratio to the published way, and the share of the machine's limit.
+
+    The published way is PyTorch eager in float32, contiguous, on the same network, resolution and batch; for training
+    it is `plain` in float32. A training step is counted as three forward passes.
+    """
+    same = ("kind", "network", "device", "resolution", "batch")
+    published = {
+        tuple(row[name] for name in same): row["median_ms"]
+        for row in rows
+        if row["engine"] in ("eager", "plain") and row["precision"] == "fp32"
+    }
+    for row in rows:
+        base = published.get(tuple(row[name] for name in same))
+        row["ratio"] = base / row["median_ms"] if base else None
+        passes = 3 if row["kind"] == "training" else 1
+        row["gflops"] = 2 * passes * row["macs_g"] * row["batch"] / row["median_ms"] * 1e3
+        row["limit_gflops"] = limits.get(row["precision"])
+        row["share"] = row["gflops"] / row["limit_gflops"] if row["limit_gflops"] else None
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of the run. Processes of one network live together and are called by turns, in a new order each round.
+
+    One process, the anchor, is measured in every round from the first to the last: how its median moves says how much
+    the machine drifted between networks.
+    """
+    names = _networks(args)
+    rows: list[dict[str, Any]] = []
+    limits: dict[str, float] = {}
+    groups = [names[i : i + args.together] for i in range(0, len(names), args.together)]
+    for name in names:
+        _specs(args, name)  # says at once what cannot be
+    with tempfile.TemporaryDirectory() as temporary, closing([]) as lasting:
+        folder = Path(temporary)
+        first = Spec(names[0], "eager", "fp32", args.resolutions[0], device=args.device, width_mult=args.width_mult)
+        for spec in (first, Spec("", "limit", "fp32", device=args.device)):
+            lasting.append(Worker(spec, folder, threads=args.threads))
+            lasting[-1].ready()
+        anchor, limit = lasting
+        for group in groups:
+            with closing([]) as workers:
+                facts = _start([spec for name in group for spec in _specs(args, name)], folder, args, workers)
+                for row in _measure_group(workers, facts, anchor, limit, limits, args):
+                    rows.append(row)
+                    print(
+                        f"{row['network']}, {row['engine']}, {row['precision']}, {row['resolution']} px, "
+                        f"batch {row['batch']}: {row['median_ms']:.2f} ms",
+                        flush=True,
+                    )
+    if not rows:
+        raise ValueError("nothing could be measured; the lines above say why")
+    complete(rows, limits)
+    return rows
+
+
+def print_profiles(args: argparse.Namespace) -> None:
+    """For each network and engine, where the time of a call goes by the engine's own clock; the median of three."""
+    for name in _networks(args):
+        for spec in _specs(args, name):
+            with tempfile.TemporaryDirectory() as temporary, closing([]) as workers:
+                _start([spec], Path(temporary), args, workers)
+                for worker in workers:
+                    try:
+                        layers = worker.layers()
+                    except WorkerError as error:
+                        print(f"left out: {spec}: {error}")
+                        continue
+                    kinds: Counter[str] = Counter()
+                    for layer in layers:
+                        kinds[layer["kind"]] += layer["ms"]
+                    total = sum(kinds.values())
+                    rows = [["kind of layer", "ms", "%"]]
+                    rows += [[kind, f"{ms:.2f}", f"{100 * ms / total:.1f}"] for kind, ms in kinds.most_common(12)]
+                    print(metrics.table([*rows, ["all", f"{total:.2f}", "100.0"]], str(spec)))
+
+
+# -- the command
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.profile:
+        return print_profiles(args)
+    if args.report:
+        rows = [row for path in args.report for row in results.read(path)]
+    else:
+        kept = results.read(args.output) if args.output and args.output.exists() else []
+        rows = measure(args)
+        if args.output:
+            results.write(args.output, [*kept, *rows])
+    for title, table in report.tables(rows):
+        print(metrics.table(table, title, text_columns=report.TEXT_COLUMNS))
+    if args.docs:
+        report.write_page(args.docs, rows, figures=args.figures)
+        print(args.docs)
+    if args.figures:
+        for path in report.write_figures(args.figures, rows):
+            print(path)
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"benchmark.py: error: {error}\n")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The networks that are measured, with random weights where there is no checkpoint, and a step of their training."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import deployment
+import models
+import networks
+
+if TYPE_CHECKING:
+    from benchmarking.worker import Spec
+
+# The networks beside which the paper puts its own, by their names in timm.
+PAPER_PEERS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "swin_tiny_patch4_window7_224",
+    "swin_small_patch4_window7_224",
+    "convnextv2_nano",
+    "convnextv2_tiny",
+    "repvgg_a0",
+    "repvgg_b3",
+    "mobilenetv3_large_100",
+)
+CALIBRATION_IMAGES = 8
+TRAINING_SLOPE = 0.5  # lambda, in the middle of the ramp
+
+
+def is_vanillanet(name: str) -> bool:
+    return name.split(".")[0] in models.vanillanet.VARIANTS
+
+
+@torch.no_grad()
+def _keep_activations_near_one(network: nn.Module) -> None:
+    """The initial weights of a VanillaNet let them shrink towards zero, where 8 bits have nothing to resolve."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.normal_(std=(2 / module.weight[0].numel()) ** 0.5)
+
+
+def create(name: str, *, resolution: int, width_mult: float | None, deploy: bool) -> nn.Module:
+    """A network with random weights in eval mode; `deploy` builds a VanillaNet in that form."""
+    networks.check_name(name, "--models")
+    arguments = {}
+    if is_vanillanet(name):
+        arguments["deploy"] = deploy
+        if width_mult is not None:
+            arguments["width_mult"] = width_mult
+        if models.vanillanet.VARIANTS[name.split(".")[0]]["ada_pool"]:
+            arguments["img_size"] = resolution
+    elif name.startswith("swin"):  # its windows are laid out for one size
+        arguments["img_size"] = resolution
+    torch.manual_seed(0)
+    network = timm.create_model(name, **arguments).eval()
+    if is_vanillanet(name):
+        _keep_activations_near_one(network)
+    return network
+
+
+def deployed(spec: "Spec") -> nn.Module:
+    """The network of `spec` in deploy form: a checkpoint's, or one with random weights."""
+    if Path(spec.network).is_file():
+        return deployment.load(spec.network)[0]
+    network = create(spec.network, resolution=spec.resolution, width_mult=spec.width_mult, deploy=spec.twin)
+    return timm.utils.reparameterize_model(network)
+
+
+def build_network(spec: "Spec") -> tuple[nn.Module, torch.Tensor, list[torch.Tensor] | None]:
+    """(the deployed network, a batch of random images, and for int8 batches to calibrate on)."""
+    network = deployed(spec)
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, spec.resolution, spec.resolution)
+    images = torch.randn(spec.batch, *shape, generator=generator)
+    calibration = None
+    if spec.precision == "int8":
+        count = -(-CALIBRATION_IMAGES // spec.batch)
+        calibration = [torch.randn(spec.batch, *shape, generator=generator) for _ in range(count)]
+    return network, images, calibration
+
+
+def training_step(spec: "Spec") -> Callable[[], None]:
+    """A step of training as main.py does it: forward pass, loss, backward pass, AdamW.
+
+    The engine is `plain` (contiguous memory format), `channels_last`, or `compile`, which is channels-last, too.
+    """
+    network = create(spec.network, resolution=spec.resolution, width_mult=spec.width_mult, deploy=False)
+    layout = torch.contiguous_format if spec.engine == "plain" else torch.channels_last
+    network = network.to(spec.device, memory_format=layout).train()
+    networks.set_slope(TRAINING_SLOPE, network)
+    if spec.engine == "compile":
+        network.compile()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    images = torch.randn(spec.batch, 3, spec.resolution, spec.resolution, device=spec.device)
+    images = images.to(memory_format=layout)
+    targets = torch.randint(network.num_classes, (spec.batch,), device=spec.device)
+    bf16 = spec.precision == "bf16"
+
+    def step() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            logits = network(images)
+        F.cross_entropy(logits.float(), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step

@@ -1,0 +1,338 @@
+"""One process that holds one network in one engine and runs it when it is asked to.
+
+A process each keeps the engines apart: their threads, their memory, what they set for the whole process, and a crash.
+"""
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+import runtimes
+
+START_TIMEOUT = 900  # seconds; compiling a network for training takes minutes
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is measured.
+
+    Attributes:
+        network: a timm model's name, or a checkpoint.
+        engine: of `runtimes.ENGINES`; for training `plain`, `channels_last` or `compile`.
+        precision: that it computes in.
+        resolution: px.
+        batch: images a call.
+        device: `cpu` or `cuda`.
+        kind: `inference`, or `training` for a step of forward and backward pass and optimizer.
+        width_mult: factor on a VanillaNet's channels, for trials.
+        twin: a VanillaNet built in deploy form instead of fused from its train form.
+    """
+
+    network: str
+    engine: str
+    precision: str
+    resolution: int = 224
+    batch: int = 1
+    device: str = "cpu"
+    kind: str = "inference"
+    width_mult: float | None = None
+    twin: bool = False
+
+    def __str__(self) -> str:
+        twin = ", built deployed" if self.twin else ""
+        return f"{self.network}{twin}, {self.engine}, {self.precision}, {self.resolution} px, batch {self.batch}"
+
+
+# -- inside the process
+
+
+def _file(spec: Spec, folder: Path) -> Path | None:
+    """Where a file engine's file of `spec` is kept between processes; None for the others."""
+    engine = runtimes.find(spec.engine)
+    if not isinstance(engine, runtimes.FileEngine):
+        return None
+    batch = spec.batch if spec.engine == "aotinductor" else 1
+    name = f"{Path(spec.network).stem}-{spec.twin}-{spec.precision}-{spec.resolution}-{batch}"
+    return folder / f"{name}{engine.suffix}"
+
+
+def _prepare(spec: Spec, folder: Path) -> None:
+    """Write the file that `_serve` will open, if the engine wants one and it is not there."""
+    path = _file(spec, folder)
+    if path is None or path.exists():
+        return
+    from benchmarking.subjects import build_network
+
+    network, images, calibration = build_network(spec)
+    runtimes.find(spec.engine).export(
+        network,
+        images,
+        path,
+        precision=spec.precision,
+        calibration=calibration,
+        metadata=runtimes.Metadata(spec.network, (), (), (), spec.resolution, None),
+        device=spec.device,
+    )
+
+
+def _open(spec: Spec, folder: Path, *, profile: bool) -> tuple[Callable[[], Any], float, Callable[[], list]]:
+    """(a call, seconds from before loading to the first answer, its profile)."""
+    if spec.kind == "training":
+        from benchmarking.subjects import training_step
+
+        start = time.perf_counter()
+        step = training_step(spec)
+        step()
+        return step, time.perf_counter() - start, list
+    path = None if profile else _file(spec, folder)
+    network = calibration = None
+    if path is None:
+        from benchmarking.subjects import build_network  # timm takes seconds to import, and a file needs none of it
+
+        network, images, calibration = build_network(spec)
+    else:
+        images = torch.randn(spec.batch, 3, spec.resolution, spec.resolution)
+    images = images.to(spec.device)
+    start = time.perf_counter()
+    if path is None:
+        runtime = runtimes.load(
+            network,
+            engine=spec.engine,
+            precision=spec.precision,
+            images=images,
+            calibration=calibration,
+            device=spec.device,
+            profile=profile,
+        )
+    else:
+        runtime = runtimes.load(path, device=spec.device)
+    runtime(images)
+    return lambda: runtime(images), time.perf_counter() - start, lambda: runtime.profile(images)
+
+
+def _reset_peak(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):  # not in every container
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mb(device: str) -> float:
+    """On a GPU the most that PyTorch held; else the process's largest resident size since the reset."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 1e6
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    return float("nan")
+
+
+def _times(call: Callable[[], Any], calls: int, device: str) -> list[float]:
+    """Seconds of each of `calls` calls after one that does not count; each is waited for."""
+    seconds = []
+    for _ in range(calls + 1):
+        start = time.perf_counter()
+        call()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def _prepare_all(specs: Sequence[Spec], folder: Path) -> dict[str, str]:
+    """Write the files of `specs`. Returns what went wrong, in one line, by the spec's position."""
+    failures = {}
+    for position, spec in enumerate(specs):
+        try:
+            _prepare(spec, folder)
+        except Exception as error:
+            traceback.print_exc()
+            failures[str(position)] = _one_line(error)
+    return failures
+
+
+def _one_line(error: BaseException) -> str:
+    line = next(iter(str(error).strip().splitlines()), "")
+    return line if isinstance(error, ValueError) and line else f"{type(error).__name__}: {line}"
+
+
+def _answers(job: dict[str, Any]) -> Iterator[Any]:
+    """The answers to a job and then to each request that is sent, the first of them once the job is done."""
+    folder, specs = Path(job["folder"]), [Spec(**spec) for spec in job["specs"]]
+    torch.set_num_threads(job["threads"])
+    if job["task"] == "prepare":
+        yield _prepare_all(specs, folder)
+        return
+    (spec,) = specs
+    if spec.engine == "limit":
+        from benchmarking.limit import best_product
+
+        request = yield {}
+        while True:
+            request = yield best_product(request, spec.device)
+    call, first, layers = _open(spec, folder, profile=job["profile"])
+    _times(call, 1, spec.device)
+    _reset_peak(spec.device)
+    request = yield {"first_s": first}
+    while True:
+        if request == "profile":
+            request = yield [asdict(layer) for layer in layers()]
+        elif request == "peak_mb":
+            request = yield _peak_mb(spec.device)
+        else:
+            request = yield _times(call, request, spec.device)
+
+
+def serve() -> None:
+    """Answer a job and requests on standard input, a line of JSON each, on standard output, until the input ends."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what the libraries print goes where errors go, into the log
+    job, answer = json.loads(sys.stdin.readline()), None
+    try:
+        steps = _answers(job)
+        answer = next(steps)
+        while True:
+            answers.write(json.dumps({"answer": answer}) + "\n")
+            line = sys.stdin.readline()
+            if not line:
+                return
+            answer = steps.send(json.loads(line))
+    except (StopIteration, KeyboardInterrupt):
+        return
+    except Exception as error:
+        traceback.print_exc()
+        answers.write(json.dumps({"error": _one_line(error)}) + "\n")
+
+
+# -- outside
+
+
+class WorkerError(ValueError):
+    """A process could not do what it was asked to; the message is one line."""
+
+
+class _Process:
+    """A process that runs `serve`, given a job; `receive` waits for the answer to that."""
+
+    def __init__(self, task: str, specs: Sequence[Spec], folder: Path, *, threads: int, profile: bool = False):
+        with (folder / "log.txt").open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from benchmarking.worker import serve; serve()"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                bufsize=1,
+                cwd=Path(__file__).parents[1],
+            )
+        job = {"task": task, "specs": [asdict(spec) for spec in specs], "folder": str(folder), "threads": threads}
+        self.send({**job, "profile": profile})
+
+    def send(self, request: Any) -> None:
+        pipe: IO[str] = self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # `receive` says that it died
+            pipe.write(json.dumps(request) + "\n")
+            pipe.flush()
+
+    def receive(self) -> Any:
+        pipe: IO[str] = self._process.stdout
+        if not select.select([pipe], [], [], START_TIMEOUT)[0]:
+            self._process.kill()
+            raise WorkerError(f"no answer within {START_TIMEOUT} s")
+        line = pipe.readline()
+        if not line:
+            raise WorkerError(f"the process died with code {self._process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer["answer"]
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+
+def prepare(specs: Sequence[Spec], folder: Path, *, threads: int) -> dict[Spec, str]:
+    """Write the files that engines of `specs` will open, in a process of its own, whose memory is gone then.
+
+    Returns:
+        What could not be written, and why in one line.
+    """
+    if not any(_file(spec, folder) for spec in specs):
+        return {}
+    process = _Process("prepare", specs, folder, threads=threads)
+    try:
+        return {specs[int(position)]: reason for position, reason in process.receive().items()}
+    finally:
+        process.close()
+
+
+class Worker:
+    """The process of one `Spec`, which runs it when asked to.
+
+    Its start is not waited for, so that several start together; `ready` waits.
+
+    Args:
+        folder: where `prepare` left the files of file engines.
+        threads: of the arithmetic.
+        profile: for `layers`, which costs speed.
+    """
+
+    def __init__(self, spec: Spec, folder: Path, *, threads: int, profile: bool = False):
+        self.spec = spec
+        self._process = _Process("run", [spec], folder, threads=threads, profile=profile)
+
+    def ready(self) -> dict[str, float]:
+        """Wait for the network to have answered once. Returns `first_s`, the seconds that took from its loading on.
+
+        Raises:
+            WorkerError: it cannot be built.
+        """
+        return self._process.receive()
+
+    def ask(self, request: Any) -> Any:
+        self._process.send(request)
+        return self._process.receive()
+
+    def times(self, calls: int) -> list[float]:
+        """Seconds of each of `calls` calls."""
+        return self.ask(calls)
+
+    def peak_mb(self) -> float:
+        return self.ask("peak_mb")
+
+    def layers(self) -> list[dict[str, Any]]:
+        """One call's `runtimes.Layer`s as dicts."""
+        return self.ask("profile")
+
+    def close(self) -> None:
+        self._process.close()
+
+
+@contextlib.contextmanager
+def closing(workers: list[Worker]) -> Iterator[list[Worker]]:
+    """Close all processes at the end, whatever happened."""
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()

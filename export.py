@@ -1,0 +1,188 @@
+"""Write a network, as it is deployed, to a file that an engine runs.
+
+python export.py vanillanet_9.pth --to pt2 --precision bf16
+python export.py outputs/demo/checkpoint-last.pth --to openvino --int8 --calib_data data/fashion-mnist --data_set FMNIST
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import deployment
+import metrics
+import runtimes
+from options import COUNT, NONNEGATIVE, Parser, boolean, canonical, number
+from runtimes.layer_errors import layer_errors
+
+# The largest difference from PyTorch in float32, relative to the largest logit. A file beyond it is not written.
+TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2, "int8": 2.5e-1}
+COMPARED_IMAGES = 32
+
+
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which network, and how its images are preprocessed; shared by the commands that deploy one."""
+    parser.add_argument("--model", help="the model's name in timm, for a checkpoint that does not record it")
+    parser.add_argument("--model_key", default="model_ema|model|module", help="of the weights in the checkpoint")
+    parser.add_argument("--input_size", type=COUNT, help="pixels [the checkpoint's]")
+    parser.add_argument("--crop_pct", type=number(float, above=0, high=1), help="[the checkpoint's]")
+    parser.add_argument(
+        "--random_weights", type=boolean, default=False, help="a model's name without its pretrained weights"
+    )
+    parser.add_argument("--calib_data", metavar="DIR", help="images to calibrate int8 on, and to compare on")
+    parser.add_argument("--data_set", default="image_folder", help="what --calib_data is, as for main.py")
+    parser.add_argument("--calib_count", type=COUNT, default=300, help="images to calibrate on")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="export.py", description="Write a network in deploy form to a file that an engine runs.")
+    parser.add_argument("source", metavar="MODEL", help="a checkpoint, or the name of a model in timm")
+    parser.add_argument("--to", choices=sorted(runtimes.FORMATS), help="the format")
+    parser.add_argument("--precision", choices=runtimes.PRECISIONS, help="[fp32]")
+    parser.add_argument("--int8", action="store_true", help="short for --precision int8")
+    parser.add_argument("--output", metavar="FILE", help="[exports/MODEL-PRECISION with the format's suffix]")
+    add_network_flags(parser)
+    parser.add_argument("--batch_size", type=COUNT, default=1, help="pt2: the batch that it is compiled for")
+    parser.add_argument("--device", default="cpu", help="that the file is to run on: cpu, or cuda for pt2 and tensorrt")
+    parser.add_argument("--tolerance", type=NONNEGATIVE, help=f"largest difference, relative {TOLERANCES}")
+    parser.add_argument(
+        "--layer_errors", type=boolean, default=False, help="print what int8 costs layer by layer, and write nothing"
+    )
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check a command. Errors end the process with exit code 2 and one line on standard error."""
+    parser = build_parser()
+    args = parser.parse_args([canonical(token) for token in (sys.argv[1:] if argv is None else argv)])
+    if args.int8 and args.precision not in (None, "int8"):
+        parser.error(f"--int8 and --precision {args.precision} exclude each other")
+    args.precision = "int8" if args.int8 else args.precision or "fp32"
+    if args.layer_errors:
+        if args.to or args.output:
+            parser.error("--layer_errors true writes no file: leave --to and --output out")
+    elif not args.to:
+        parser.error("--to is missing: " + ", ".join(sorted(runtimes.FORMATS)))
+    if (args.layer_errors or args.precision == "int8") and not args.calib_data:
+        parser.error("int8 needs real images to calibrate on: add --calib_data DIR")
+    if args.batch_size > 1 and args.to != "pt2":
+        parser.error("--batch_size is for --to pt2; the other formats take any batch")
+    return args
+
+
+@torch.inference_mode()
+def compare(runtime: runtimes.Runtime, network: nn.Module, images: torch.Tensor) -> tuple[float, int]:
+    """The largest difference of the logits, relative to the largest logit; how many images get the same class."""
+    expected = network(images)
+    found = runtime(images).cpu()
+    difference = (found - expected).abs().max() / expected.abs().max()
+    return difference.item(), int((found.argmax(1) == expected.argmax(1)).sum())
+
+
+def write(
+    network: nn.Module,
+    target: Path,
+    *,
+    engine: runtimes.FileEngine,
+    precision: str,
+    metadata: runtimes.Metadata,
+    calibration: torch.Tensor | None,
+    images: torch.Tensor,
+    batch_size: int,
+    device: str,
+    tolerance: float,
+) -> str:
+    """Export, compare on `images` with the network itself, and put the files in their place if they agree.
+
+    Returns:
+        The comparison in words.
+
+    Raises:
+        ValueError: they differ by more than `tolerance`; nothing is written then.
+    """
+    batches = None if calibration is None else calibration.split(max(batch_size, 16))
+    engine.check(precision, device, batches)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="writing-", dir=target.parent) as folder:
+            files = engine.export(
+                network,
+                images[:1].expand(batch_size, -1, -1, -1).contiguous(),
+                Path(folder) / target.name,
+                precision=precision,
+                calibration=batches,
+                metadata=metadata,
+                device=device,
+            )
+            difference, same = compare(engine.open(files[0], device=device), network, images)
+            comparison = (
+                f"largest logit difference from PyTorch in float32, relative: {difference:.1e}; "
+                f"the same class for {same} of {len(images)} images"
+            )
+            if not difference <= tolerance:
+                raise ValueError(f"{comparison}: more than {tolerance:g}, nothing written")
+            for file in files:
+                shutil.move(file, target.parent / file.name)
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+    return comparison
+
+
+def print_layer_errors(network: nn.Module, images: torch.Tensor) -> None:
+    rows = [["in int8", "kind", "error of the logits (%)"]]
+    rows += [[found.layer, found.kind, f"{100 * found.error:.3f}"] for found in layer_errors(network, images.split(50))]
+    print(metrics.table(rows, "root mean square, relative", text_columns=2))
+
+
+def run(args: argparse.Namespace) -> None:
+    network, metadata = deployment.load(
+        args.source,
+        name=args.model,
+        key=args.model_key,
+        input_size=args.input_size,
+        crop_pct=args.crop_pct,
+        random_weights=args.random_weights,
+    )
+    calibrates = args.layer_errors or args.precision == "int8"
+    count = args.calib_count if calibrates else COMPARED_IMAGES
+    images = deployment.real_images(metadata, count, path=args.calib_data, data_set=args.data_set)
+    if args.layer_errors:
+        return print_layer_errors(network, images)
+    engine = runtimes.find(runtimes.FORMATS[args.to])
+    name = Path(args.source).stem if metadata.checkpoint else metadata.model
+    target = Path(args.output or Path("exports") / f"{name}-{args.precision}{engine.suffix}")
+    if target.suffix != engine.suffix:
+        raise ValueError(f"--output {target}: a file of --to {args.to} ends in {engine.suffix}")
+    comparison = write(
+        network,
+        target,
+        engine=engine,
+        precision=args.precision,
+        metadata=metadata,
+        calibration=images if calibrates else None,
+        images=images[:COMPARED_IMAGES],
+        batch_size=args.batch_size,
+        device=args.device,
+        tolerance=TOLERANCES[args.precision] if args.tolerance is None else args.tolerance,
+    )
+    print(comparison)
+    print(f"{metadata.model}, {args.precision}, {metadata.input_size} px: {target}")
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        run(args)
+    except ValueError as error:
+        sys.stderr.write(f"export.py: error: {error}\n")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Images per second, parameters and multiply-accumulates of detectors on several networks, in one run, by turns.
+
+    python -m object_detection.benchmark --device cuda
+
+The weights are random: what a detector costs does not depend on them, except for how many candidates its last step has
+to go through and, of Mask R-CNN, how many masks it makes. So each detector gets the score threshold that lets
+`--candidates` of them through.
+"""
+
+import argparse
+import copy
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import metrics
+import profiling
+import utils
+from object_detection.detectors import Detector, create_detector
+from options import COUNT, WHOLE, Parser, boolean, canonical
+
+__all__ = ["Cost", "calibrate", "count_macs", "main"]
+
+logger = logging.getLogger("object_detection")
+
+NETWORKS = ("vanillanet_11", "resnet50", "swin_tiny_patch4_window7_224")
+CLASSES = 81  # COCO's, and the background
+PROPOSALS, MASKS = 1000, 100  # that multiply-accumulates are counted for, as is usual
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-accumulates of one image, by part."""
+
+    backbone: int
+    neck: int
+    heads: int
+
+    @property
+    def total(self) -> int:
+        return self.backbone + self.neck + self.heads
+
+
+def _count(module: nn.Module, *inputs) -> tuple[int, object]:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        outputs = module(*inputs)
+    return counter.get_total_flops() // 2, outputs
+
+
+def count_macs(detector: Detector, height: int, width: int) -> Cost:
+    """What a detector in eval mode costs, of an image that has this size after resizing; nothing is computed.
+
+    The pyramid is the neck. Mask R-CNN's box head is counted for 1000 proposals, its mask head for 100 detections.
+    """
+    detector = copy.deepcopy(detector).to("meta")
+    backbone, maps = _count(detector.backbone.body, torch.empty(1, 3, height, width, device="meta"))
+    both, maps = _count(detector.backbone, torch.empty(1, 3, height, width, device="meta"))
+    levels = list(maps.values())
+    if not detector.has_masks:
+        return Cost(backbone, both - backbone, _count(detector.head, levels)[0])
+    heads, channels = detector.roi_heads, detector.backbone.out_channels
+    box = nn.Sequential(heads.box_head, heads.box_predictor)
+    mask = nn.Sequential(heads.mask_head, heads.mask_predictor)
+    parts = (
+        (detector.rpn.head, levels),
+        (box, torch.empty(PROPOSALS, channels, *heads.box_roi_pool.output_size, device="meta")),
+        (mask, torch.empty(MASKS, channels, *heads.mask_roi_pool.output_size, device="meta")),
+    )
+    return Cost(backbone, both - backbone, sum(_count(*part)[0] for part in parts))
+
+
+@torch.no_grad()
+def calibrate(detector: Detector, image: torch.Tensor, candidates: int) -> None:
+    """Set the score threshold so that about so many (box, class) of the image pass it."""
+    seen: list[torch.Tensor] = []
+    if detector.has_masks:
+        source = detector.roi_heads.box_predictor
+        hook = source.register_forward_hook(lambda _, __, out: seen.append(out[0].softmax(-1)[:, 1:]))
+    else:
+        hook = detector.head.register_forward_hook(lambda _, __, out: seen.append(out["cls_logits"].sigmoid()))
+    # Nothing passes while the scores are being looked at.
+    detector.selection.score_thresh = 1.0
+    detector([image])
+    hook.remove()
+    scores = seen[0].flatten()
+    detector.selection.score_thresh = scores.topk(min(candidates, len(scores))).values[-1].item()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="object_detection.benchmark", description="Speed of detectors on several networks.")
+    parser.add_argument("--frameworks", nargs="+", default=["retinanet", "mask_rcnn"], help="retinanet, mask_rcnn")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="VanillaNet variants or timm models")
+    parser.add_argument("--size", type=COUNT, nargs=2, default=[800, 1280], metavar=("HEIGHT", "WIDTH"), help="px")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
+    parser.add_argument("--channels_last", type=boolean, default=False, help="memory format")
+    parser.add_argument("--candidates", type=COUNT, default=1000, help="boxes that pass the score threshold")
+    parser.add_argument("--rounds", type=COUNT, default=50, help="forward passes that count, of each detector")
+    parser.add_argument("--seed", type=WHOLE, default=0)
+    return parser
+
+
+def build_forms(name: str, device: torch.device, *, channels_last: bool) -> dict[str, Detector]:
+    """A detector in eval mode, and if its network has one, in its deploy form."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    detector = create_detector(name, num_classes=CLASSES).eval()
+    forms = {name: detector}
+    if hasattr(detector.network, "switch_to_deploy"):
+        forms[f"{name}, fused"] = copy.deepcopy(detector)
+        forms[f"{name}, fused"].switch_to_deploy()
+    return {form: network.to(device, memory_format=layout) for form, network in forms.items()}
+
+
+def run(args: argparse.Namespace, device: torch.device) -> str:
+    """Measure, and return the table."""
+    height, width = args.size
+    rows = [["", "params (M)", "backbone", "neck", "heads", "MACs (G)", "images/s"]]
+    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    for framework in args.frameworks:
+        forms: dict[str, Detector] = {}
+        for network in args.networks:
+            utils.seed_everything(args.seed)
+            forms |= build_forms(f"{framework}_{network}", device, channels_last=args.channels_last)
+        for detector in forms.values():
+            # The image keeps its size, so that it is measured what is counted.
+            detector.test_size, detector.transform.max_size = min(args.size), max(args.size)
+            detector.eval()
+            calibrate(detector, image, args.candidates)
+        rates = profiling.throughput(list(forms.values()), [image], rounds=args.rounds)
+        for (name, detector), rate in zip(forms.items(), rates, strict=True):
+            cost = count_macs(detector, height, width)
+            giga = [f"{value / 1e9:.1f}" for value in (cost.backbone, cost.neck, cost.heads, cost.total)]
+            rows.append([name, f"{profiling.count_params(detector) / 1e6:.2f}", *giga, f"{rate:.2f}"])
+    return metrics.table(rows, f"{width}x{height} px, batch 1, float32")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args([canonical(token) for token in (sys.argv[1:] if argv is None else argv)])
+    utils.setup_logging(0)
+    try:
+        world = utils.init_world(args.device)
+        print(run(args, world.device))
+    except ValueError as error:
+        parser.error(str(error))
+    threads = f"{torch.get_num_threads()} threads" if world.device.type == "cpu" else torch.cuda.get_device_name()
+    print(f"images/s: median of {args.rounds} rounds in which the detectors take turns, {threads}; random weights")
+
+
+if __name__ == "__main__":
+    main()

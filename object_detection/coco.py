@@ -1,0 +1,247 @@
+"""Data sets in COCO's format: a JSON file of images, annotations and categories, and a folder of images.
+
+What the format leaves open, and files in the wild make use of:
+
+- Category ids may have gaps. Classes are numbered 1, 2, ... in the order of the ids; 0 is the background.
+- A segment is a list of polygons, or RLE, compressed or not. RLE marks crowds, but not only these.
+- A crowd region is no object to learn. Evaluation ignores detections in it, as pycocotools does.
+- Boxes without area, and with masks segments without a pixel, are not learned from.
+- An image without annotations is one to learn the background from. An image that has annotations, but none of a single
+  object, is left out of training, since its objects are not background.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from torchvision.transforms.functional import hflip, to_tensor
+
+from datasets import BrokenImageError, ImageDataset, decode_image
+
+__all__ = ["CocoDataset", "collate", "index_annotations", "read_annotations"]
+
+logger = logging.getLogger(__name__)
+
+REQUIRED = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
+MIN_POLYGON = 6  # numbers, of three points; four would be read as a box
+
+
+def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]:
+    """Read and check an annotation file, and complete what may be missing in it: `iscrowd` and `area`.
+
+    Raises:
+        ValueError: it is missing, no JSON, or not of COCO's format; one line that names the file and the place.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"the annotation file {path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"cannot read the annotation file {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"the annotation file {path} is no JSON: {error}") from None
+    for table, keys in REQUIRED.items():
+        rows = data.get(table) if isinstance(data, dict) else None
+        if not isinstance(rows, list):
+            raise ValueError(f"{path} is not in COCO's format: it has no list of {table}")
+        for position, row in enumerate(rows):
+            absent = [key for key in keys if not isinstance(row, dict) or key not in row]
+            if absent:
+                raise ValueError(f"{path}: {table}[{position}] has no {absent[0]}")
+        repeated = [key for key, count in Counter(row["id"] for row in rows).items() if count > 1]
+        if repeated:
+            raise ValueError(f"{path}: two of the {table} have the id {repeated[0]}")
+    known = {table: {row["id"] for row in data[table]} for table in ("images", "categories")}
+    for row in data["annotations"]:
+        for key, table in (("image_id", "images"), ("category_id", "categories")):
+            if row[key] not in known[table]:
+                raise ValueError(f"{path}: annotation {row['id']} is of {key} {row[key]}, which is none of the {table}")
+        if not _is_box(row["bbox"]):
+            raise ValueError(f"{path}: the bbox of annotation {row['id']} is not [x, y, width, height]: {row['bbox']}")
+        row.setdefault("iscrowd", 0)
+        row.setdefault("area", row["bbox"][2] * row["bbox"][3])
+    return data
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) and x == x for x in box)
+
+
+def index_annotations(data: Mapping[str, Any]) -> COCO:
+    """pycocotools' index of annotations."""
+    coco = COCO()
+    coco.dataset = dict(data)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        coco.createIndex()
+    return coco
+
+
+def encode_segment(segment: Any, height: int, width: int) -> dict[str, Any] | None:
+    """Compressed RLE of a segment in any of its forms; None where it has no pixel or is none.
+
+    Raises:
+        ValueError: it cannot be read, or is of another image size.
+    """
+    if isinstance(segment, list):
+        polygons = [polygon for polygon in segment if isinstance(polygon, list) and len(polygon) >= MIN_POLYGON]
+        if not polygons:
+            return None
+        rle = mask_utils.merge(mask_utils.frPyObjects(polygons, height, width))
+    elif isinstance(segment, dict) and {"counts", "size"} <= segment.keys():
+        if list(segment["size"]) != [height, width]:
+            raise ValueError(f"its RLE is of {segment['size']}, the image of {[height, width]}")
+        compressed = isinstance(segment["counts"], (str, bytes))
+        rle = segment if compressed else mask_utils.frPyObjects(segment, height, width)
+    else:
+        return None
+    return rle if mask_utils.area(rle) > 0 else None
+
+
+class CocoDataset(ImageDataset):
+    """Images with the objects in them.
+
+    An item is (image, target): the image (3, H, W) in [0, 1], and a dict of tensors: `boxes` (n, 4), float32, as x1,
+    y1, x2, y2 in pixels; `labels` (n,), int64, from 1; and with masks `masks` (n, H, W), uint8, 0 or 1.
+
+    Args:
+        annotations: the JSON file.
+        images: the folder of the images.
+        train: leave out images that have no object but crowds, and flip.
+        masks: whether the targets have masks.
+        flip: probability of mirroring an image.
+
+    Attributes:
+        data: the annotations as they were read.
+        category_ids: of the classes, in their order; class i + 1 is the i-th.
+
+    Raises:
+        ValueError: the file or an image is missing, or the file is not in COCO's format.
+    """
+
+    def __init__(
+        self,
+        annotations: str | os.PathLike,
+        images: str | os.PathLike,
+        *,
+        train: bool,
+        masks: bool,
+        flip: float = 0.5,
+    ):
+        self.path, self.folder = Path(annotations), Path(images)
+        self.masks, self.flip = masks, flip if train else 0.0
+        self.data = read_annotations(annotations)
+        categories = sorted(self.data["categories"], key=lambda category: category["id"])
+        self.category_ids = [category["id"] for category in categories]
+        self.classes = tuple(category["name"] for category in categories)
+        self.labels = {category: label for label, category in enumerate(self.category_ids, 1)}
+        self.images = sorted(self.data["images"], key=lambda image: image["id"])
+        self._check_files()
+        by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in self.images}
+        for annotation in self.data["annotations"]:
+            by_image[annotation["image_id"]].append(annotation)
+        self.objects = {image["id"]: self._find_objects(image, by_image[image["id"]]) for image in self.images}
+        if masks and self.data["annotations"] and not any("segmentation" in a for a in self.data["annotations"]):
+            raise ValueError(f"{annotations} has boxes without segments, which train no masks: use a RetinaNet")
+        single = sum(not annotation["iscrowd"] for annotation in self.data["annotations"])
+        degenerate = single - sum(map(len, self.objects.values()))
+        if train and degenerate:
+            logger.warning("%s: %d objects without area are left out of training", annotations, degenerate)
+        if train:
+            self.images = [x for x in self.images if self.objects[x["id"]] or not by_image[x["id"]]]
+        if not self.images:
+            raise ValueError(f"{annotations} has no image{' to train on' if train else ''}")
+
+    def _check_files(self) -> None:
+        """All images are there. By the folder, since asking file by file is slow over a network."""
+        names = [Path(image["file_name"]) for image in self.images]
+        found: dict[Path, set[str]] = {}
+        for parent in {name.parent for name in names}:
+            try:
+                with os.scandir(self.folder / parent) as entries:
+                    found[parent] = {entry.name for entry in entries}
+            except OSError as error:
+                raise ValueError(f"cannot read the image folder {self.folder / parent}: {error.strerror}") from None
+        missing = [name for name in names if name.name not in found[name.parent]]
+        if missing:
+            raise ValueError(f"{len(missing)} images of {self.path} are not in {self.folder}, such as {missing[0]}")
+
+    def _find_objects(self, image: Mapping[str, Any], annotations: Sequence[dict[str, Any]]) -> list[tuple]:
+        """(box, label, RLE or None) of the objects that can be learned."""
+        height, width = image["height"], image["width"]
+        found = []
+        for annotation in annotations:
+            if annotation["iscrowd"]:
+                continue
+            x, y, w, h = annotation["bbox"]
+            box = (max(x, 0), max(y, 0), min(x + w, width), min(y + h, height))
+            rle = None
+            if self.masks:
+                try:
+                    rle = encode_segment(annotation.get("segmentation"), height, width)
+                except (ValueError, TypeError, IndexError) as error:
+                    raise ValueError(
+                        f"{self.path}: cannot read the segment of annotation {annotation['id']}: {error}"
+                    ) from None
+            # In float32, in which two close sides may become one.
+            x1, y1, x2, y2 = np.float32(box)
+            if x2 > x1 and y2 > y1 and (rle is not None or not self.masks):
+                found.append((box, self.labels[annotation["category_id"]], rle))
+        return found
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def describe(self, index: int) -> str:
+        return str(self.folder / self.images[index]["file_name"])
+
+    def load(self, index: int) -> tuple[Image.Image, dict[str, torch.Tensor]]:
+        image = self.images[index]
+        picture = decode_image(self.folder / image["file_name"])
+        width, height = image["width"], image["height"]
+        if picture.size != (width, height):
+            found = "x".join(map(str, picture.size))
+            raise BrokenImageError(f"it has {found} px, the annotations say {width}x{height}")
+        objects = self.objects[image["id"]]
+        target = {
+            "boxes": torch.tensor([box for box, _, _ in objects], dtype=torch.float32).reshape(-1, 4),
+            "labels": torch.tensor([label for _, label, _ in objects], dtype=torch.int64),
+        }
+        if self.masks:
+            masks = [mask_utils.decode(rle) for _, _, rle in objects]
+            target["masks"] = torch.from_numpy(np.stack(masks) if masks else np.zeros((0, height, width), np.uint8))
+        return picture, target
+
+    def apply(
+        self, image: Image.Image, target: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """As a tensor, mirrored by chance."""
+        pixels = to_tensor(image)
+        if self.flip and random.random() < self.flip:
+            pixels = hflip(pixels)
+            x1, y1, x2, y2 = target["boxes"].unbind(1)
+            target = target | {"boxes": torch.stack([image.width - x2, y1, image.width - x1, y2], 1)}
+            if "masks" in target:
+                target["masks"] = target["masks"].flip(-1)
+        return pixels, target
+
+
+def collate(samples: list[tuple]) -> tuple[list, list, list]:
+    """(image, target, index) of each sample -> lists of images, targets and indices, since images differ in size."""
+    images, targets, indices = zip(*samples, strict=True)
+    return list(images), list(targets), list(indices)

@@ -1,0 +1,77 @@
+"""Pictures of detections."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib import colormaps
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
+
+from object_detection.evaluation import MASK_THRESHOLD
+
+__all__ = ["draw_detections", "save_picture"]
+
+SMALLEST_SIDE = 384  # px, to which a small image is enlarged, so that the names of the classes can be read
+FONT_SIZE = 14
+COLOURS = colormaps["tab20"].colors
+
+
+def colour(label: int) -> tuple[int, int, int]:
+    """Of a class, the same in all pictures."""
+    return tuple(round(255 * value) for value in COLOURS[2 * label % len(COLOURS) + 2 * label // len(COLOURS) % 2])
+
+
+def draw_detections(
+    image: torch.Tensor, detection: Mapping[str, torch.Tensor], *, classes: Sequence[str], threshold: float = 0.5
+) -> torch.Tensor:
+    """Masks, boxes, class names and scores drawn over an image.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        detection: what a detector returns for it; `masks` may be missing.
+        classes: names of the classes 1, 2, ...
+        threshold: lowest score to draw.
+
+    Returns:
+        (3, H', W'), uint8; a small image comes back enlarged by a whole factor.
+    """
+    scale = max(1, SMALLEST_SIDE // min(image.shape[-2:]))
+    size = [side * scale for side in image.shape[-2:]]
+    picture = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
+    picture = (picture.clamp(0, 1) * 255).round().byte().cpu()
+    keep = (detection["scores"] >= threshold).cpu()
+    if not keep.any():
+        return picture
+    labels, scores = detection["labels"].cpu()[keep].tolist(), detection["scores"].cpu()[keep].tolist()
+    colours = [colour(label) for label in labels]
+    if "masks" in detection:
+        masks = F.interpolate(detection["masks"].float().cpu()[keep], size, mode="bilinear", align_corners=False)
+        picture = draw_segmentation_masks(picture, masks[:, 0] > MASK_THRESHOLD, alpha=0.5, colors=colours)
+    texts = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+    boxes = detection["boxes"].float().cpu()[keep] * scale
+    return draw_bounding_boxes(
+        picture, boxes, texts, colours, width=2, font=_font_file(), font_size=FONT_SIZE, label_colors="black",
+        fill_labels=True,
+    )  # fmt: skip
+
+
+def _font_file() -> str:
+    """One that matplotlib brings, so that the picture does not depend on the fonts of the machine."""
+    import matplotlib
+
+    return str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+
+
+def save_picture(pictures: Sequence[torch.Tensor], path: str | Path, *, columns: int = 4) -> None:
+    """Write pictures (3, H, W), uint8, as a grid; the smaller ones are padded. ValueError if it cannot be written."""
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
+    padded = [F.pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1])) for picture in pictures]
+    grid = make_grid(padded, nrow=min(columns, len(padded)), padding=4, pad_value=255)
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        to_pil_image(grid).save(path)
+    except OSError as error:
+        raise ValueError(f"cannot write the picture {path}: {error.strerror or error}") from error

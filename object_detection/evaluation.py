@@ -1,0 +1,109 @@
+"""Detections in COCO's result format, and average precision (AP) by pycocotools."""
+
+import contextlib
+import copy
+import io
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as mask_utils
+from pycocotools.cocoeval import COCOeval
+
+from engine import Precision
+from object_detection.coco import CocoDataset, encode_segment, index_annotations
+from object_detection.detectors import Detector
+
+__all__ = ["STATISTICS", "average_precision", "detect", "to_results"]
+
+logger = logging.getLogger(__name__)
+
+# pycocotools' first six numbers: over IoU 0.50 to 0.95, at 0.50, at 0.75, of small, medium and large objects.
+STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+KINDS = {"bbox": "box", "segm": "mask"}  # pycocotools' name of a kind, and ours
+MASK_THRESHOLD = 0.5
+
+
+def to_results(detection: Mapping[str, torch.Tensor], *, image_id: int, category_ids: Sequence[int]) -> list[dict]:
+    """COCO's result rows of one image's detections.
+
+    Args:
+        detection: what a detector returns for the image, in its own pixels.
+        category_ids: of the classes 1, 2, ...
+    """
+    x1, y1, x2, y2 = detection["boxes"].double().cpu().unbind(1)
+    boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], 1).tolist()
+    rows = [
+        {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
+        for box, label, score in zip(boxes, detection["labels"].tolist(), detection["scores"].tolist(), strict=True)
+    ]
+    if "masks" in detection:
+        masks = (detection["masks"][:, 0] > MASK_THRESHOLD).byte().cpu().numpy()  # (n, H, W)
+        for row, mask in zip(rows, masks, strict=True):
+            rle = mask_utils.encode(np.asfortranarray(mask))
+            row["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+    return rows
+
+
+@torch.no_grad()
+def detect(detector: Detector, batches: Iterable, *, dataset: CocoDataset, precision: Precision) -> list[dict]:
+    """COCO's result rows of all images of `batches`, (images, targets, indices). The detector's mode is put back."""
+    training = detector.training
+    detector.eval()
+    rows = []
+    for images, _, indices in batches:
+        with precision.autocast():
+            detections = detector([image.to(precision.device, non_blocking=True) for image in images])
+        for detection, index in zip(detections, indices, strict=True):
+            image_id = dataset.images[index]["id"]
+            rows += to_results(detection, image_id=image_id, category_ids=dataset.category_ids)
+    detector.train(training)
+    return rows
+
+
+def average_precision(
+    data: Mapping[str, Any], results: Sequence[Mapping[str, Any]], *, masks: bool
+) -> dict[str, float]:
+    """AP in [0, 1] by pycocotools, as `box_AP`, `box_AP50`, ..., and with `masks` also `mask_AP`, ...
+
+    Args:
+        data: annotations, as `read_annotations` returns them.
+        results: rows of all images, in any order.
+
+    Returns:
+        The numbers that have a ground truth: without a small object there is no `box_APs`.
+    """
+    found = {}
+    for kind in ("bbox", "segm") if masks else ("bbox",):
+        truth = index_annotations(_ground_truth(data, kind))
+        rows = [copy.copy(row) for row in results]
+        if kind == "segm":  # pycocotools would take a mask's size from its box
+            rows = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
+        with contextlib.redirect_stdout(io.StringIO()):
+            found_rows = truth.loadRes(rows) if rows else index_annotations({**truth.dataset, "annotations": []})
+            evaluation = COCOeval(truth, found_rows, kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        values = dict(zip(STATISTICS, evaluation.stats.tolist(), strict=False))
+        found |= {f"{KINDS[kind]}_{name}": value for name, value in values.items() if value >= 0}
+    return found
+
+
+def _ground_truth(data: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """A copy for pycocotools, which takes an annotation of id 0 for an unmatched one, and fails without a segment."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in data["images"]}
+    annotations = []
+    for row in data["annotations"]:
+        row = {**row, "id": len(annotations) + 1}
+        if kind == "segm":
+            row["segmentation"] = encode_segment(row.get("segmentation"), *sizes[row["image_id"]])
+            if row["segmentation"] is None:
+                continue
+        annotations.append(row)
+    left_out = len(data["annotations"]) - len(annotations)
+    if left_out:
+        logger.warning("%d annotations without a segment are left out of mask AP", left_out)
+    return {**data, "annotations": annotations}

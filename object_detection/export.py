@@ -1,0 +1,87 @@
+"""ONNX export of a detector as a whole, selection of the detections and pasting of the masks included.
+
+torchvision's detectors export by tracing (`dynamo=False`): torchvision has the operators and the traceable paths for
+it. `torch.export` gives up at their non-maximum suppression, whose number of boxes depends on the data.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from object_detection.comparing import largest_gap
+from object_detection.detectors import Detector
+
+__all__ = ["OUTPUTS", "compare_onnx", "export_onnx"]
+
+OPSET = 18
+OUTPUTS = ("boxes", "labels", "scores", "masks")  # the last of Mask R-CNN only
+
+
+class _OneImage(nn.Module):
+    """(3, H, W) -> the outputs, as a tuple."""
+
+    def __init__(self, detector: Detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        [detection] = self.detector([image])
+        return tuple(detection[name] for name in output_names(self.detector))
+
+
+def output_names(detector: Detector) -> tuple[str, ...]:
+    return OUTPUTS if detector.has_masks else OUTPUTS[:3]
+
+
+def export_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) -> float:
+    """Write a detector in eval mode as ONNX, and compare the file with it.
+
+    The file takes one image `image`, (3, height, width) in [0, 1], of any size.
+
+    Args:
+        image: to trace with and to compare on.
+
+    Returns:
+        The largest difference, see `compare_onnx`.
+
+    Raises:
+        ValueError: a package is missing, or the file cannot be written.
+    """
+    try:
+        import onnx  # noqa: F401  the exporter asks for it
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"--export_onnx needs the package {error.name}: pip install onnx onnxruntime") from None
+    detector, image = detector.cpu().float(), image.cpu()
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of what tracing fixes, which torchvision has seen to
+            torch.onnx.export(
+                _OneImage(detector).eval(),
+                (image,),
+                str(path),
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=["image"],
+                output_names=list(output_names(detector)),
+                dynamic_axes={"image": {1: "height", 2: "width"}}
+                | {name: {0: "detections"} for name in output_names(detector)},
+            )
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+    return compare_onnx(detector, path, image=image)
+
+
+@torch.no_grad()
+def compare_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) -> float:
+    """The largest gap between what a file detects, by ONNX Runtime on the CPU, and the detector; masks are pasted."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = output_names(detector)
+    found = dict(zip(names, map(torch.from_numpy, session.run(list(names), {"image": image.numpy()})), strict=True))
+    [wanted] = detector([image])
+    return largest_gap(wanted, found, detector=detector, side=max(image.shape[-2:]))

@@ -1,0 +1,376 @@
+"""Train, evaluate, draw, fuse or export a detector on data in COCO's format.
+
+torchrun --nproc_per_node=8 object_detection/main.py @RECIPE --data_path DIR --output_dir OUT
+python object_detection/main.py @RECIPE --eval true --finetune FILE --draw PICTURE
+python object_detection/main.py @RECIPE --switch_to_deploy NEW --finetune FILE
+python object_detection/main.py @RECIPE --export_onnx NEW --finetune FILE
+"""
+
+import argparse
+import copy
+import functools
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+# Started as a file, Python looks for modules in this folder, where `options` is another one.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import datasets
+import metrics
+import networks
+import profiling
+import utils
+from engine import Precision
+from object_detection.coco import CocoDataset, collate
+from object_detection.comparing import largest_difference
+from object_detection.detectors import Detector, create_detector, load_backbone
+from object_detection.draw import draw_detections, save_picture
+from object_detection.evaluation import KINDS, STATISTICS, average_precision, detect
+from object_detection.options import parse_args
+from optim_factory import step_schedule
+from options import plain_args
+from training import Run, broken_count, build_precision, launch, layout_of, until_stopped
+
+logger = logging.getLogger("object_detection")
+
+DEPLOY_TOLERANCE = 1e-4
+COMPARED_IMAGES = 8
+
+
+# -- the parts, built from the arguments
+
+
+def build_dataset(args: argparse.Namespace, *, train: bool) -> CocoDataset:
+    annotations, images = (args.annotations, args.images) if train else (args.eval_annotations, args.eval_images)
+    return CocoDataset(
+        Path(args.data_path) / annotations,
+        Path(args.data_path) / images,
+        train=train,
+        masks=args.model.startswith("mask_rcnn_"),
+        flip=args.flip,
+    )
+
+
+def build_eval_loader(args: argparse.Namespace, dataset: CocoDataset, world: utils.World) -> datasets.EvalLoader:
+    """Image by image: in a batch, what is found in an image would depend a little on the others, which pad it, and so
+    AP on the number of processes."""
+    return datasets.build_eval_loader(
+        dataset,
+        batch_size=1,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and world.device.type == "cuda",
+        skip_broken=args.skip_broken_eval,
+        collate=collate,
+    )
+
+
+def build_detector(args: argparse.Namespace, num_classes: int) -> Detector:
+    """The detector on the CPU, initialized from the current seed."""
+    given = {name: getattr(args, name) for name in ("box_channels", "mask_channels") if getattr(args, name)}
+    if args.rois:
+        given["box_batch_size_per_image"] = args.rois
+    for when, count in zip(("train", "test"), args.proposals or (), strict=False):
+        given |= {f"rpn_{end}_nms_top_n_{when}": count for end in ("pre", "post")}
+    return create_detector(
+        args.model,
+        num_classes=num_classes,
+        act_num=args.act_num,
+        width_mult=args.width_mult,
+        deploy=args.deploy,
+        fpn_channels=args.fpn_channels,
+        head_norm=args.head_norm,
+        anchor_sizes=args.anchor_sizes,
+        train_sizes=args.train_sizes,
+        test_size=args.test_size,
+        max_size=args.max_size,
+        **given,
+    )
+
+
+def check_categories(checkpoint: dict[str, Any], dataset: CocoDataset, path: str | Path) -> None:
+    """Raises CheckpointError if the checkpoint is of a detector of other categories."""
+    theirs = checkpoint.get("classes")
+    if theirs is not None and list(theirs) != list(dataset.classes):
+        odd = sorted(set(theirs) ^ set(dataset.classes)) or ["their order"]
+        raise utils.CheckpointError(
+            f"{path} is of {len(theirs)} categories, {dataset.path} has {len(dataset.classes)}; what differs: "
+            + ", ".join(odd[:5])
+        )
+
+
+def load_detector(args: argparse.Namespace, detector: Detector, dataset: CocoDataset) -> dict[str, Any]:
+    """Load --finetune or --resume into the detector. Returns the checkpoint."""
+    path = args.finetune or args.resume
+    checkpoint = utils.load_checkpoint(path)
+    check_categories(checkpoint, dataset, path)
+    weights = utils.checkpoint_weights(checkpoint, key=args.model_key, prefix=args.model_prefix, path=path)
+    utils.load_weights(detector, weights, path=path)
+    return checkpoint
+
+
+def load_classifier(args: argparse.Namespace, detector: Detector) -> None:
+    """Load --backbone_weights into the detector's network."""
+    path = args.backbone_weights
+    checkpoint = utils.load_checkpoint(path)
+    slope = networks.recorded_slope(checkpoint)
+    if slope != 1.0:
+        raise utils.CheckpointError(f"{path} is from within deep training, at lambda {slope}: train it to its end")
+    load_backbone(
+        detector, utils.checkpoint_weights(checkpoint, key=args.backbone_key, whole_file=True, path=path), path=path
+    )
+
+
+# -- evaluation
+
+
+def evaluate(
+    detector: Detector, loader: datasets.EvalLoader, dataset: CocoDataset, world: utils.World, precision: Precision,
+    name: str, stop: utils.StopRequest | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """AP on all images, each of which one rank sees. Known to rank 0, empty on the others; all ranks call it.
+
+    Raises:
+        EvaluationStopped: see `training.until_stopped`.
+    """
+    batches = metrics.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
+    batches = until_stopped(batches, world, stop)
+    results = world.gather(detect(detector, batches, dataset=dataset, precision=precision))
+    if not world.is_main:
+        return {}
+    return average_precision(dataset.data, [row for rows in results for row in rows], masks=detector.has_masks)
+
+
+def ap_rows(found: dict[str, float], name: str) -> Iterator[list[str]]:
+    for kind in KINDS.values():
+        if any(key.startswith(kind) for key in found):
+            values = (found.get(f"{kind}_{statistic}") for statistic in STATISTICS)
+            yield [f"{name}{kind}", *("-" if value is None else f"{100 * value:.2f}" for value in values)]
+
+
+def prepare_eval(args: argparse.Namespace, world: utils.World):
+    """The loader, its data set, the loaded detector in eval mode and its checkpoint."""
+    dataset = build_dataset(args, train=False)
+    detector = build_detector(args, len(dataset.classes) + 1)
+    checkpoint = load_detector(args, detector, dataset)
+    loader = build_eval_loader(args, dataset, world)
+    return loader, dataset, detector.to(world.device, memory_format=layout_of(args)).eval(), checkpoint
+
+
+def report_broken(world: utils.World, loader: datasets.EvalLoader) -> None:
+    broken = broken_count(world, loader)
+    if broken:
+        logger.warning("%d broken images: what is in them counts as missed", broken)
+
+
+def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
+    loader, dataset, detector, _ = prepare_eval(args, world)
+    found = evaluate(detector, loader, dataset, world, build_precision(args, world.device), args.model)
+    report_broken(world, loader)
+    if world.is_main:
+        title = f"AP (%) on {len(dataset)} images"
+        print(metrics.table([["", *STATISTICS], *ap_rows(found, "")], title))
+        if args.draw:
+            draw_checkpoint(args, detector, dataset, world.device)
+
+
+@torch.no_grad()
+def draw_checkpoint(args: argparse.Namespace, detector: Detector, dataset: CocoDataset, device: torch.device) -> None:
+    images = [dataset[index][0] for index in range(min(args.draw_images, len(dataset)))]
+    detections = [detector([image.to(device)])[0] for image in images]
+    pictures = [
+        draw_detections(image, detection, classes=dataset.classes, threshold=args.draw_threshold)
+        for image, detection in zip(images, detections, strict=True)
+    ]
+    save_picture(pictures, args.draw)
+    print(f"picture: {args.draw}")
+
+
+# -- deploying
+
+
+def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
+    """Fuse the network, compare the detections, write the file once, evaluate both forms side by side."""
+    loader, dataset, detector, _ = prepare_eval(args, world)
+    fused = copy.deepcopy(detector)
+    fused.switch_to_deploy()
+    fused.to(memory_format=layout_of(args))  # what fusing returns is contiguous
+    images = [dataset[index][0].to(world.device) for index in range(min(COMPARED_IMAGES, len(dataset)))]
+    difference = largest_difference(detector, fused, images)
+    if not difference <= DEPLOY_TOLERANCE:
+        raise ValueError(
+            f"the fused detections differ by {difference:.2e}, more than {DEPLOY_TOLERANCE:.0e}; nothing written"
+        )
+    if world.is_main:
+        utils.save_checkpoint(
+            {"model": fused.state_dict(), "deploy": True, **checkpoint_extras(dataset), "args": plain_args(args)},
+            args.switch_to_deploy,
+        )
+    precision = build_precision(args, world.device)
+    forms = {"train form": detector, "deploy form": fused}
+    found = {name: evaluate(form, loader, dataset, world, precision, name) for name, form in forms.items()}
+    report_broken(world, loader)
+    if not world.is_main:
+        return
+    rates = profiling.throughput(list(forms.values()), images[:1], autocast=precision.autocast)
+    rows = [["", "parameters (M)", "images/s"]]
+    for (name, form), rate in zip(forms.items(), rates, strict=True):
+        rows.append([name, f"{profiling.count_params(form) / 1e6:.3f}", f"{rate:.2f}"])
+    print(metrics.table(rows, args.model))
+    aps = [row for name in forms for row in ap_rows(found[name], f"{name}, ")]
+    print(metrics.table([["", *STATISTICS], *aps], f"AP (%) on {len(dataset)} images"))
+    print(f"largest difference of a detection: {difference:.1e} over {len(images)} images")
+    print(f"speed-up: {rates[1] / rates[0]:.2f}, by medians over interleaved rounds of one image")
+    print(f"deploy form: {args.switch_to_deploy}")
+
+
+def checkpoint_extras(dataset: CocoDataset) -> dict[str, Any]:
+    """What a detector's checkpoint holds of its own; lambda is 1 throughout."""
+    return {"act_learn": 1.0, "classes": list(dataset.classes), "category_ids": list(dataset.category_ids)}
+
+
+def export_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
+    from object_detection.export import export_onnx
+
+    _, dataset, detector, _ = prepare_eval(args, world)
+    if world.is_main:
+        difference = export_onnx(detector, args.export_onnx, image=dataset[0][0])
+        print(f"{args.export_onnx}: largest difference from PyTorch {difference:.1e}")
+
+
+# -- training
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The loss of a list of images (3, H, W) with their targets: the sum of the detector's losses."""
+
+    precision: Precision
+
+    def __call__(self, model: nn.Module, batch: tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]):
+        device = self.precision.device
+        images = [image.to(device, non_blocking=True) for image in batch[0]]
+        targets = [{name: x.to(device, non_blocking=True) for name, x in target.items()} for target in batch[1]]
+        with self.precision.autocast():
+            losses = model(images, targets)
+        losses = {name: value.float() for name, value in losses.items()}
+        loss = sum(losses.values())
+        sums = {name: value.detach() * len(images) for name, value in {"loss": loss, **losses}.items()}
+        return loss, {**sums, "count": len(images)}
+
+
+class DetectionRun(Run):
+    """Training a detector; lambda is 1 throughout."""
+
+    panels = (
+        ("loss", ("train_loss",)),
+        ("box AP", ("test_box_AP", "test_box_AP50", "ema_box_AP")),
+        ("mask AP", ("test_mask_AP", "test_mask_AP50", "ema_mask_AP")),
+        ("learning rate", ("lr",)),
+    )
+    schedule_flags = (*Run.schedule_flags, "lr_steps", "lr_gamma")
+
+    def build_data(self) -> None:
+        args, world = self.args, self.world
+        self.dataset = build_dataset(args, train=True)
+        self.loader = datasets.build_train_loader(self.dataset, **self.loading(), collate=collate)
+        self.eval_dataset = None
+        if not args.disable_eval:
+            self.eval_dataset = build_dataset(args, train=False)
+            if self.eval_dataset.classes != self.dataset.classes:
+                raise ValueError(f"{self.dataset.path} and {self.eval_dataset.path} have different categories")
+            self.eval_loader = build_eval_loader(args, self.eval_dataset, world)
+
+    def build_model(self) -> Detector:
+        args = self.args
+        detector = build_detector(args, len(self.dataset.classes) + 1)
+        if args.finetune:
+            load_detector(args, detector, self.dataset)
+        elif args.backbone_weights and not args.resume:
+            load_classifier(args, detector)
+        return self.place(detector)
+
+    def build_meter(self) -> metrics.SumMeter:
+        return metrics.SumMeter(("loss", *self.model.losses, "count"), self.world.device)
+
+    def count_warmup_steps(self) -> int:
+        return self.args.warmup_steps
+
+    def schedule(self, updates: int) -> tuple[float, float]:
+        args = self.args
+        milestones = [epoch * self.steps_per_epoch for epoch in args.lr_steps]
+        lr = step_schedule(
+            updates, base=args.lr, milestones=milestones, gamma=args.lr_gamma, warmup_steps=self.warmup_steps
+        )
+        return lr, args.weight_decay
+
+    def objective(self) -> Detection:
+        return Detection(self.precision)
+
+    def averages(self, sums: dict[str, float]) -> dict[str, float]:
+        return {f"train_{name}": sums[name] / sums["count"] for name in self.meter.names if name != "count"}
+
+    def extra_state(self) -> dict[str, Any]:
+        return checkpoint_extras(self.dataset)
+
+    def load_extra_state(self, checkpoint: dict[str, Any]) -> None:
+        check_categories(checkpoint, self.dataset, self.args.resume or self.args.output_dir)
+
+    def evaluate(self) -> dict[str, float] | None:
+        if self.eval_dataset is None:
+            return None
+        found = {}
+        for prefix, network in self.networks_to_evaluate():
+            values = evaluate(
+                network, self.eval_loader, self.eval_dataset, self.world, self.precision, prefix, self.stop
+            )
+            found |= {f"{prefix}_{name}": value for name, value in values.items()}
+        return found
+
+    def scores(self, found: dict[str, float]) -> dict[str, float]:
+        """By the AP of boxes, which both detectors have."""
+        averages = [value for name, value in found.items() if name.startswith("ema") and name.endswith("_box_AP")]
+        best = {"best": found["test_box_AP"]} if "test_box_AP" in found else {}  # without objects there is none
+        return best | ({"best-ema": max(averages)} if averages else {})
+
+
+def train(args: argparse.Namespace, world: utils.World) -> None:
+    run = DetectionRun(args, world, utils.StopRequest())
+    logger.info(
+        "%s: %.3f M parameters, %d categories, %d steps an epoch of %d images, on %s",
+        args.model,
+        profiling.count_params(run.model) / 1e6,
+        len(run.dataset.classes),
+        run.steps_per_epoch,
+        args.batch_size * args.update_freq * world.size,
+        world.device,
+    )
+    run.run()
+    if "best" in run.best:
+        logger.info("best box AP %.2f %%", 100 * run.best["best"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.export_onnx:
+        body = export_checkpoint
+    elif args.switch_to_deploy is not None:
+        body = deploy_checkpoint
+    elif args.eval:
+        body = evaluate_checkpoint
+    else:
+        body = train
+    folder = args.output_dir if body is train else None
+    launch("object_detection/main.py", args, functools.partial(body, args), output_dir=folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Make a small data set in COCO's format: garments of Fashion-MNIST pasted on textured canvases.
+
+    python -m object_detection.make_garments outputs/garments
+
+Each image has up to six garments at random places, sizes and tints; the later ones hide parts of the earlier ones, and
+masks and boxes are of what is left to see. Some images are empty. The result depends on nothing but the seed.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_utils
+
+from datasets import read_idx
+from options import COUNT, WHOLE, Parser, canonical, number
+
+__all__ = ["main", "make_image", "make_split"]
+
+logger = logging.getLogger("make_garments")
+
+SOURCE = Path(__file__).parents[1] / "data/fashion-mnist"
+# By category id, which have gaps as COCO's have, its name and Fashion-MNIST's classes. The four tops are one category:
+# what sets them apart is hard to see at 28 px even for a classifier.
+CATEGORIES = {
+    1: ("top", (0, 2, 4, 6)),
+    2: ("trousers", (1,)),
+    4: ("dress", (3,)),
+    5: ("sandal", (5,)),
+    7: ("sneaker", (7,)),
+    8: ("bag", (8,)),
+    9: ("boot", (9,)),
+}
+SPLITS = {"train": ("train", 0), "val": ("t10k", 1)}  # ours: theirs, and what sets their random numbers apart
+CLOTH = 24  # grey value from which a pixel of the source belongs to the garment
+SMALLEST, LARGEST = 32, 72  # px, side of the square that a garment is pasted as
+MOST = 6  # garments in an image
+EMPTY = 0.05  # of the images
+LEAST_VISIBLE = 0.5  # of a garment; one of which less is left to see is taken away again
+
+
+def make_canvas(side: int, rng: np.random.Generator) -> np.ndarray:
+    """A background, (side, side, 3) in [0, 255]: coloured noise of several scales."""
+    canvas = np.zeros((side, side, 3))
+    for cells, weight in ((3, 25), (12, 18), (side, 6)):
+        noise = rng.uniform(-1, 1, (cells, cells, 3)).astype(np.float32)
+        layers = [Image.fromarray(noise[..., c]).resize((side, side), Image.Resampling.BICUBIC) for c in range(3)]
+        canvas += weight * np.stack([np.asarray(layer) for layer in layers], -1)
+    return np.clip(canvas + rng.uniform(20, 90, 3), 0, 255)
+
+
+def scale_garment(garment: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A garment (28, 28) -> pixels (size, size, 3) in [0, 255] and mask (size, size), mirrored by chance and tinted."""
+    if rng.random() < 0.5:
+        garment = garment[:, ::-1]
+    grey = np.asarray(Image.fromarray(garment).resize((size, size), Image.Resampling.BILINEAR), np.float64)
+    return grey[..., None] * rng.uniform(0.6, 1.0, 3) + 20, grey >= CLOTH
+
+
+def make_image(
+    garments: Sequence[np.ndarray], side: int, rng: np.random.Generator
+) -> tuple[np.ndarray, list[np.ndarray | None]]:
+    """Paste garments (28, 28) on a canvas, in their order.
+
+    Returns:
+        The image (side, side, 3), uint8, and of each garment the mask (side, side) of what can be seen of it, bool, or
+        None if it was left out, since too little of it or of one before it would have been.
+    """
+    image = make_canvas(side, rng)
+    masks: list[np.ndarray | None] = []
+    whole: list[int] = []
+    for garment in garments:
+        size = int(rng.integers(SMALLEST, min(LARGEST, side) + 1))
+        pixels, cloth = scale_garment(garment, size, rng)
+        top, left = rng.integers(0, side - size + 1, 2)
+        mask = np.zeros((side, side), bool)
+        mask[top : top + size, left : left + size] = cloth
+        hidden = any(
+            (m & ~mask).sum() < LEAST_VISIBLE * area for m, area in zip(masks, whole, strict=True) if m is not None
+        )
+        whole.append(int(mask.sum()))
+        if hidden or not mask.any():
+            masks.append(None)
+            continue
+        masks = [None if m is None else m & ~mask for m in masks] + [mask]
+        image[mask] = pixels[cloth]
+    return np.clip(image, 0, 255).round().astype(np.uint8), masks
+
+
+def make_split(folder: Path, split: str, *, source: Path, images: int, side: int, seed: int) -> int:
+    """Write the images of a split into `folder`/`split` and its annotations beside that. Returns how many objects.
+
+    Raises:
+        ValueError: the source is not Fashion-MNIST.
+        OSError: a file cannot be read or written.
+    """
+    theirs, stream = SPLITS[split]
+    pixels = read_idx(source / f"{theirs}-images-idx3-ubyte.gz")
+    labels = read_idx(source / f"{theirs}-labels-idx1-ubyte.gz")
+    groups = {category: np.flatnonzero(np.isin(labels, theirs)) for category, (_, theirs) in CATEGORIES.items()}
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    data: dict[str, list[dict[str, Any]]] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": category, "name": name} for category, (name, _) in CATEGORIES.items()],
+    }
+    for image_id in range(1, images + 1):
+        rng = np.random.Generator(np.random.PCG64((seed, stream, image_id)))
+        count = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST + 1))
+        categories = rng.choice(list(CATEGORIES), count).tolist()
+        chosen = [pixels[rng.choice(groups[category])] for category in categories]
+        image, masks = make_image(chosen, side, rng)
+        name = f"{image_id:05d}.png"
+        Image.fromarray(image).save(folder / split / name)
+        data["images"].append({"id": image_id, "file_name": name, "height": side, "width": side})
+        for category, mask in zip(categories, masks, strict=True):
+            if mask is None:
+                continue
+            rle = mask_utils.encode(np.asfortranarray(mask.astype(np.uint8)))
+            data["annotations"].append(
+                {
+                    "id": len(data["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": category,
+                    "bbox": mask_utils.toBbox(rle).tolist(),
+                    "area": int(mask_utils.area(rle)),
+                    "iscrowd": 0,
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+                }
+            )
+    (folder / f"{split}.json").write_text(json.dumps(data))
+    return len(data["annotations"])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="make_garments", description="Make a small data set in COCO's format of Fashion-MNIST.")
+    parser.add_argument("folder", type=Path, help="to write train/, val/, train.json and val.json to")
+    parser.add_argument("--source", type=Path, default=SOURCE, help="folder with Fashion-MNIST's four idx files")
+    parser.add_argument("--train", type=COUNT, default=1500, help="training images")
+    parser.add_argument("--val", type=COUNT, default=200, help="test images")
+    parser.add_argument("--side", type=number(int, low=LARGEST), default=128, help="px")
+    parser.add_argument("--seed", type=WHOLE, default=0)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args([canonical(token) for token in (sys.argv[1:] if argv is None else argv)])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for split, images in (("train", args.train), ("val", args.val)):
+        try:
+            objects = make_split(args.folder, split, source=args.source, images=images, side=args.side, seed=args.seed)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        logger.info("%s: %d images with %d garments in %s", split, images, objects, args.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""torch.export and AOTInductor: a `.pt2` package, compiled beforehand, that runs without a compiler."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .base import FileEngine, FixedBatch, Metadata, Runtime, check_precision, exported, in_precision
+from .eager import operator_times
+from .memory import keep_freed_memory
+
+METADATA = "metadata.json"
+
+
+def instructions() -> str:
+    """The vector instructions that torch uses on this processor."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
+class AOTInductor(FileEngine):
+    """The compiled network as shared library and weights. It runs on processors with the same vector instructions.
+
+    The package holds native code: open only files that you trust.
+    """
+
+    name = "aotinductor"
+    precisions = ("fp32", "tf32", "bf16", "fp16", "int8")
+    devices = ("cpu", "cuda")
+    suffix = ".pt2"
+
+    def export(
+        self,
+        network: nn.Module,
+        images: torch.Tensor,
+        path: Path,
+        *,
+        precision="fp32",
+        calibration=None,
+        metadata: Metadata,
+        device="cpu",
+        profile=False,
+    ) -> list[Path]:
+        self.check(precision, device, calibration)
+        # Only here, so that a package answers soon: what compiles it takes seconds to import.
+        from torch._inductor import aot_compile
+        from torch.export.pt2_archive._package import package_pt2
+
+        from .compiled import inductor_form, inductor_settings
+
+        form = inductor_form(network, images, precision=precision, calibration=calibration, device=device)
+        program = exported(form, images.to(device, torch.float32), dynamic_batch=False)
+        with inductor_settings(profile), torch.no_grad():
+            files = aot_compile(program.module(), program.example_inputs[0], options={"aot_inductor.package": True})
+        strings = {
+            **in_precision(metadata, precision).to_strings(),
+            "batch_size": str(len(images)),
+            "device": torch.device(device).type,
+            "instructions": instructions(),
+        }
+        package_pt2(str(path), aoti_files={"model": files}, extra_files={METADATA: json.dumps(strings)})
+        return [path]
+
+    def open(self, path: Path, *, precision=None, device="cpu", profile=False) -> Runtime:
+        strings = self.read_strings(path)
+        metadata = Metadata.from_strings(strings, path)
+        precision = check_precision(metadata, precision, path)
+        self.check(precision, device, calibration=[torch.empty(0)])
+        kind = torch.device(device).type
+        if strings["device"] != kind:
+            raise ValueError(f"{path} was compiled for {strings['device']}, not for {kind}: export it anew")
+        if kind == "cpu":
+            if strings["instructions"] != instructions():
+                raise ValueError(
+                    f"{path} was compiled for {strings['instructions']}, this processor has {instructions()}: "
+                    "export it here"
+                )
+            keep_freed_memory()
+        # The class behind torch._inductor.aoti_load_package, which would first import the compiler, for a second.
+        index = torch.device(device).index
+        try:
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1 if index is None else index)
+        except RuntimeError as error:
+            raise ValueError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
+
+        def package(images: torch.Tensor) -> torch.Tensor:
+            return loader.boxed_run([images])[0]
+
+        run = FixedBatch(package, int(strings["batch_size"]))
+        return Runtime(
+            self.name,
+            precision,
+            run,
+            metadata=metadata,
+            device=device,
+            profile=lambda batch: operator_times(run, batch),
+        )
+
+    @staticmethod
+    def read_strings(path: Path) -> dict[str, str]:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                name = next(name for name in archive.namelist() if name.endswith(f"/extra/{METADATA}"))
+                return json.loads(archive.read(name))
+        except (OSError, zipfile.BadZipFile, StopIteration) as error:
+            raise ValueError(f"cannot read {path}: it is no package that export.py wrote") from error

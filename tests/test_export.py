@@ -1,0 +1,255 @@
+"""export.py: files that agree with PyTorch, or none; what the file knows; int8 layer by layer."""
+
+import hashlib
+import pickle
+import shlex
+import sys
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import datasets
+import deployment
+import export
+import models
+import networks
+import runtimes
+import utils
+from runtimes.layer_errors import layer_errors
+
+SMALL = {"width_mult": 1 / 16, "num_classes": 10}
+
+
+def recorded(**args):
+    """The arguments that a run of main.py records."""
+    return {
+        "model": "vanillanet_6", "data_set": "FMNIST", "input_size": 32, "crop_pct": None,
+        "imagenet_default_mean_and_std": True, **args,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def checkpoint(randomized, tmp_path):
+    network = randomized(timm.create_model("vanillanet_6", **SMALL))
+    path = tmp_path / "trained.pth"
+    utils.save_checkpoint({"model": network.state_dict(), "act_learn": 1.0, "args": recorded()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Twelve images of the embedded data, as files in folders."""
+    folder = tmp_path_factory.mktemp("photographs")
+    images = datasets.read_idx(deployment.EMBEDDED / "t10k-images-idx3-ubyte.gz")
+    for i in range(12):
+        (folder / str(i % 3)).mkdir(exist_ok=True)
+        Image.fromarray(images[i]).resize((40, 48)).save(folder / str(i % 3) / f"{i}.png")
+    return folder
+
+
+def run(*arguments):
+    export.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments):
+    """The one line of an error, after which the exit code is 2."""
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("export.py: error: ")
+    return lines[0]
+
+
+def test_a_checkpoint_becomes_a_file(checkpoint, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    target = tmp_path / "new" / "network.onnx"
+    run(checkpoint, "--to", "onnx", "--output", target)
+    printed = capsys.readouterr().out
+    assert float(printed.split("relative: ")[1].split(";")[0]) < 1e-5
+    assert "the same class for 32 of 32 images" in printed
+    assert [path.name for path in target.parent.iterdir()] == ["network.onnx"]
+    metadata = runtimes.load(target).metadata
+    assert (metadata.model, metadata.input_size, metadata.crop_pct) == ("vanillanet_6", 32, None)
+    assert metadata.classes[:3] == ("T-shirt/top", "Trouser", "Pullover")
+    assert metadata.checkpoint == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+
+
+def test_int8_on_images_of_a_folder(checkpoint, photographs, tmp_path, capsys):
+    pytest.importorskip("nncf")
+    target = tmp_path / "network.xml"
+    run(checkpoint, "--to", "openvino", "--int8", "--calib_data", photographs, "--output", target, "--input_size", 64)
+    assert 1e-5 < float(capsys.readouterr().out.split("relative: ")[1].split(";")[0]) < 0.25
+    runtime = runtimes.load(target)
+    assert runtime.precision == "int8"
+    assert (runtime.metadata.input_size, runtime.metadata.crop_pct) == (64, 0.875)
+
+
+def test_past_the_tolerance_nothing_is_written(checkpoint, tmp_path, capsys):
+    pytest.importorskip("openvino")
+    folder = tmp_path / "new"
+    line = refused(
+        capsys, checkpoint, "--to", "openvino", "--precision", "bf16", "--tolerance", 1e-6,
+        "--output", folder / "network.xml",
+    )  # fmt: skip
+    assert "more than 1e-06, nothing written" in line
+    assert list(folder.iterdir()) == []
+
+
+def test_the_package_answers_without_a_compiler(checkpoint, tmp_path):
+    """Also for a batch of another size than it was compiled for."""
+    run(checkpoint, "--to", "pt2", "--precision", "bf16", "--batch_size", 2, "--output", tmp_path / "network.pt2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a compiler was started"))
+        assert runtimes.load(tmp_path / "network.pt2")(torch.zeros(3, 3, 32, 32)).shape == (3, 10)
+
+
+def test_layer_errors(checkpoint, photographs, capsys, monkeypatch):
+    run(checkpoint, "--layer_errors", "true", "--calib_data", photographs)
+    rows = [row.split("|")[1:-1] for row in capsys.readouterr().out.splitlines() if row.startswith("|")]
+    names = [row[0].strip() for row in rows[1:]]
+    assert names == [
+        "stem.0", "stem.1", "stages.0.conv", "stages.0.act", "stages.1.conv", "stages.1.act", "stages.2.conv",
+        "stages.2.act", "stages.3.conv", "stages.3.act", "cls.2", "all dense", "all depthwise", "all",
+    ]  # fmt: skip
+    assert all(0 < float(row[2]) < 20 for row in rows[1:])
+
+
+def test_a_layer_that_does_not_fit_int8_shows(randomized):
+    """One input channel far beyond the others leaves those few steps of the activation's 255."""
+    network = randomized(timm.create_model("vanillanet_5", deploy=True, **SMALL))
+    images = torch.randn(8, 3, 64, 64)
+    before = {found.layer: found.error for found in layer_errors(network, [images])}
+    with torch.no_grad():
+        network.stages[0].act.bias[0] += 300
+        network.stages[1].conv.weight[:, 0] = 0
+    after = {found.layer: found.error for found in layer_errors(network, [images])}
+    assert after["stages.1.conv"] > 5 * before["stages.1.conv"]
+    assert max(after, key=lambda name: after[name] if not name.startswith("all") else 0) == "stages.1.conv"
+
+
+# -- what a checkpoint says of its images and classes
+
+
+def test_other_normalization_and_crop_are_taken_from_the_run():
+    network = timm.create_model("vanillanet_5", width_mult=1 / 64)
+    args = recorded(data_set="IMNET", imagenet_default_mean_and_std=False, crop_pct=0.9, input_size=256)
+    found = deployment._preprocessing(network, {"args": args}, None, None)
+    assert found == {"mean": (0.5,) * 3, "std": (0.5,) * 3, "input_size": 256, "crop_pct": 0.9}
+    assert deployment._preprocessing(network, {}, 384, None)["crop_pct"] == 0.875  # timm's, for any size
+    assert deployment._preprocessing(network, {"args": recorded(data_set="IMNET")}, 384, None)["crop_pct"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("found", "count", "names"),
+    [
+        ({"classes": ["cat", "dog"]}, 2, ("cat", "dog")),
+        ({"classes": ["n01440764", "n01443537"]}, 2, ("tench, Tinca tinca", "goldfish, Carassius auratus")),
+        ({}, 1000, ("tench, Tinca tinca",)),
+        ({"args": recorded()}, 10, ("T-shirt/top",)),
+        ({"args": recorded(data_set="image_folder")}, 3, ("class 0", "class 1", "class 2")),
+        ({"classes": ["cat", "dog"]}, 3, ("class 0", "class 1", "class 2")),
+    ],
+)
+def test_class_names(found, count, names):
+    assert deployment.class_names(found, count)[: len(names)] == names
+    assert len(deployment.class_names(found, count)) == count
+
+
+def test_images_are_spread_over_the_folder(photographs, checkpoint):
+    _, metadata = deployment.load(checkpoint)
+    few, all_of_them = (deployment.sample_folder(photographs, metadata, count) for count in (4, 99))
+    assert all_of_them.shape == (12, 3, 32, 32)
+    assert torch.equal(few, all_of_them[::3])
+
+
+# -- refusals
+
+
+class Payload:
+    """What a pickle could do when it is loaded: leave a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def hostile(folder):
+    """A checkpoint whose loading would leave the file `folder`/harm, in torch's format."""
+    path = folder / "hostile.pth"
+    torch.save({"model": {}, "args": recorded(), "payload": Payload(folder / "harm")}, path)
+    return path
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys, pickled):
+    path = hostile(tmp_path)
+    if pickled:
+        path.write_bytes(pickle.dumps({"model": {}, "payload": Payload(tmp_path / "harm")}))
+    assert "hostile.pth" in refused(capsys, path, "--to", "onnx", "--output", tmp_path / "network.onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["hostile.pth"]
+
+
+def test_the_payload_would_work(tmp_path):
+    """Or the test above could not fail."""
+    torch.load(hostile(tmp_path), weights_only=False)
+    assert (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("", "--to"),
+        ("--to onnx --int8", "--calib_data"),
+        ("--to onnx --int8 --precision fp16", "exclude"),
+        ("--to onnx --precision bf16", "fp32, fp16, int8"),
+        ("--to onnx --output network.pt2", ".onnx"),
+        ("--to onnx --batch_size 4", "--batch_size"),
+        ("--to openvino --device cuda", "not on cuda"),
+        ("--layer_errors true", "--calib_data"),
+        ("--layer_errors true --calib_data DIR --to onnx", "--to"),
+        ("--to onnx --calib_data no/folder", "no/folder"),
+        ("--to onnx --random_weights true", "--random_weights"),
+        ("--to onnx --model nosuch", "nosuch"),
+        ("--to onnx --model_key nosuch", "nosuch"),
+        ("--to onnx --crop_pct 0.9", "--crop_pct"),
+    ],
+)
+def test_bad_requests(checkpoint, tmp_path, capsys, monkeypatch, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    assert named in refused(capsys, checkpoint, *shlex.split(arguments))
+    assert [path.name for path in tmp_path.iterdir()] == ["trained.pth"]
+
+
+def test_a_network_before_its_time_is_not_fused(randomized, tmp_path, capsys):
+    network = randomized(timm.create_model("vanillanet_6", **SMALL))
+    utils.save_checkpoint({"model": network.state_dict(), "act_learn": 0.5, "args": recorded()}, tmp_path / "mid.pth")
+    assert "slope is 0.5" in refused(capsys, tmp_path / "mid.pth", "--to", "onnx")
+
+
+def test_a_name_needs_weights_or_the_wish_for_none(capsys, monkeypatch):
+    def no_weights(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(networks.timm, "create_model", no_weights)
+    assert "--random_weights true" in refused(capsys, "vanillanet_5", "--to", "onnx")
+    assert "vanilanet_5" in refused(capsys, "vanilanet_5", "--to", "onnx")
+
+
+def test_a_missing_package_is_one_line(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    line = refused(capsys, checkpoint, "--to", "openvino", "--output", tmp_path / "network.xml")
+    assert line.endswith("pip install openvino")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", models.vanillanet.VARIANTS)
+def test_every_variant_in_full_width(tmp_path, variant, capsys):
+    pytest.importorskip("onnxscript")
+    run(variant, "--random_weights", "true", "--to", "onnx", "--output", tmp_path / "network.onnx")
+    assert float(capsys.readouterr().out.split("relative: ")[1].split(";")[0]) < 1e-4

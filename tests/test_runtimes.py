@@ -1,0 +1,361 @@
+"""Every engine against PyTorch's own answer, on small networks; the files carry what they must."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import models
+import runtimes
+from runtimes.adaptive_pool import AxisMaxPool, _as_strided_pool, fix_adaptive_pools, windows
+from runtimes.base import FixedBatch
+from runtimes.plain import plain
+
+ROOT = Path(__file__).parents[1]
+METADATA = runtimes.Metadata(
+    model="vanillanet_6",
+    classes=("T-shirt/top", "café"),
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    input_size=64,
+    crop_pct=0.875,
+    checkpoint="0f" * 32,
+)
+# Of the largest logit. bf16 has 8 bits of mantissa, and so has int8, with a shared exponent.
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "int8": 1e-1}
+FAST = [
+    ("eager", "bf16"),
+    ("channels_last", "fp32"),
+    ("channels_last", "bf16"),
+    ("compile", "int8"),
+    ("aotinductor", "bf16"),
+    ("onnxruntime", "fp32"),
+    ("onnxruntime", "int8"),
+    ("openvino", "fp32"),
+    ("openvino", "bf16"),
+    ("openvino", "int8"),
+]
+SLOW = [("compile", "fp32"), ("compile", "bf16"), ("aotinductor", "fp32"), ("aotinductor", "int8")]
+PACKAGES = {"onnxruntime": ["onnx", "onnxscript", "onnxruntime"], "openvino": ["openvino", "nncf"]}
+
+
+def skip_without(*packages):
+    for package in packages:
+        pytest.importorskip(package, reason=f"pip install {package}")
+
+
+@pytest.fixture
+def network(randomized):
+    return small(randomized, "vanillanet_6")
+
+
+def small(randomized, variant, width=1 / 16):
+    network = randomized(timm.create_model(variant, num_classes=10, width_mult=width))
+    network.switch_to_deploy()
+    return network
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 64, 64)
+
+
+def difference(logits, expected):
+    """The largest difference, relative to the largest logit."""
+    assert logits.dtype is torch.float32
+    assert logits.shape == expected.shape
+    return ((logits - expected).abs().max() / expected.abs().max()).item()
+
+
+def check_engine(network, images, engine, precision):
+    skip_without(*PACKAGES.get(engine, ()), *(["torchao"] if precision == "int8" and engine not in PACKAGES else []))
+    with torch.no_grad():
+        expected = network(images)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    calibration = [torch.randn(4, 3, 64, 64), images]
+    runtime = runtimes.load(
+        network, engine=engine, precision=precision, images=images[:1], calibration=calibration, profile=True
+    )
+    assert (runtime.name, runtime.precision) == (engine, precision)
+    found = difference(runtime(images), expected)
+    assert found < TOLERANCE[precision]
+    assert precision == "fp32" or found > 1e-6  # it is not the same network in float32
+    assert difference(runtime(images[:1]), expected[:1]) < TOLERANCE[precision]
+    assert torch.equal(runtime(images), runtime(images))
+    layers = runtime.profile(images[:1])
+    assert len(layers) >= 6
+    assert all(layer.ms >= 0 for layer in layers)
+    # The network of the caller is not touched.
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert network.stem[0].weight.is_contiguous()
+
+
+@pytest.mark.parametrize(("engine", "precision"), FAST)
+def test_an_engine_agrees_with_pytorch(network, images, engine, precision):
+    check_engine(network, images, engine, precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "precision"), SLOW)
+def test_a_compiled_engine_agrees_with_pytorch(network, images, engine, precision):
+    check_engine(network, images, engine, precision)
+
+
+def test_the_published_way_is_the_network_itself(network, images):
+    with torch.inference_mode():
+        expected = network(images)
+    assert torch.equal(runtimes.load(network, engine="eager", images=images)(images), expected)
+
+
+GPU_ENGINES = [
+    (engine, precision)
+    for engine in ("eager", "channels_last", "cuda_graphs", "compile", "aotinductor", "tensorrt")
+    for precision in ("fp32", "tf32", "bf16", "fp16")
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("engine", "precision"), GPU_ENGINES)
+def test_an_engine_on_a_gpu_agrees_with_the_cpu(network, images, engine, precision):
+    if engine == "tensorrt":
+        skip_without("tensorrt", "onnx", "onnxscript")
+    with torch.no_grad():
+        expected = network(images)
+    runtime = runtimes.load(network, engine=engine, precision=precision, images=images[:1], device="cuda")
+    logits = runtime(images)
+    assert logits.is_cuda
+    assert difference(logits.cpu(), expected) < {"fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2, "fp16": 1e-2}[precision]
+
+
+# -- files
+
+
+def export(network, images, path, precision="fp32"):
+    engine = runtimes.find(runtimes.of_file(path))
+    return engine.export(network, images, path, precision=precision, calibration=[images, images], metadata=METADATA)
+
+
+EVERY = [
+    pytest.param(variant, suffix, marks=[] if suffix == ".onnx" or variant[11:] in ("5", "8") else pytest.mark.slow)
+    for variant in models.vanillanet.VARIANTS
+    for suffix in (".onnx", ".xml")
+]
+
+
+@pytest.mark.parametrize(("variant", "suffix"), EVERY)
+def test_every_variant_is_exported_for_any_batch(randomized, tmp_path, variant, suffix):
+    skip_without(*PACKAGES[runtimes.SUFFIXES[suffix]])
+    network = small(randomized, variant, width=1 / 32)
+    size = 64 if "ada_pool" in variant else 32
+    images = torch.randn(3, 3, size, size)
+    path = tmp_path / f"network{suffix}"
+    export(network, images[:1], path)
+    runtime = runtimes.load(path)
+    with torch.no_grad():
+        assert difference(runtime(images), network(images)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", models.vanillanet.VARIANTS)
+def test_every_variant_is_packaged(randomized, tmp_path, variant):
+    network = small(randomized, variant, width=1 / 32)
+    images = torch.randn(2, 3, 64, 64)
+    export(network, images, tmp_path / "network.pt2", "bf16")
+    with torch.no_grad():
+        assert difference(runtimes.load(tmp_path / "network.pt2")(images), network(images)) < TOLERANCE["bf16"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "precision"), [(".onnx", "int8"), (".xml", "bf16"), (".xml", "int8"), (".pt2", "fp32")]
+)
+def test_metadata_travel_in_the_file(network, images, tmp_path, suffix, precision):
+    skip_without(*PACKAGES.get(runtimes.SUFFIXES[suffix], ()))
+    files = export(network, images, tmp_path / f"network{suffix}", precision)
+    assert sorted(files) == sorted(tmp_path.iterdir())
+    runtime = runtimes.load(files[0])
+    assert runtime.precision == precision
+    assert runtime.metadata == runtimes.Metadata(**{**vars(METADATA), "precision": precision})
+    with pytest.raises(ValueError, match=r"export it anew|computes in"):
+        runtimes.load(files[0], precision="fp16" if suffix != ".xml" else ("fp32" if precision == "int8" else "int8"))
+
+
+def test_weights_are_quantized_per_channel(network, images, tmp_path):
+    skip_without(*PACKAGES["onnxruntime"])
+    import onnx
+
+    export(network, images, tmp_path / "network.onnx", "int8")
+    graph = onnx.load(tmp_path / "network.onnx").graph
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    made = {node.output[0]: node for node in graph.node}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == 11  # 6 layers, 5 depthwise
+    for convolution in convolutions:
+        source = made[convolution.input[1]]
+        weight, scale = (constants[name] for name in source.input[:2])
+        assert source.op_type == "DequantizeLinear"
+        assert weight.dtype == "int8"
+        assert scale.shape == weight.shape[:1]
+        assert made[convolution.input[0]].op_type == "DequantizeLinear"
+
+
+def test_a_bfloat16_openvino_file_also_runs_in_float32(network, images, tmp_path):
+    skip_without(*PACKAGES["openvino"])
+    export(network, images, tmp_path / "network.xml", "fp32")
+    with torch.no_grad():
+        expected = network(images)
+    assert difference(runtimes.load(tmp_path / "network.xml")(images), expected) < 1e-5
+    assert 1e-4 < difference(runtimes.load(tmp_path / "network.xml", precision="bf16")(images), expected) < 2e-2
+
+
+def test_a_file_of_another_writer_is_refused(tmp_path):
+    skip_without(*PACKAGES["onnxruntime"])
+    torch.onnx.export(torch.nn.ReLU(), (torch.zeros(1, 3),), tmp_path / "other.onnx", verbose=False)
+    with pytest.raises(ValueError, match="not written by export"):
+        runtimes.load(tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize("suffix", runtimes.SUFFIXES)
+def test_a_damaged_file_is_one_line(tmp_path, suffix):
+    skip_without(*PACKAGES.get(runtimes.SUFFIXES[suffix], ()), *(["tensorrt"] if suffix == ".engine" else []))
+    path = tmp_path / f"broken{suffix}"
+    path.write_bytes(b"nothing that an engine would read" * 9)
+    with pytest.raises(ValueError, match=r"broken\.") as raised:
+        runtimes.load(path)
+    assert "\n" not in str(raised.value)
+
+
+# -- requests that cannot be met
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"engine": "nosuch"}, "no engine nosuch"),
+        ({"engine": "openvino", "precision": "fp16"}, "fp32, bf16, int8"),
+        ({"engine": "openvino", "precision": "int8"}, "calibrate"),
+        ({"engine": "cuda_graphs"}, "not on cpu"),
+        ({"engine": "eager", "precision": "tf32"}, "NVIDIA"),
+        ({"engine": "eager", "images": None}, "batch of images"),
+    ],
+)
+def test_what_cannot_be_done_is_said(network, images, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        runtimes.load(network, **{"images": images, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("engine", "package"), [("openvino", "openvino"), ("onnxruntime", "onnx"), ("tensorrt", "tensorrt")]
+)
+def test_a_missing_package_is_named(network, images, tmp_path, monkeypatch, engine, package):
+    monkeypatch.setitem(sys.modules, package, None)  # importing it now fails
+    found = runtimes.find(engine)
+    with pytest.raises(ValueError, match=f"pip install {package}"):
+        found.export(network, images, tmp_path / f"network{found.suffix}", metadata=METADATA)
+
+
+@pytest.mark.parametrize(("path", "message"), [("gone.onnx", "does not exist"), ("network.txt", "no format")])
+def test_files_that_cannot_be_read(tmp_path, path, message):
+    with pytest.raises(ValueError, match=message):
+        runtimes.load(tmp_path / path)
+
+
+def test_importing_the_package_imports_no_engine():
+    libraries = ("onnx", "onnxruntime", "openvino", "nncf", "torchao", "torch._inductor")
+    code = f"import sys, runtimes; print([name for name in {libraries} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# -- batches
+
+
+def test_other_batches_than_the_compiled_one():
+    seen = []
+
+    def run(images):
+        seen.append(len(images))
+        return images.sum((1, 2, 3))[:, None]
+
+    images = torch.randn(11, 3, 4, 4)
+    for size, calls in ((4, 3), (11, 1), (16, 1), (1, 11)):
+        seen.clear()
+        assert torch.equal(FixedBatch(run, size)(images), images.sum((1, 2, 3))[:, None])
+        assert seen == [size] * calls
+
+
+# -- adaptive pooling
+
+
+@pytest.mark.parametrize(("size", "out", "pool"), [(75, 38, (3, 2, 1)), (38, 19, (2, 2, 0)), (19, 10, (3, 2, 1))])
+def test_the_published_pools_are_plain_max_pools(size, out, pool):
+    assert _as_strided_pool(size, out) == pool
+
+
+@pytest.mark.parametrize("size", [5, 7, 19, 33, 38, 75, 96])
+@pytest.mark.parametrize("ratio", [1, 1.3, 1.97, 2, 2.5, 3.1, 5])
+def test_adaptive_pools_are_rewritten_exactly(size, ratio):
+    out = max(1, round(size / ratio))
+    x = torch.randn(2, 3, size, size + 2)
+    expected = F.adaptive_max_pool2d(x, (out, out))
+    assert torch.equal(AxisMaxPool((size, size + 2), (out, out))(x), expected)
+    fixed = fix_adaptive_pools(torch.nn.Sequential(torch.nn.AdaptiveMaxPool2d(out)), x)
+    assert torch.equal(fixed(x), expected)
+    assert len(windows(size, out)) == out
+
+
+@pytest.mark.parametrize("size", [64, 97, 224])
+def test_a_network_with_adaptive_pools_is_rewritten_exactly(randomized, size):
+    network = small(randomized, "vanillanet_13_x1_5_ada_pool", width=1 / 64)
+    images = torch.randn(2, 3, size, size)
+    fixed = fix_adaptive_pools(network, images)
+    assert not any(isinstance(module, torch.nn.AdaptiveMaxPool2d) for module in fixed.modules())
+    with torch.no_grad():
+        assert torch.equal(fixed(images), network(images))
+
+
+@pytest.mark.parametrize("variant", models.vanillanet.VARIANTS)
+def test_the_plain_form_is_the_network_bit_by_bit(randomized, variant):
+    network = small(randomized, variant, width=1 / 64)
+    images = torch.randn(2, 3, 96, 96)
+    form = plain(network, images)
+    assert not any(isinstance(module, models.vanillanet.SeriesActivation) for module in form.modules())
+    with torch.no_grad():
+        assert torch.equal(form(images), network(images))
+    # A ReLU follows its convolution in every layer, so that an engine fuses the two.
+    names = [name.rpartition(".")[2] for name, module in form.named_modules() if not list(module.children())]
+    assert all(names[i + 1] == "relu" for i, name in enumerate(names) if name == "conv")
+    assert names.count("relu") == len(network.stages) + 1
+
+
+# -- memory
+
+
+FAULTS = """
+import resource, torch, timm, models
+from runtimes.memory import keep_freed_memory
+network = timm.create_model("vanillanet_5", deploy=True).eval()
+images = torch.randn(1, 3, 224, 224)
+def faults(calls=4):
+    with torch.inference_mode():
+        network(images)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(calls):
+            network(images)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / calls
+before = faults()
+print(keep_freed_memory(), before, faults())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_kept_memory_spares_page_faults():
+    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    kept, before, after = done.stdout.split()
+    if kept != "True":
+        pytest.skip("needs glibc")
+    assert float(after) < 0.1 * float(before)
