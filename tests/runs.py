@@ -19,6 +19,9 @@ import utils
 
 ROOT = Path(utils.__file__).parent
 EMBEDDED = ROOT / "data" / "fashion-mnist"
+FREE_FLAGS = (
+    "output_dir", "auto_resume", "resume", "early_stop_epochs", "num_workers", "save_ckpt_steps", "dist_timeout"
+)  # fmt: skip
 TIMINGS = {"images_per_second"}  # what differs between two runs of the same thing
 
 BASE = shlex.split(
@@ -88,7 +91,7 @@ def count_values(state: Any) -> int:
 def final_state(folder: Path) -> dict[str, Any]:
     """The last checkpoint of a run, without the flags in which a run and its repetition differ."""
     state = utils.load_checkpoint(folder / "checkpoint-last.pth")
-    for flag in ("output_dir", "auto_resume", "resume", "early_stop_epochs", "num_workers", "save_ckpt_steps"):
+    for flag in FREE_FLAGS:
         state["args"].pop(flag)
     return state
 

@@ -150,13 +150,14 @@ class Server:
         target: str = "main:main",
         env: dict[str, str] | None = None,
         limits: dict[str, int] | None = None,
+        network: str | None = None,
         cwd: Path = ROOT,
     ) -> Process:
         """Start main.py with these arguments, or another function `target` that takes a list of strings."""
         log = self.folder / f"process-{len(self.started)}.log"
         log.touch()
         request = {"target": target, "arguments": [list(map(str, arguments))], "env": env or {}, "cwd": str(cwd)}
-        pid = self._ask({**request, "limits": limits or {}, "log": str(log)})
+        pid = self._ask({**request, "limits": limits or {}, "network": network, "log": str(log)})
         process = Process(pid, log, lambda: self._ask({"poll": pid}))
         self.started.append(process)
         return process

@@ -3,10 +3,12 @@
 What it starts is a process as any other: a fork with a session, an environment, limits and files of its own, which
 leaves through Python's ordinary exit. Requests and answers are lines of JSON:
 
-    {"target": "main:main", "arguments": [[...]], "cwd": ..., "env": {}, "limits": {}, "log": FILE} -> pid
+    {"target": "main:main", "arguments": [[...]], "cwd": ..., "env": {}, "limits": {}, "network": null,
+     "log": FILE} -> pid
     {"poll": pid} -> exit code as `subprocess` gives it, or null while the process runs
 """
 
+import ctypes
 import importlib
 import json
 import os
@@ -29,6 +31,18 @@ def serve() -> dict:
     os._exit(0)
 
 
+CLONE_NEWNET = 0x40000000
+
+
+def enter_network(namespace: str) -> None:
+    """Have no network but that of a namespace that `ip netns` made."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    file = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    if libc.setns(file, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "cannot enter the network namespace", namespace)
+    os.close(file)
+
+
 def become(request: dict) -> None:
     os.setsid()
     files = os.open(os.devnull, os.O_RDONLY), os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -41,6 +55,8 @@ def become(request: dict) -> None:
     for name, value in request["limits"].items():
         number = getattr(resource, name)
         resource.setrlimit(number, (value, resource.getrlimit(number)[1]))
+    if request["network"] is not None:
+        enter_network(request["network"])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from runs import ROOT
 # What each command of this repository is given to read the file; a command that there is not is left out.
 COMMANDS = {
     "export.py": ["FILE", "--to", "onnx", "--output", "OUT"],
+    "predict.py": ["FILE", "IMAGE"],
     "benchmark.py": ["--models", "FILE", "--runtimes", "eager", "--calls", "1"],
     "visualize.py": ["cam", "IMAGE", "--network", "vanillanet_5=FILE", "--output", "OUT.png"],
 }
