@@ -7,7 +7,7 @@ DEMO := outputs/demo
 # The full data: Debian's package dataset-fashion-mnist, or else what torchvision downloads.
 FASHION_MNIST ?= $(firstword $(wildcard /usr/share/datasets/fashion-mnist) outputs/fashion-mnist)
 
-.PHONY: setup demo ablation test test-all lint clean
+.PHONY: setup demo ablation test test-all faults lint clean
 
 setup: $(READY)
 
@@ -31,6 +31,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest
+
+# The thorough form of tests/faults/; it writes the page only if all of it holds.
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --reliability docs/RELIABILITY.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1054,7 +1054,7 @@ class TrainLoader:
                 index, reason = notes[-1]
                 raise ValueError(
                     f"no readable training image in {min(len(self._dataset), MAX_TRIES)} tries, the last was "
-                    f"{self._dataset.describe(index)}: {reason}"
+                    f"{self._dataset.describe(index)}: {reason}; replace such files"
                 )
             yield images, targets
 

@@ -411,13 +411,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     if zipfile.is_zipfile(path) and not is_intact(path):
-        raise CheckpointError(f"{path} is damaged (a checksum does not match)")
+        raise CheckpointError(f"{path} is damaged (a checksum does not match): take another copy or an earlier one")
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         refused = re.search(r"unsupported (?:global|class|operand)[^\n]*", str(error), re.IGNORECASE)
-        cause = f"refused: {refused.group(0)}" if refused else "it is truncated or no PyTorch checkpoint"
+        cause = "it is truncated or no PyTorch checkpoint: take another copy or an earlier one"
+        if refused:
+            cause = f"refused: {refused.group(0)}; it would run code, so take one from where you trust it"
         raise CheckpointError(f"cannot load {path}: {cause}") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"cannot load {path}: it holds a {type(checkpoint).__name__}, not a dict")

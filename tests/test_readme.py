@@ -168,8 +168,8 @@ def test_enough_python_blocks_run():
 def test_flags_in_the_text_exist(page):
     flags = flags_of(build_parser()) | flags_of(visualize.build_parser())
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
-    launcher = {"node_rank"}
+    named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
+    launcher = {"node_rank", "nnodes", "max-restarts"}
     assert named - flags - launcher == set()
 
 
