@@ -18,10 +18,16 @@ import utils
 from runs import BASE, ROOT, environment
 
 # Fewer epochs and lines than the tests of main.py have, since the faults are many.
-FLAGS = [*BASE, "--epochs", "3", "--log_freq", "1"]
+FLAGS = [*BASE, "--epochs", "2", "--log_freq", "1"]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
-PRELOADED = ("main", "tensorboardX.summary", "tensorboardX.event_file_writer", "matplotlib.backends.backend_agg")
+PRELOADED = (
+    "main",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "tensorboardX.event_file_writer",
+    "tensorboardX.summary",
+)
 
 
 def until(condition: Callable[[], object], *, seconds: float = 120, what: str = "it") -> None:

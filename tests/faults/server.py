@@ -9,6 +9,7 @@ leaves through Python's ordinary exit. Requests and answers are lines of JSON:
 """
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -62,6 +63,7 @@ def become(request: dict) -> None:
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    gc.freeze()  # a collection in a fork would touch, and so copy, all of this
     print(json.dumps("ready"), flush=True)
     request = serve()
     become(request)

@@ -50,7 +50,7 @@ def plant(folder, count, unreadable=0):
 
 @pytest.mark.timeout(900)
 def test_odd_and_broken_images(server, tmp_path, thorough, report):
-    count = 40 if thorough else 3
+    count = 40 if thorough else 2
     broken = plant(tmp_path / "train", count, unreadable=count)
     in_validation = plant(tmp_path / "val", count)
     whole = len(KINDS["whole"]) * count

@@ -20,7 +20,7 @@ def test_killed_at_any_moment(server, data, undisturbed, tmp_path, thorough, rep
     kills = 50 if thorough else 3
     start = time.monotonic()
     straight = undisturbed(1, *SAVING)
-    duration = time.monotonic() - start if thorough else 6
+    duration = time.monotonic() - start
     moments = random.Random(0)
     done = within_a_save = most_lost = runs = 0
     resumed, killed = "", []
@@ -100,7 +100,7 @@ def test_a_rank_killed_under_a_launcher_that_restarts(data, undisturbed, tmp_pat
         launcher = torchrun_command("--nproc_per_node=2", "--max-restarts=1", f"--master_port={free_port()}")
         run = flags(data, folder, *SAVING, "--auto_resume", "true")
         with command([*launcher, *run], tmp_path / f"log{i}") as process:
-            until(lambda: logged(folder) >= 10 or process.poll() is not None, what="a step")  # noqa: B023
+            until(lambda: logged(folder) >= 5 or process.poll() is not None, what="a step")  # noqa: B023
             os.kill(next(pid for pid in process.alive() if f"RANK={(i + 1) % 2}" in environ(pid)), signal.SIGKILL)
             assert process.wait() == 0, process.output
             assert "resumed" in process.output

@@ -26,7 +26,7 @@ def test_interrupted_and_resumed(server, data, undisturbed, tmp_path, thorough, 
         run = flags(data, folder, *arguments, "--num_workers", workers, "--auto_resume", "true")
         ranks = server.ranks(size, *run)
         if place == "end":
-            until(lambda: (folder / "checkpoint-1.pth").exists(), what="the end of epoch 1")  # noqa: B023  called at once
+            until(lambda: (folder / "checkpoint-0.pth").exists(), what="the end of epoch 0")  # noqa: B023  called at once
             number = signal.SIGKILL
         else:
             steps = 30 // accumulation // size  # in an epoch
@@ -37,7 +37,7 @@ def test_interrupted_and_resumed(server, data, undisturbed, tmp_path, thorough, 
         codes = {process.wait() for process in ranks}
         assert codes == {-number if number == signal.SIGKILL else 128 + number}
         checkpoint = utils.load_checkpoint(utils.CheckpointFolder(folder).newest_valid())
-        assert checkpoint["epoch"] == 1
+        assert checkpoint["epoch"] == (0 if place == "end" else 1)
         assert (checkpoint["step"] > 0) == (place == "middle")
         server.finish(size, *run)
         state = utils.load_checkpoint(straight / "checkpoint-last.pth")
