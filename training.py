@@ -481,7 +481,8 @@ def _explained(error: BaseException) -> str | None:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory: lower --batch_size (and raise --update_freq by as much), --input_size or --num_workers"
     if utils.lost_contact(error):
-        cause = str(error).strip().splitlines()[0].split(". ")[0]
+        first = str(error).strip().splitlines()[0].split(". ")[0]
+        cause = re.sub(r"^\[\S+:\d+\] ", "", first)  # without the line of gloo's source
         return (
             f"another process of the run has ended or cannot be reached ({cause}). Look at what it wrote last, then "
             "start all of them again, a training run with --auto_resume true"

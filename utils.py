@@ -208,6 +208,15 @@ class FolderLock:
             self._file = path.open("a+")
         except OSError as error:
             raise ValueError(cannot_write(path, error)) from error
+        self._lock(folder, path)
+        # A loader process has the same lock and may outlive a killed run for some seconds.
+        inherited = weakref.ref(self._file)
+        os.register_at_fork(after_in_child=lambda: (file := inherited()) and file.close())
+        with contextlib.suppress(OSError):  # on a full disk it has no name, and the first save says why
+            os.ftruncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def _lock(self, folder: Path, path: Path) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -219,12 +228,6 @@ class FolderLock:
             ) from None
         except OSError as error:  # not every network file system has locks
             logger.warning("cannot lock %s (%s): take care that no other run uses it", path, _first_line(error))
-        # A loader process has the same lock and may outlive a killed run for some seconds.
-        inherited = weakref.ref(self._file)
-        os.register_at_fork(after_in_child=lambda: (file := inherited()) and file.close())
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
 
     def release(self) -> None:
         self._file.close()

@@ -8,10 +8,10 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import page
 import pytest
-from harness import Server, flags
 
+import page
+from harness import Server, flags
 from runs import cut_fmnist
 
 ROWS = pytest.StashKey[list[page.Row]]()
@@ -19,6 +19,12 @@ ROWS = pytest.StashKey[list[page.Row]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--reliability") is not None:
+        for item in items:
+            item.add_marker(pytest.mark.timeout(3600))
 
 
 @pytest.fixture(scope="session")

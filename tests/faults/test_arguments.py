@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from harness import flags
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,6 +14,7 @@ from PIL import Image
 import main
 import models
 import options
+from harness import flags
 from options import build_parser
 
 NARROW = {"width_mult": 1 / 64, "num_classes": 10}

@@ -5,16 +5,13 @@ import random
 import signal
 import time
 
-import pytest
 from harness import command, environ, flags, free_port, logged, saved, temporary_files, until
-
 from runs import assert_same_run, torchrun_command
 
 SAVE_STEPS = 2
 SAVING = ("--save_ckpt_steps", SAVE_STEPS)
 
 
-@pytest.mark.timeout(1800)
 def test_killed_at_any_moment(server, data, undisturbed, tmp_path, thorough, report):
     """At moments from the start of the process on: in the set-up, a step, a save, an evaluation."""
     kills = 50 if thorough else 3
@@ -22,7 +19,7 @@ def test_killed_at_any_moment(server, data, undisturbed, tmp_path, thorough, rep
     straight = undisturbed(1, *SAVING)
     duration = time.monotonic() - start
     moments = random.Random(0)
-    done = within_a_save = most_lost = runs = 0
+    done = within_a_file = most_lost = runs = 0
     resumed, killed = "", []
     while done < kills or runs == 0:
         runs += 1
@@ -38,13 +35,15 @@ def test_killed_at_any_moment(server, data, undisturbed, tmp_path, thorough, rep
                 assert process.wait() == 0, process.output
                 break
             process.kill(signal.SIGKILL)
-            assert process.wait() in (-signal.SIGKILL, 0)
+            if process.wait() == 0:  # it has just ended by itself
+                break
+            assert process.wait() == -signal.SIGKILL
             killed.append(process)
             done += 1
             if expected and "resumed" in process.output:  # what the last kill left was found again
                 resumed = process.line("resumed")
                 assert steps_of(resumed) == expected
-            within_a_save += bool(temporary_files(folder))
+            within_a_file += bool(temporary_files(folder))
             most_lost = max(most_lost, logged(folder) - saved(folder))
         assert_same_run(straight, folder)
         assert temporary_files(folder) == []
@@ -53,7 +52,7 @@ def test_killed_at_any_moment(server, data, undisturbed, tmp_path, thorough, rep
     until(lambda: not any(process.alive() for process in killed), seconds=60, what="the end of the loader processes")
     report(
         f"SIGKILL at a random moment, saving every {SAVE_STEPS} steps",
-        injected=f"{done}, {within_a_save} of them within a save",
+        injected=f"{done}, {within_a_file} of them while a file was being written",
         lost=f"at most {most_lost} steps, which were done again; {done} of {done} went on to the same end",
         reads=resumed,
     )
@@ -91,7 +90,6 @@ def test_a_rank_killed(server, data, undisturbed, tmp_path, thorough, report):
     )
 
 
-@pytest.mark.timeout(900)
 def test_a_rank_killed_under_a_launcher_that_restarts(data, undisturbed, tmp_path, thorough, report):
     times = 3 if thorough else 1
     straight = undisturbed(2, *SAVING)

@@ -6,7 +6,6 @@ import socket
 import time
 
 from harness import flags, logged, until
-
 from runs import assert_same_run
 
 SAVING = ("--save_ckpt_steps", 5, "--num_workers", 2)

@@ -6,8 +6,8 @@ import subprocess
 import time
 
 import pytest
-from harness import command, flags, logged, until
 
+from harness import command, flags, logged, permitted, until
 from runs import assert_same_run, torchrun_command
 
 SAVING = ("--save_ckpt_steps", 2)
@@ -15,7 +15,8 @@ ADDRESSES = "10.77.0.1", "10.77.0.2"  # within the namespaces; nothing leads out
 
 
 needs_network = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2, to make network namespaces"
+    not permitted("--net") or shutil.which("ip") is None,
+    reason="needs root with the right to network namespaces, and ip",
 )
 
 
@@ -81,7 +82,6 @@ def test_a_node_cut_off(server, data, undisturbed, nodes, tmp_path, report):
 
 
 @needs_network
-@pytest.mark.timeout(900)
 def test_a_node_of_torchrun_cut_off(data, undisturbed, nodes, tmp_path, thorough, report):
     if not thorough:
         pytest.skip("as above with torchrun, which takes longer; by `make faults`")

@@ -6,15 +6,15 @@ import re
 
 import pytest
 import torch
-from harness import flags
 from timm.utils import ModelEmaV3
 from torch import nn
-from workers import small_network
 
 import engine
 import utils
 from engine import Classification, FiniteGuard, Precision, Progress, train_one_epoch
+from harness import flags
 from runs import differences
+from workers import small_network
 
 
 @pytest.mark.parametrize("fault", ["none", "loss", "gradient"])

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from harness import flags
 
 import utils
+from harness import flags
 from runs import ROOT
 
 # What each command of this repository is given to read the file; a command that there is not is left out.

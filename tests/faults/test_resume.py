@@ -5,16 +5,15 @@ import shlex
 import signal
 
 import pytest
-from harness import flags, logged, until
 
 import utils
+from harness import flags, logged, until
 from runs import assert_same_run, rows
 
 # Float16, so that there is a scaler with a state.
 PRECISION = ("--use_amp", "true", "--amp_dtype", "fp16")
 
 
-@pytest.mark.timeout(1800)
 def test_interrupted_and_resumed(server, data, undisturbed, tmp_path, thorough, report):
     """In the middle of lambda's ramp: by SIGTERM in the middle of an epoch, by SIGKILL at the end of one."""
     cases = list(itertools.product((1, 2), (0, 2), ("end", "middle"), (1, 2)))

@@ -10,10 +10,10 @@ import subprocess
 
 import pytest
 import torch
-from harness import flags, mount, needs_root, saved, temporary_files, until
 
 import models
 import utils
+from harness import flags, mount, needs_mounts, saved, temporary_files, until
 from runs import assert_same_run, differences
 
 SAVING = ("--save_ckpt_steps", 5)  # at most 6 checkpoints in all, so that none is deleted
@@ -36,7 +36,6 @@ def assert_only_whole_checkpoints(folder, straight):
 # -- saves that fail
 
 
-@pytest.mark.timeout(900)
 def test_a_limit_on_the_size_of_files(server, data, undisturbed, tmp_path, thorough, report):
     """Each file fails where it passes the limit: logs, curves or checkpoint."""
     straight = undisturbed(1, *SAVING)
@@ -51,9 +50,8 @@ def test_a_limit_on_the_size_of_files(server, data, undisturbed, tmp_path, thoro
         assert f"cannot write {folder}/" in message
         assert "File too large; what was there before is kept" in message
         assert_only_whole_checkpoints(folder, straight)
-    shown = message
-    server.finish(1, *run)
-    assert_same_run(straight, folder)
+        server.finish(1, *run)
+        assert_same_run(straight, folder)
     # A file that is there already is untouched.
     linear, target = tmp_path / "linear.pth", tmp_path / "deployed.pth"
     utils.save_checkpoint({"model": utils.load_checkpoint(straight / "checkpoint-last.pth")["model"]}, linear)
@@ -70,12 +68,11 @@ def test_a_limit_on_the_size_of_files(server, data, undisturbed, tmp_path, thoro
         "a limit on the size of files (RLIMIT_FSIZE), which checkpoint, logs or curves pass",
         injected=len(limits) + 1,
         lost="the steps since the last save, exit code 2; without the limit the same end",
-        reads=shown,
+        reads=message,
     )
 
 
-@needs_root
-@pytest.mark.timeout(900)
+@needs_mounts
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_full_disk(server, data, undisturbed, tmp_path, thorough, report, size):
     straight = undisturbed(size, *SAVING)
@@ -109,8 +106,7 @@ def test_a_full_disk(server, data, undisturbed, tmp_path, thorough, report, size
     )
 
 
-@needs_root
-@pytest.mark.timeout(900)
+@needs_mounts
 def test_a_folder_that_becomes_read_only(server, data, undisturbed, tmp_path, thorough, report):
     straight = undisturbed(1, *SAVING)
     times = 5 if thorough else 1
@@ -158,7 +154,6 @@ def flip(content, position):
     return bytes(changed)
 
 
-@pytest.mark.timeout(900)
 def test_a_damaged_checkpoint(server, data, undisturbed, tmp_path, thorough, report):
     """Runs that go on from the one before it, to the same end."""
     straight = undisturbed(1, *SAVING)
@@ -188,7 +183,6 @@ def test_a_damaged_checkpoint(server, data, undisturbed, tmp_path, thorough, rep
     )
 
 
-@pytest.mark.timeout(900)
 def test_any_flipped_bit(tmp_path, thorough, report):
     """Anywhere in the file: in the weights, or in what the archive keeps about itself, where no checksum looks.
 
@@ -239,7 +233,7 @@ def test_no_checkpoint_can_be_read(server, data, undisturbed, tmp_path, report):
 
 
 def test_retention_keeps_what_is_needed(tmp_path, thorough, report):
-    """Random runs whose newest checkpoints are damaged at random: what can be read is there to go on from."""
+    """After every save the newest and the best can be read; when all that would stay is damaged, the last one stays."""
     runs = 300 if thorough else 30
     chance = random.Random(0)
     saves = 0
@@ -280,7 +274,7 @@ def test_retention_keeps_what_is_needed(tmp_path, thorough, report):
     )
 
 
-@needs_root
+@needs_mounts
 def test_a_delete_that_fails(server, data, tmp_path, report):
     """An old checkpoint that is a mount point cannot be deleted."""
     folder = tmp_path / "run"

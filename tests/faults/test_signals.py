@@ -5,9 +5,9 @@ import signal
 import sys
 
 import pytest
-from harness import command, environ, flags, free_port, logged, saved, steps_in, until
 
 import utils
+from harness import command, environ, flags, free_port, logged, saved, steps_in, until
 from runs import assert_same_run, cut_fmnist, torchrun_command
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -32,7 +32,6 @@ def stop(processes, folder, number, step):
     return before
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_signal(server, data, undisturbed, tmp_path, thorough, report, size):
     times = 5 if thorough else 1
@@ -62,7 +61,6 @@ def test_a_signal(server, data, undisturbed, tmp_path, thorough, report, size):
     )
 
 
-@pytest.mark.timeout(900)
 def test_a_signal_to_python(data, undisturbed, server, tmp_path, thorough, report):
     straight = undisturbed(1)
     for number in SIGNALS if thorough else SIGNALS[:1]:
@@ -82,7 +80,6 @@ def test_a_signal_to_python(data, undisturbed, server, tmp_path, thorough, repor
     )
 
 
-@pytest.mark.timeout(900)
 def test_a_signal_to_torchrun(data, undisturbed, server, tmp_path, thorough, report):
     straight = undisturbed(2)
     for number in SIGNALS[:2] if thorough else SIGNALS[:1]:
@@ -107,7 +104,6 @@ def test_a_signal_to_torchrun(data, undisturbed, server, tmp_path, thorough, rep
     )
 
 
-@pytest.mark.timeout(900)
 def test_sigusr1_to_torchrun(data, tmp_path, thorough, report):
     """It does not know the signal and dies. Its processes are told to save by hand."""
     if not thorough:
