@@ -30,7 +30,7 @@ import utils
 from engine import Classification, Distiller, EvalResult, Precision, build_criterion, evaluate, train_meter
 from optim_factory import activation_slope, cosine_schedule
 from options import parse_args, plain_args
-from training import Run, broken_count, build_precision, launch, layout_of
+from training import Run, broken_count, build_precision, launch, layout_of, meet, until_stopped
 
 logger = logging.getLogger("main")
 
@@ -115,7 +115,9 @@ def build_model(args: argparse.Namespace, num_classes: int, *, deploy: bool = Fa
     for flag in ("act_num", "width_mult", "deploy"):
         if flag in args.given and flag not in kwargs:
             raise ValueError(f"--{flag} belongs to VanillaNet, --model {args.model} has no such thing")
-    return timm.create_model(args.model, **kwargs)
+    model = timm.create_model(args.model, **kwargs)
+    networks.check_input_size(model, args.input_size, f"--model {args.model}")
+    return model
 
 
 def load_network(args: argparse.Namespace, model: nn.Module, *, fine_tuning: bool) -> tuple[float, dict[str, Any]]:
@@ -154,6 +156,7 @@ def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.devi
             raise ValueError(
                 f"--teacher {args.teacher} knows {teacher.num_classes} classes, the data have {num_classes}"
             )
+    networks.check_input_size(teacher, args.input_size, f"--teacher {args.teacher}")
     return teacher.to(device, memory_format=layout_of(args)).requires_grad_(False)
 
 
@@ -161,16 +164,30 @@ def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.devi
 
 
 def run_eval(
-    args: argparse.Namespace, world: utils.World, model: nn.Module, loader, real, precision: Precision, name: str
+    args: argparse.Namespace,
+    world: utils.World,
+    model: nn.Module,
+    loader,
+    real,
+    precision: Precision,
+    name: str,
+    stop: utils.StopRequest | None = None,
 ) -> EvalResult | None:
-    """Evaluate on all ranks, or with --dist_eval false on rank 0; the others then return None."""
-    result = None
-    if args.dist_eval or world.is_main:
-        batches = metrics.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
-        reduce = world.sum if args.dist_eval else (lambda sums: sums)
-        result = evaluate(model, batches, precision=precision, real_targets=real, reduce=reduce)
-    world.barrier()
-    return result
+    """Evaluate on all ranks, or with --dist_eval false on rank 0; the others then return None.
+
+    Raises:
+        EvaluationStopped: see `training.until_stopped`.
+    """
+    if not (args.dist_eval or world.is_main):
+        return meet(world, stop)
+    batches = metrics.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
+    return evaluate(
+        model,
+        until_stopped(batches, world, stop),
+        precision=precision,
+        real_targets=real,
+        reduce=world.sum if args.dist_eval else (lambda sums: sums),
+    )
 
 
 def report_eval(name: str, result: EvalResult, broken: int) -> None:
@@ -466,7 +483,9 @@ class ClassificationRun(Run):
             return None
         found = {}
         for prefix, network in self.networks_to_evaluate():
-            result = run_eval(self.args, self.world, network, self.eval_loader, self.real, self.precision, prefix)
+            result = run_eval(
+                self.args, self.world, network, self.eval_loader, self.real, self.precision, prefix, self.stop
+            )
             found |= result.metrics(prefix) if result else {}
         return found
 
@@ -501,7 +520,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         body = evaluate_deployed if args.runtime else evaluate_checkpoint
     else:
         body = train
-    launch("main.py", args, functools.partial(body, args))
+    launch("main.py", args, functools.partial(body, args), output_dir=args.output_dir if body is train else None)
 
 
 if __name__ == "__main__":

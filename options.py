@@ -5,6 +5,7 @@ combination is an error that names the flags, never ignored.
 """
 
 import argparse
+import math
 import re
 import shlex
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from runtimes import ENGINES, PRECISIONS
+from utils import cannot_write, one_line
 
 __all__ = [
     "COUNT",
@@ -54,7 +56,7 @@ def number(kind: type, *, low: float | None = None, high: float | None = None, a
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"a number, not {text!r}") from None
-        if value != value or (low is not None and value < low) or (high is not None and value > high):
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
             raise argparse.ArgumentTypeError(
                 f"a number from {low} to {high if high is not None else 'any'}, not {text}"
             )
@@ -65,8 +67,8 @@ def number(kind: type, *, low: float | None = None, high: float | None = None, a
     return convert
 
 
-COUNT = number(int, low=1)
-WHOLE = number(int, low=0)
+COUNT = number(int, low=1, high=2**31 - 1)
+WHOLE = number(int, low=0, high=2**31 - 1)
 POSITIVE = number(float, above=0)
 FRACTION = number(float, low=0, high=1)
 NONNEGATIVE = number(float, low=0)
@@ -88,7 +90,7 @@ class Parser(argparse.ArgumentParser):
         return [canonical(token) for token in shlex.split(arg_line, comments=True)]
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +100,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--epochs", type=COUNT, default=300)
     run.add_argument("--early_stop_epochs", type=COUNT, help="end after so many epochs, with the schedules of --epochs")
     run.add_argument("--update_freq", type=COUNT, default=1, help="batches accumulated for one optimizer step")
-    run.add_argument("--seed", type=WHOLE, default=0)
+    run.add_argument("--seed", type=number(int, low=0, high=2**63 - 1), default=0)
     run.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     run.add_argument("--num_workers", type=WHOLE, default=10, help="loader processes per process")
     run.add_argument("--pin_mem", type=boolean, default=True, help="page-locked batches, for a GPU")
@@ -153,6 +155,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--dist_on_itp", type=boolean, nargs="?", const=True, default=False, help="ranks from OpenMPI"
     )
     processes.add_argument("--dist_url", default="env://")
+    processes.add_argument("--dist_timeout", type=COUNT, default=1800, help="seconds to wait for another process")
     processes.add_argument("--sync_bn", type=boolean, default=False, help="BatchNorm over all processes' batches")
 
     precision = parser.add_argument_group("precision and logging")
@@ -339,7 +342,12 @@ def parse_checked(
     Errors, also a ValueError of `check`, end the process with exit code 2 and one line on standard error.
     """
     argv = [canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except (ValueError, RecursionError) as error:  # argparse itself knows of files that are missing
+        recipes = ", ".join(token[1:] for token in argv if token.startswith("@"))
+        cause = "it reads itself" if isinstance(error, RecursionError) else error
+        parser.error(f"cannot read the recipe {recipes}: {cause}")
     # Parsed once more without defaults, which leaves just what was written out.
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -365,4 +373,8 @@ def plain_args(args: argparse.Namespace) -> dict[str, Any]:
 
 def save_args(args: argparse.Namespace, path: Path) -> None:
     """Write the arguments, all of them, as YAML."""
-    path.write_text(yaml.safe_dump(plain_args(args), sort_keys=True))
+    text = yaml.safe_dump(plain_args(args), sort_keys=True)
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ValueError(cannot_write(path, error)) from error

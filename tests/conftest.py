@@ -1,22 +1,23 @@
 """What the tests share."""
 
-import gzip
 import pickle
 import signal
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import datasets
 import utils
+from runs import cut_fmnist
 
-EMBEDDED = Path(datasets.__file__).parent / "data" / "fashion-mnist"
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--reliability", metavar="FILE", help="run the fault suite in its thorough form and write its table to FILE"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -36,15 +37,7 @@ def _restore_signals():
 @pytest.fixture(scope="session")
 def tiny_fmnist(tmp_path_factory):
     """60 training and 40 test images of the embedded data, in the same format."""
-    folder = tmp_path_factory.mktemp("fmnist")
-    for split, count in (("train", 60), ("t10k", 40)):
-        for kind in ("images-idx3", "labels-idx1"):
-            name = f"{split}-{kind}-ubyte.gz"
-            values = datasets.read_idx(EMBEDDED / name)[:count]
-            header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
-            with gzip.open(folder / name, "wb") as file:
-                file.write(header + np.ascontiguousarray(values).tobytes())
-    return folder
+    return cut_fmnist(tmp_path_factory.mktemp("fmnist"), train=60, test=40)
 
 
 @pytest.fixture

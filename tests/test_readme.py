@@ -185,8 +185,8 @@ def test_flags_in_the_text_exist(page):
     modules = (options, visualize, export, predict, benchmark, object_detection.options, object_detection.benchmark)
     flags = set().union(*(flags_of(module.build_parser()) for module in modules))
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
-    launcher = {"node_rank"}
+    named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
+    launcher = {"node_rank", "nnodes", "max-restarts"}
     assert named - flags - launcher == set()
 
 
