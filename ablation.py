@@ -132,7 +132,17 @@ def run(trial: Trial, data_path: str, output_dir: Path, threads: int) -> None:
         RuntimeError: main.py ended with an error; its last line is in the message.
     """
     folder = output_dir / trial.name
-    command = [sys.executable, "main.py", *trial.flags, "--auto_resume", "true", "--output_dir", str(folder)]
+    command = [
+        sys.executable,
+        "main.py",
+        *trial.flags,
+        "--auto_resume",
+        "true",
+        "--save_ckpt_num",
+        "1",
+        "--output_dir",
+        str(folder),
+    ]
     if trial.recipe == "ablation":
         command += ["--data_path", data_path]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
