@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := outputs/demo
+DETECTION := outputs/detection
+DETECT := object_detection/main.py @object_detection/recipes/demo.args
 # The full data: Debian's package dataset-fashion-mnist, or else what torchvision downloads.
 FASHION_MNIST ?= $(firstword $(wildcard /usr/share/datasets/fashion-mnist) outputs/fashion-mnist)
 
-.PHONY: setup demo ablation test test-all lint clean
+.PHONY: setup demo demo-detection ablation test test-all lint clean
 
 setup: $(READY)
 
@@ -22,6 +24,16 @@ demo: setup
 	$(BIN)/python main.py @recipes/demo.args
 	$(BIN)/python main.py @recipes/demo.args --finetune $(DEMO)/checkpoint-last.pth \
 		--model_key model_ema --switch_to_deploy $(DEMO)/deploy.pth
+
+demo-detection: setup
+	rm -rf $(DETECTION) outputs/garments
+	$(BIN)/python -m object_detection.make_garments outputs/garments
+	$(BIN)/python main.py @object_detection/recipes/demo_backbone.args
+	$(BIN)/python $(DETECT) --backbone_weights $(DETECTION)/backbone/checkpoint-last.pth
+	$(BIN)/python $(DETECT) --finetune $(DETECTION)/checkpoint-last.pth --model_key model_ema \
+		--switch_to_deploy $(DETECTION)/deploy.pth
+	$(BIN)/python $(DETECT) --finetune $(DETECTION)/deploy.pth --deploy true \
+		--eval true --draw $(DETECTION)/detections.png
 
 ablation: setup
 	$(BIN)/python ablation.py --data_path $(FASHION_MNIST)

@@ -272,8 +272,12 @@ class Requirements:
             raise ValueError(f"--{flag} has no effect here; {mend}")
 
 
-def check_training_flags(args: argparse.Namespace, needs: Requirements) -> None:
-    """The checks of what `add_training_flags` adds, with --deploy and --switch_to_deploy. Raises ValueError, a line."""
+def check_training_flags(args: argparse.Namespace, needs: Requirements, *, exports: bool = False) -> None:
+    """The checks of what `add_training_flags` adds, with --deploy and --switch_to_deploy. Raises ValueError, a line.
+
+    Args:
+        exports: the command neither trains nor evaluates, but writes the network in another format.
+    """
     evaluates = args.eval or args.switch_to_deploy is not None
     for flag in ("model_ema_decay", "model_ema_force_cpu", "model_ema_eval"):
         needs(flag, args.model_ema, "add --model_ema true")
@@ -285,7 +289,7 @@ def check_training_flags(args: argparse.Namespace, needs: Requirements) -> None:
         needs(flag, args.output_dir, "add --output_dir")
     for flag in ("model_key", "model_prefix"):
         needs(flag, args.finetune, "add --finetune")
-    needs("deploy", evaluates, "a deploy form has nothing left to train; add --eval true")
+    needs("deploy", evaluates or exports, "a deploy form has nothing left to train; add --eval true")
     if evaluates and args.finetune is None and args.resume is None:
         raise ValueError("--eval and --switch_to_deploy need the weights: add --finetune FILE")
     if args.finetune and args.resume:

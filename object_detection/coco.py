@@ -127,7 +127,7 @@ class CocoDataset(ImageDataset):
         flip: probability of mirroring an image.
 
     Attributes:
-        data: the annotations as they were read.
+        data: the annotations as they were read, for evaluation; None with `train`, where COCO's would take gigabytes.
         category_ids: of the classes, in their order; class i + 1 is the i-th.
 
     Raises:
@@ -145,20 +145,21 @@ class CocoDataset(ImageDataset):
     ):
         self.path, self.folder = Path(annotations), Path(images)
         self.masks, self.flip = masks, flip if train else 0.0
-        self.data = read_annotations(annotations)
-        categories = sorted(self.data["categories"], key=lambda category: category["id"])
+        data = read_annotations(annotations)
+        self.data = None if train else data
+        categories = sorted(data["categories"], key=lambda category: category["id"])
         self.category_ids = [category["id"] for category in categories]
         self.classes = tuple(category["name"] for category in categories)
         self.labels = {category: label for label, category in enumerate(self.category_ids, 1)}
-        self.images = sorted(self.data["images"], key=lambda image: image["id"])
+        self.images = sorted(data["images"], key=lambda image: image["id"])
         self._check_files()
         by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in self.images}
-        for annotation in self.data["annotations"]:
+        for annotation in data["annotations"]:
             by_image[annotation["image_id"]].append(annotation)
         self.objects = {image["id"]: self._find_objects(image, by_image[image["id"]]) for image in self.images}
-        if masks and self.data["annotations"] and not any("segmentation" in a for a in self.data["annotations"]):
+        if masks and data["annotations"] and not any("segmentation" in a for a in data["annotations"]):
             raise ValueError(f"{annotations} has boxes without segments, which train no masks: use a RetinaNet")
-        single = sum(not annotation["iscrowd"] for annotation in self.data["annotations"])
+        single = sum(not annotation["iscrowd"] for annotation in data["annotations"])
         degenerate = single - sum(map(len, self.objects.values()))
         if train and degenerate:
             logger.warning("%s: %d objects without area are left out of training", annotations, degenerate)

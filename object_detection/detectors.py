@@ -16,7 +16,7 @@ from timm.models import group_parameters
 from torch import nn
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
@@ -177,8 +177,8 @@ def create_detector(
         fpn_channels: of the pyramid, and of all of RetinaNet's head.
         box_channels: of the two hidden layers of Mask R-CNN's box head.
         mask_channels: of the convolutions of its mask head.
-        head_norm: BatchNorm in pyramid, RetinaNet's head and Mask R-CNN's mask head, which helps heads that learn for a
-            short time (Li et al., "Benchmarking Detection Transfer Learning", 2021); the published ones have none.
+        head_norm: BatchNorm in pyramid and heads, and two convolutions more in Mask R-CNN's box head, which helps heads
+            that learn for a short time (as torchvision's v2 detectors have it); the published ones have none.
         anchor_sizes: five, px, by the pyramid's level, finest first; RetinaNet has each of them thrice, a third of an
             octave apart.
         train_sizes: px, one of which an image's short side is resized to in training.
@@ -225,7 +225,9 @@ def create_detector(
         detector = MaskRCNN(
             Pyramid(body, levels, fpn, fpn_channels),
             rpn_anchor_generator=AnchorGenerator(scales, (ASPECT_RATIOS,) * len(scales)),
-            box_head=TwoMLPHead(fpn_channels * 7**2, box_channels),
+            box_head=FastRCNNConvFCHead((fpn_channels, 7, 7), [fpn_channels] * 2, [box_channels], norm)
+            if head_norm
+            else TwoMLPHead(fpn_channels * 7**2, box_channels),
             box_predictor=FastRCNNPredictor(box_channels, num_classes),
             mask_head=MaskRCNNHeads(fpn_channels, mask_channels, 1, norm),
             mask_predictor=MaskRCNNPredictor(mask_channels[-1], mask_channels[-1], num_classes),

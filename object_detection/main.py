@@ -7,6 +7,7 @@ python object_detection/main.py @RECIPE --export_onnx NEW --finetune FILE
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import logging
@@ -24,13 +25,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 import metrics
-import networks
 import profiling
 import utils
 from engine import Precision
+from object_detection.checkpoints import (
+    build_detector,
+    check_categories,
+    describe_categories,
+    load_classifier,
+    load_detector,
+)
 from object_detection.coco import CocoDataset, collate
 from object_detection.comparing import largest_difference
-from object_detection.detectors import Detector, create_detector, load_backbone
+from object_detection.detectors import Detector
 from object_detection.draw import draw_detections, save_picture
 from object_detection.evaluation import KINDS, STATISTICS, average_precision, detect
 from object_detection.options import parse_args
@@ -73,60 +80,17 @@ def build_eval_loader(args: argparse.Namespace, dataset: CocoDataset, world: uti
     )
 
 
-def build_detector(args: argparse.Namespace, num_classes: int) -> Detector:
-    """The detector on the CPU, initialized from the current seed."""
-    given = {name: getattr(args, name) for name in ("box_channels", "mask_channels") if getattr(args, name)}
-    if args.rois:
-        given["box_batch_size_per_image"] = args.rois
-    for when, count in zip(("train", "test"), args.proposals or (), strict=False):
-        given |= {f"rpn_{end}_nms_top_n_{when}": count for end in ("pre", "post")}
-    return create_detector(
-        args.model,
-        num_classes=num_classes,
-        act_num=args.act_num,
-        width_mult=args.width_mult,
-        deploy=args.deploy,
-        fpn_channels=args.fpn_channels,
-        head_norm=args.head_norm,
-        anchor_sizes=args.anchor_sizes,
-        train_sizes=args.train_sizes,
-        test_size=args.test_size,
-        max_size=args.max_size,
-        **given,
-    )
-
-
-def check_categories(checkpoint: dict[str, Any], dataset: CocoDataset, path: str | Path) -> None:
-    """Raises CheckpointError if the checkpoint is of a detector of other categories."""
-    theirs = checkpoint.get("classes")
-    if theirs is not None and list(theirs) != list(dataset.classes):
-        odd = sorted(set(theirs) ^ set(dataset.classes)) or ["their order"]
-        raise utils.CheckpointError(
-            f"{path} is of {len(theirs)} categories, {dataset.path} has {len(dataset.classes)}; what differs: "
-            + ", ".join(odd[:5])
-        )
-
-
-def load_detector(args: argparse.Namespace, detector: Detector, dataset: CocoDataset) -> dict[str, Any]:
-    """Load --finetune or --resume into the detector. Returns the checkpoint."""
-    path = args.finetune or args.resume
-    checkpoint = utils.load_checkpoint(path)
-    check_categories(checkpoint, dataset, path)
-    weights = utils.checkpoint_weights(checkpoint, key=args.model_key, prefix=args.model_prefix, path=path)
-    utils.load_weights(detector, weights, path=path)
-    return checkpoint
-
-
-def load_classifier(args: argparse.Namespace, detector: Detector) -> None:
-    """Load --backbone_weights into the detector's network."""
-    path = args.backbone_weights
-    checkpoint = utils.load_checkpoint(path)
-    slope = networks.recorded_slope(checkpoint)
-    if slope != 1.0:
-        raise utils.CheckpointError(f"{path} is from within deep training, at lambda {slope}: train it to its end")
-    load_backbone(
-        detector, utils.checkpoint_weights(checkpoint, key=args.backbone_key, whole_file=True, path=path), path=path
-    )
+def first_images(dataset: CocoDataset, count: int) -> list[torch.Tensor]:
+    """The first images (3, H, W) that can be read. ValueError if none can."""
+    found: list[torch.Tensor] = []
+    for index in range(len(dataset)):
+        with contextlib.suppress(datasets.BrokenImageError):  # evaluation tells of them
+            found.append(dataset[index][0])
+        if len(found) == count:
+            break
+    if not found:
+        raise ValueError(f"no image of {dataset.path} can be read")
+    return found
 
 
 # -- evaluation
@@ -179,7 +143,7 @@ def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
 
 @torch.no_grad()
 def draw_checkpoint(args: argparse.Namespace, detector: Detector, dataset: CocoDataset, device: torch.device) -> None:
-    images = [dataset[index][0] for index in range(min(args.draw_images, len(dataset)))]
+    images = first_images(dataset, args.draw_images)
     detections = [detector([image.to(device)])[0] for image in images]
     pictures = [
         draw_detections(image, detection, classes=dataset.classes, threshold=args.draw_threshold)
@@ -198,7 +162,7 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
     fused = copy.deepcopy(detector)
     fused.switch_to_deploy()
     fused.to(memory_format=layout_of(args))  # what fusing returns is contiguous
-    images = [dataset[index][0].to(world.device) for index in range(min(COMPARED_IMAGES, len(dataset)))]
+    images = [image.to(world.device) for image in first_images(dataset, COMPARED_IMAGES)]
     difference = largest_difference(detector, fused, images)
     if not difference <= DEPLOY_TOLERANCE:
         raise ValueError(
@@ -206,7 +170,13 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
         )
     if world.is_main:
         utils.save_checkpoint(
-            {"model": fused.state_dict(), "deploy": True, **checkpoint_extras(dataset), "args": plain_args(args)},
+            {
+                "model": fused.state_dict(),
+                "act_learn": 1.0,
+                "deploy": True,
+                **describe_categories(dataset),
+                "args": plain_args(args),
+            },
             args.switch_to_deploy,
         )
     precision = build_precision(args, world.device)
@@ -227,17 +197,12 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
     print(f"deploy form: {args.switch_to_deploy}")
 
 
-def checkpoint_extras(dataset: CocoDataset) -> dict[str, Any]:
-    """What a detector's checkpoint holds of its own; lambda is 1 throughout."""
-    return {"act_learn": 1.0, "classes": list(dataset.classes), "category_ids": list(dataset.category_ids)}
-
-
 def export_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
     from object_detection.export import export_onnx
 
     _, dataset, detector, _ = prepare_eval(args, world)
     if world.is_main:
-        difference = export_onnx(detector, args.export_onnx, image=dataset[0][0])
+        difference = export_onnx(detector, args.export_onnx, image=first_images(dataset, 1)[0])
         print(f"{args.export_onnx}: largest difference from PyTorch {difference:.1e}")
 
 
@@ -314,10 +279,10 @@ class DetectionRun(Run):
         return {f"train_{name}": sums[name] / sums["count"] for name in self.meter.names if name != "count"}
 
     def extra_state(self) -> dict[str, Any]:
-        return checkpoint_extras(self.dataset)
+        return {"act_learn": 1.0, **describe_categories(self.dataset)}
 
     def load_extra_state(self, checkpoint: dict[str, Any]) -> None:
-        check_categories(checkpoint, self.dataset, self.args.resume or self.args.output_dir)
+        check_categories(checkpoint, self.dataset, path=self.args.resume or self.args.output_dir)
 
     def evaluate(self) -> dict[str, float] | None:
         if self.eval_dataset is None:

@@ -92,7 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace, needs: Requirements) -> None:
     if not args.model.startswith(FRAMEWORKS):
         raise ValueError(f"--model {args.model} is not known: it is retinanet_ or mask_rcnn_, then a model of timm")
-    check_training_flags(args, needs)
+    exports = args.export_onnx is not None
+    check_training_flags(args, needs, exports=exports)
     needs("backbone_key", args.backbone_weights, "add --backbone_weights")
     needs("draw", args.eval, "add --eval true")
     for flag in ("draw_images", "draw_threshold"):
@@ -100,10 +101,14 @@ def _check(args: argparse.Namespace, needs: Requirements) -> None:
     needs("lr_gamma", args.lr_steps, "--lr_steps is empty")
     for flag in ("box_channels", "mask_channels", "proposals", "rois"):
         needs(flag, args.model.startswith("mask_rcnn_"), f"--model {args.model} has no such thing")
-    if args.export_onnx and not args.finetune:
+    if exports and not args.finetune:
         raise ValueError("--export_onnx needs the weights: add --finetune FILE")
+    for flag in ("eval", "switch_to_deploy"):
+        needs(flag, not exports, "--export_onnx does nothing else")
     if args.lr_steps and max(args.lr_steps) >= args.epochs:
-        raise ValueError(f"--lr_steps {max(args.lr_steps)} is never reached in --epochs {args.epochs}")
+        raise ValueError(
+            f"--lr_steps {max(args.lr_steps)} is never reached in --epochs {args.epochs}: lower it, or give none"
+        )
     if args.lr_steps != sorted(set(args.lr_steps)):
         raise ValueError("--lr_steps must rise")
 

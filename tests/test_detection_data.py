@@ -316,7 +316,7 @@ def test_garments(made, tmp_path):
     data = read_annotations(made / "train.json")
     assert len(data["images"]) == 40
     assert {c["id"]: c["name"] for c in data["categories"]} == {
-        1: "top", 2: "trousers", 4: "dress", 5: "sandal", 7: "sneaker", 8: "bag", 9: "boot",
+        1: "top", 2: "trousers", 4: "dress", 5: "shoe", 8: "bag", 9: "boot",
     }  # fmt: skip
     by_image = {image["id"]: [] for image in data["images"]}
     for row in data["annotations"]:

@@ -12,10 +12,13 @@ import timm
 import torch
 from PIL import Image
 
+import options
 import utils
 from engine import Precision
 from object_detection import main, make_garments
+from object_detection.checkpoints import open_detector
 from object_detection.coco import CocoDataset
+from object_detection.comparing import largest_difference
 from object_detection.evaluation import average_precision, detect
 from object_detection.options import parse_args
 from optim_factory import step_schedule
@@ -72,8 +75,8 @@ def test_outputs(straight):
     assert total == pytest.approx(float(summary[1]["train_loss"]), rel=1e-4)
     assert {"test_box_AP", "test_mask_AP50", "ema_box_AP", "ema_mask_AP75"} <= set(summary[0])
     state = utils.load_checkpoint(straight / "checkpoint-last.pth")
-    assert state["classes"] == ["top", "trousers", "dress", "sandal", "sneaker", "bag", "boot"]
-    assert state["category_ids"] == [1, 2, 4, 5, 7, 8, 9]
+    assert state["classes"] == ["top", "trousers", "dress", "shoe", "bag", "boot"]
+    assert state["category_ids"] == [1, 2, 4, 5, 8, 9]
     assert (state["act_learn"], state["updates"]) == (1.0, 12)
     with Image.open(straight / "curves.png") as image:
         assert image.size == (1000, 600)
@@ -132,7 +135,7 @@ def test_ap_does_not_depend_on_the_ranks(garments, straight):
     """What the ranks find, put together, is what one finds, to the last bit."""
     args = parse_args([*BASE, "--data_path", str(garments), "--eval", "true", "--finetune", str(straight / "x")])
     dataset = CocoDataset(garments / "val.json", garments / "val", train=False, masks=True)
-    detector = main.build_detector(args, 8)
+    detector = main.build_detector(args, 7)
     detector.load_state_dict(utils.load_checkpoint(straight / "checkpoint-last.pth")["model"])
     detector.selection.score_thresh = 0.0
 
@@ -149,6 +152,16 @@ def test_ap_does_not_depend_on_the_ranks(garments, straight):
     assert average_precision(dataset.data, second + first, masks=True) == average_precision(
         dataset.data, alone, masks=True
     )
+
+
+def test_it_starts_from_anywhere(tmp_path):
+    """As a file, with `options.py` and the like of this folder out of the way of those above it."""
+    for start in ([str(ROOT / "object_detection" / "main.py")], ["-m", "object_detection.main"]):
+        folder = tmp_path if start[0] != "-m" else ROOT
+        done = subprocess.run(
+            [sys.executable, *start, "--help"], cwd=folder, capture_output=True, text=True, timeout=100, check=True
+        )
+        assert "--lr_steps" in done.stdout
 
 
 @pytest.mark.slow
@@ -209,6 +222,21 @@ def test_fusing_a_trained_detector(garments, straight, tmp_path, capsys):
     assert again == aps[2:]
 
 
+def test_a_checkpoint_tells_what_it_is_of(garments, straight, tmp_path):
+    """Its detector finds what the run's does, in both forms."""
+    detector, classes = open_detector(straight / "checkpoint-last.pth", key="model")
+    assert classes == ("top", "trousers", "dress", "shoe", "bag", "boot")
+    assert (detector.training, detector.test_size, detector.transform.max_size) == (False, 80, 96)
+    run(garments, "--switch_to_deploy", tmp_path / "d.pth", "--finetune", straight / "checkpoint-last.pth")
+    fused, _ = open_detector(tmp_path / "d.pth")
+    assert fused.deploy
+    image = CocoDataset(garments / "val.json", garments / "val", train=False, masks=True)[1][0]
+    assert largest_difference(detector, fused, [image]) < 1e-4
+    utils.save_checkpoint({"model": {}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="is not the checkpoint of a detector"):
+        open_detector(tmp_path / "other.pth")
+
+
 def test_a_wrong_fusion_writes_nothing(garments, straight, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(main, "largest_difference", lambda *_: 2e-4)
     with pytest.raises(SystemExit) as ended:
@@ -224,6 +252,9 @@ def test_exporting(garments, straight, tmp_path, capsys):
     run(garments, "--export_onnx", tmp_path / "d.onnx", "--finetune", straight / "checkpoint-last.pth")
     assert "largest difference from PyTorch" in capsys.readouterr().out
     assert (tmp_path / "d.onnx").stat().st_size > 10_000
+    run(garments, "--switch_to_deploy", tmp_path / "d.pth", "--finetune", straight / "checkpoint-last.pth")
+    run(garments, "--deploy", "true", "--export_onnx", tmp_path / "fused.onnx", "--finetune", tmp_path / "d.pth")
+    assert (tmp_path / "fused.onnx").stat().st_size < (tmp_path / "d.onnx").stat().st_size
 
 
 def test_a_retinanet(garments, tmp_path, capsys):
@@ -298,6 +329,7 @@ def test_bad_input(garments, straight, tmp_path, capsys, monkeypatch, arguments,
         ("--model retinanet_vanillanet_6", "--box_channels has no effect"),
         ("--eval true", "--finetune"),
         ("--export_onnx F", "--export_onnx needs the weights"),
+        ("--export_onnx F --finetune G --eval true", "--eval has no effect"),
         ("--draw F", "--draw has no effect"),
         ("--draw_images 3", "--draw_images has no effect"),
         ("--backbone_key model", "--backbone_key has no effect"),
@@ -325,7 +357,9 @@ def test_a_broken_validation_image(garments, straight, tmp_path, capsys, caplog)
         run(tmp_path, *arguments)
     assert ended.value.code == 2
     assert "00002.png: not an image" in capsys.readouterr().err
-    run(tmp_path, *arguments, "--skip_broken_eval", "true")
+    run(tmp_path, *arguments, "--skip_broken_eval", "true", "--draw", tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (4 * 320 + 5 * 4, 320 + 2 * 4)  # the four that can be read
     assert "1 broken images: what is in them counts as missed" in capsys.readouterr().err
     (tmp_path / "train" / "00003.png").write_bytes(b"nothing")
     run(tmp_path, "--output_dir", tmp_path / "out", "--skip_broken_eval", "true", *ONE_EPOCH)
@@ -351,3 +385,13 @@ def test_recipes_are_as_published(model):
     found = vars(parse_args([f"@{ROOT}/object_detection/recipes/{model}.args"]))
     wanted.pop("given"), found.pop("given")
     assert found == wanted
+
+
+def test_the_demos_recipes_fit_together(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    classifier = options.parse_args(["@object_detection/recipes/demo_backbone.args"])
+    detector = parse_args(["@object_detection/recipes/demo.args"])
+    assert detector.model == f"mask_rcnn_{classifier.model}"
+    assert (detector.width_mult, detector.act_num) == (classifier.width_mult, classifier.act_num)
+    assert classifier.decay_epochs < classifier.epochs  # its lambda ends at 1
+    assert f"{classifier.output_dir}/" == f"{detector.output_dir}/backbone/"

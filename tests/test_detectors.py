@@ -60,7 +60,7 @@ def lively(detector, randomized):
     else:
         scoring, placing = [detector.head.classification_head.cls_logits], [detector.head.regression_head.bbox_reg]
     detector.eval()
-    for module, spread in [*((layer, 2.0) for layer in scoring), *((layer, 0.5) for layer in placing)]:
+    for module, spread in [*((layer, 1.0) for layer in scoring), *((layer, 0.5) for layer in placing)]:
         outputs = []
         hook = module.register_forward_hook(lambda _, __, out, outputs=outputs: outputs.append(out.flatten()))
         detector([torch.rand(3, 64, 64)])
@@ -141,6 +141,30 @@ def test_forward_and_backward(name):
     if detector.has_masks:
         assert found["masks"].shape == (len(found["boxes"]), 1, 50, 90)
         assert 0 not in found["labels"]
+
+
+@pytest.mark.parametrize("name", ["retinanet_vanillanet_5", "mask_rcnn_vanillanet_5"])
+def test_a_batch_without_objects(name):
+    """Every parameter gets a gradient all the same, as several processes need it; it teaches no box and no mask."""
+    detector = tiny(name)
+    images, targets = batch()
+    losses = detector([images[2]] * 2, [targets[2]] * 2)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in detector.parameters())
+    without = {"bbox_regression", "loss_box_reg", "loss_mask", "loss_rpn_box_reg"} & set(losses)
+    assert len(without) == (3 if detector.has_masks else 1)
+    assert all(losses[loss] == 0 for loss in without)
+
+
+def test_norms_in_the_heads():
+    """In the pyramid's 2 x 3 or 2 x 4 convolutions, RetinaNet's 2 x 4, Mask R-CNN's box head (2) and mask head (2)."""
+    for name, count in (("retinanet_vanillanet_5", 6 + 8), ("mask_rcnn_vanillanet_5", 8 + 2 + 2)):
+        for head_norm in (False, True):
+            detector = tiny(name, head_norm=head_norm)
+            network = set(detector.network.modules())
+            norms = [m for m in detector.modules() if isinstance(m, nn.BatchNorm2d) and m not in network]
+            assert len(norms) == (count if head_norm else 0)
+            sum(detector(*batch()).values()).backward()
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])
@@ -256,7 +280,7 @@ def test_fusing_changes_no_detection(randomized):
         assert (fused.deploy, detector.deploy) == (True, False)
         images = [torch.rand(3, 60, 90), torch.rand(3, 100, 70)]
         scores = [detector([image])[0]["scores"] for image in images]
-        assert all(len(x) > 10 and x.max() - x.min() > 0.03 for x in scores), scores
+        assert all(len(x) > 10 and x.max() - x.min() > 0.02 for x in scores), scores
         assert largest_difference(detector, fused, images) < 1e-4
         assert profiling.count_layers(fused.network) < profiling.count_layers(detector.network)
         with torch.no_grad():  # a wrong fusion shows

@@ -16,6 +16,8 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import benchmark
 import export
 import models  # noqa: F401  registers the variants
+import object_detection.benchmark
+import object_detection.options
 import options
 import predict
 import visualize
@@ -23,7 +25,8 @@ from options import parse_args
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DETECTION = ROOT / "object_detection" / "README.md"
+PAGES = [README, DETECTION, *sorted((ROOT / "docs").glob("*.md"))]
 KEYS = json.loads((ROOT / "tests/data/state_dict_keys.json").read_text())
 
 # The paper's table: parameters (M), MACs (G), latency (ms), top-1 and ReaL (%). Frozen: these are not ours to change.
@@ -47,6 +50,8 @@ PARSERS = {
     "export.py": export.parse_args,
     "predict.py": predict.parse_args,
     "benchmark.py": benchmark.parse_args,
+    "object_detection/main.py": object_detection.options.parse_args,
+    "object_detection.benchmark": lambda arguments: object_detection.benchmark.build_parser().parse_args(arguments),
 }
 # What else a block of commands may call.
 OTHER_COMMANDS = {"curl", ".", "pip"}
@@ -86,9 +91,10 @@ def arguments_of(command: list[str], script: str = "main.py") -> list[str] | Non
         command = command[next(i for i, token in enumerate(command) if i and not token.startswith("-")) :]
     if command[0] == "torchrun":
         started = torchrun_parser().parse_args(command[1:])
-        assert started.training_script == "main.py"
-        return started.training_script_args if script == "main.py" else None
-    return command[2:] if command[:2] == ["python", script] else None
+        assert started.training_script in PARSERS
+        return started.training_script_args if script == started.training_script else None
+    started = ["python", "-m", script] if script.startswith("object_detection.") else ["python", script]
+    return command[len(started) :] if command[: len(started)] == started else None
 
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -176,8 +182,8 @@ def test_enough_python_blocks_run():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_in_the_text_exist(page):
-    parsers = [module.build_parser() for module in (options, visualize, export, predict, benchmark)]
-    flags = set().union(*map(flags_of, parsers))
+    modules = (options, visualize, export, predict, benchmark, object_detection.options, object_detection.benchmark)
+    flags = set().union(*(flags_of(module.build_parser()) for module in modules))
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
     launcher = {"node_rank"}

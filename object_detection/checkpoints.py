@@ -1,0 +1,99 @@
+"""Detectors from the flags of a command, and from checkpoints, with what a checkpoint records of the categories."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import networks
+import utils
+from object_detection.coco import CocoDataset
+from object_detection.detectors import Detector, create_detector, load_backbone
+
+__all__ = [
+    "build_detector",
+    "check_categories",
+    "describe_categories",
+    "load_classifier",
+    "load_detector",
+    "open_detector",
+]
+
+
+def build_detector(args: argparse.Namespace, num_classes: int) -> Detector:
+    """The detector on the CPU, initialized from the current seed."""
+    given = {name: getattr(args, name) for name in ("box_channels", "mask_channels") if getattr(args, name)}
+    if args.rois:
+        given["box_batch_size_per_image"] = args.rois
+    for when, count in zip(("train", "test"), args.proposals or (), strict=False):
+        given |= {f"rpn_{end}_nms_top_n_{when}": count for end in ("pre", "post")}
+    return create_detector(
+        args.model,
+        num_classes=num_classes,
+        act_num=args.act_num,
+        width_mult=args.width_mult,
+        deploy=args.deploy,
+        fpn_channels=args.fpn_channels,
+        head_norm=args.head_norm,
+        anchor_sizes=args.anchor_sizes,
+        train_sizes=args.train_sizes,
+        test_size=args.test_size,
+        max_size=args.max_size,
+        **given,
+    )
+
+
+def describe_categories(dataset: CocoDataset) -> dict[str, Any]:
+    """What a detector's checkpoint holds of them."""
+    return {"classes": list(dataset.classes), "category_ids": list(dataset.category_ids)}
+
+
+def check_categories(checkpoint: Mapping[str, Any], dataset: CocoDataset, *, path: str | Path) -> None:
+    """Raises CheckpointError if the checkpoint is of a detector of other categories."""
+    theirs = checkpoint.get("classes")
+    if theirs is not None and list(theirs) != list(dataset.classes):
+        odd = sorted(set(theirs) ^ set(dataset.classes)) or ["their order"]
+        raise utils.CheckpointError(
+            f"{path} is of {len(theirs)} categories, {dataset.path} has {len(dataset.classes)}; what differs: "
+            + ", ".join(odd[:5])
+        )
+
+
+def load_detector(args: argparse.Namespace, detector: Detector, dataset: CocoDataset) -> dict[str, Any]:
+    """Load --finetune or --resume into the detector. Returns the checkpoint."""
+    path = args.finetune or args.resume
+    checkpoint = utils.load_checkpoint(path)
+    check_categories(checkpoint, dataset, path=path)
+    weights = utils.checkpoint_weights(checkpoint, key=args.model_key, prefix=args.model_prefix, path=path)
+    utils.load_weights(detector, weights, path=path)
+    return checkpoint
+
+
+def load_classifier(args: argparse.Namespace, detector: Detector) -> None:
+    """Load --backbone_weights into the detector's network."""
+    path = args.backbone_weights
+    checkpoint = utils.load_checkpoint(path)
+    slope = networks.recorded_slope(checkpoint)
+    if slope != 1.0:
+        raise utils.CheckpointError(f"{path} is from within deep training, at lambda {slope}: train it to its end")
+    load_backbone(
+        detector, utils.checkpoint_weights(checkpoint, key=args.backbone_key, whole_file=True, path=path), path=path
+    )
+
+
+def open_detector(path: str | Path, *, key: str = "model_ema|model") -> tuple[Detector, tuple[str, ...]]:
+    """The detector of a checkpoint, built as the flags recorded in it say, on the CPU in eval mode, and its classes.
+
+    Args:
+        key: of the weights; `|` separates alternatives.
+
+    Raises:
+        ValueError: it cannot be read, or is not of a detector.
+    """
+    checkpoint = utils.load_checkpoint(path)
+    if not {"args", "classes"} <= checkpoint.keys():
+        raise utils.CheckpointError(f"{path} is not the checkpoint of a detector")
+    recorded = networks.recorded_args(checkpoint) | {"deploy": bool(checkpoint.get("deploy", False))}
+    detector = build_detector(argparse.Namespace(**recorded), len(checkpoint["classes"]) + 1)
+    utils.load_weights(detector, utils.checkpoint_weights(checkpoint, key=key, path=path), path=path)
+    return detector.eval(), tuple(checkpoint["classes"])
