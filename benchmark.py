@@ -30,9 +30,10 @@ TRAINING_ENGINES = ("plain", "channels_last", "compile")
 QUICK = {
     "models": ["vanillanet_5"],
     "peers": ["resnet18"],
-    "runtimes": ["eager", "channels_last", "aotinductor", "onnxruntime", "openvino"],
+    "runtimes": ["eager", "aotinductor", "onnxruntime", "openvino"],
     "precisions": ["fp32", "bf16"],
-    "calls": 20,
+    "calls": 10,
+    "together": 2,
 }
 CALLS_PER_TURN = 5
 DEPTHWISE_ENGINES = ("compile", "aotinductor", "openvino")  # that leave series activations out of int8 by default

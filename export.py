@@ -42,6 +42,18 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calib_count", type=COUNT, default=300, help="images to calibrate on")
 
 
+def open_network(args: argparse.Namespace) -> tuple[nn.Module, runtimes.Metadata]:
+    """What `deployment.load` makes of `args.source` and the flags above."""
+    return deployment.load(
+        args.source,
+        name=args.model,
+        key=args.model_key,
+        input_size=args.input_size,
+        crop_pct=args.crop_pct,
+        random_weights=args.random_weights,
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="export.py", description="Write a network in deploy form to a file that an engine runs.")
     parser.add_argument("source", metavar="MODEL", help="a checkpoint, or the name of a model in timm")
@@ -144,14 +156,7 @@ def print_layer_errors(network: nn.Module, images: torch.Tensor) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    network, metadata = deployment.load(
-        args.source,
-        name=args.model,
-        key=args.model_key,
-        input_size=args.input_size,
-        crop_pct=args.crop_pct,
-        random_weights=args.random_weights,
-    )
+    network, metadata = open_network(args)
     calibrates = args.layer_errors or args.precision == "int8"
     count = args.calib_count if calibrates else COMPARED_IMAGES
     images = deployment.real_images(metadata, count, path=args.calib_data, data_set=args.data_set)

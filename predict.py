@@ -13,7 +13,7 @@ import torch
 import datasets
 import deployment
 import runtimes
-from export import add_network_flags
+from export import add_network_flags, open_network
 from options import COUNT, Parser, canonical
 
 # Flags that choose or prepare a network, which an exported file settles itself.
@@ -52,14 +52,7 @@ def open_runtime(args: argparse.Namespace) -> runtimes.Runtime:
     """The network in its engine; `metadata` are there whatever it was made from."""
     if runtimes.of_file(args.source):
         return runtimes.load(args.source, engine=args.engine, precision=args.precision, device=args.device)
-    network, metadata = deployment.load(
-        args.source,
-        name=args.model,
-        key=args.model_key,
-        input_size=args.input_size,
-        crop_pct=args.crop_pct,
-        random_weights=args.random_weights,
-    )
+    network, metadata = open_network(args)
     calibration = None
     if args.precision == "int8":
         if not args.calib_data:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .base import FileEngine, Form, Layer, Metadata, Runtime, exported, in_precision, quiet, require
+from .base import Calibration, FileEngine, Form, Layer, Metadata, Runtime, exported, in_precision, quiet, require
 
 SECTION = "vanillanet"  # in the file's rt_info
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # int8 leaves some operators out, which then run in bfloat16
@@ -22,6 +22,8 @@ class OpenVINO(FileEngine):
         self, network, images, path, *, precision="fp32", calibration=None, metadata, device="cpu", profile=False
     ):
         self.check(precision, device, calibration)
+        from models.vanillanet import SeriesActivation
+
         from .plain import plain
 
         openvino = self._library()
@@ -29,19 +31,20 @@ class OpenVINO(FileEngine):
         with quiet():
             model = openvino.convert_model(exported(form, images, dynamic_batch=True))
             if precision == "int8":
-                model = self._quantize(model, calibration)
+                series = any(isinstance(module, SeriesActivation) for module in network.modules())
+                model = self._quantize(model, calibration, skip_depthwise=series and not calibration.depthwise)
         for name, value in in_precision(metadata, precision).to_strings().items():
             model.set_rt_info(value, [SECTION, name])
-        # Weights that are rounded to bfloat16 anyway are stored in 16 bits.
-        openvino.save_model(model, path, compress_to_fp16=precision == "bf16")
+        # In float16 a file for bfloat16 would be half as large, but weights that are rounded twice cost accuracy.
+        openvino.save_model(model, path, compress_to_fp16=False)
         return [path, path.with_suffix(".bin")]
 
     @staticmethod
-    def _quantize(model, calibration):
+    def _quantize(model, calibration: Calibration, *, skip_depthwise: bool):
         nncf = require("nncf", "nncf", "int8 in OpenVINO")
         images = [image.numpy() for image in calibration.images()]
         # The series activations stay in bfloat16: int8 saves little time there and loses the most accuracy.
-        kept = [] if calibration.depthwise else ["GroupConvolution"]
+        kept = ["GroupConvolution"] if skip_depthwise else []
         return nncf.quantize(
             model,
             nncf.Dataset(images),
