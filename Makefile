@@ -9,12 +9,12 @@ DETECT := object_detection/main.py @object_detection/recipes/demo.args
 # The full data: Debian's package dataset-fashion-mnist, or else what torchvision downloads.
 FASHION_MNIST ?= $(firstword $(wildcard /usr/share/datasets/fashion-mnist) outputs/fashion-mnist)
 
-.PHONY: setup demo demo-detection ablation test test-all lint clean
+.PHONY: setup demo demo-detection ablation test test-all faults lint clean
 
 setup: $(READY)
 
 # torch is asked for together with torchvision, which pins the build it belongs to.
-$(READY): requirements.txt requirements-dev.txt
+$(READY): requirements.txt requirements-deploy.txt requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
@@ -43,6 +43,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest
+
+# The thorough form of tests/faults/; it writes the page only if all of it holds.
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --reliability docs/RELIABILITY.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ QUICK = {
     "calls": 20,
 }
 CALLS_PER_TURN = 5
+DEPTHWISE_ENGINES = ("compile", "aotinductor", "openvino")  # that leave series activations out of int8 by default
 
 
 # -- the command line
@@ -52,6 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--training", type=boolean, default=False, help="training steps instead of inference")
     what.add_argument("--profile", type=boolean, default=False, help="layers' times by the engines' own clocks instead")
     what.add_argument("--twins", type=boolean, default=False, help="each VanillaNet also as built in deploy form")
+    what.add_argument(
+        "--int8_depthwise", type=boolean, default=False, help="int8 also with the series activations quantized"
+    )
     what.add_argument("--width_mult", type=POSITIVE, help="factor on VanillaNets' channels, for trials")
     how = parser.add_argument_group("how")
     how.add_argument("--calls", type=COUNT, default=200, help="that count, of each")
@@ -81,8 +85,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("name --models, or add --quick true")
     if args.profile and (args.training or args.docs or args.figures):
         parser.error("--profile true prints a table of its own: leave --training, --docs and --figures out")
-    if args.training and given & {"runtimes", "twins"}:
-        parser.error("--training true has engines of its own: leave --runtimes and --twins out")
+    if args.training and given & {"runtimes", "twins", "int8_depthwise"}:
+        parser.error("--training true has engines of its own: leave --runtimes, --twins and --int8_depthwise out")
     if args.quick:
         for name, value in QUICK.items():
             if name not in given:
@@ -141,6 +145,8 @@ def _specs(args: argparse.Namespace, network: str) -> list[Spec]:
         for engine, precision in _engines(args):
             for twin in (False, True) if args.twins and is_vanillanet(network) else (False,):
                 specs.append(Spec(network, engine, precision, resolution, batch, twin=twin, **shared))
+            if args.int8_depthwise and precision == "int8" and engine in DEPTHWISE_ENGINES and is_vanillanet(network):
+                specs.append(Spec(network, engine, precision, resolution, batch, int8_depthwise=True, **shared))
     return specs
 
 
@@ -206,7 +212,7 @@ def _measure_group(
             costs[key] = _costs(spec)
         yield {
             "kind": spec.kind,
-            "network": Path(spec.network).stem + (" (built deployed)" if spec.twin else ""),
+            "network": spec.label,
             "engine": spec.engine,
             "precision": spec.precision,
             "device": spec.device,
@@ -227,14 +233,18 @@ def complete(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
     The published way is PyTorch eager in float32, contiguous, on the same network, resolution and batch; for training
     it is `plain` in float32. A training step is counted as three forward passes.
     """
-    same = ("kind", "network", "device", "resolution", "batch")
+
+    def key(row: dict[str, Any]) -> tuple:
+        network = row["network"].partition(" (")[0]  # its variants are compared with the network as published
+        return row["kind"], network, row["device"], row["resolution"], row["batch"]
+
     published = {
-        tuple(row[name] for name in same): row["median_ms"]
+        key(row): row["median_ms"]
         for row in rows
-        if row["engine"] in ("eager", "plain") and row["precision"] == "fp32"
+        if row["engine"] in ("eager", "plain") and row["precision"] == "fp32" and " (" not in row["network"]
     }
     for row in rows:
-        base = published.get(tuple(row[name] for name in same))
+        base = published.get(key(row))
         row["ratio"] = base / row["median_ms"] if base else None
         passes = 3 if row["kind"] == "training" else 1
         row["gflops"] = 2 * passes * row["macs_g"] * row["batch"] / row["median_ms"] * 1e3

@@ -16,6 +16,7 @@ import random
 import re
 import signal
 import sys
+import time
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -988,9 +989,19 @@ def _make_loader(
 
 
 def _iterate(loader: DataLoader) -> Iterator[tuple]:
+    """The batches of the loader. Raises RuntimeError, by torch's handler of SIGCHLD, if a loader process dies."""
     with _held_signals():
         iterator = iter(loader)  # starts the loader processes
-    return iterator
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            # It died while it was sending. The signal that names it is on its way, and its handler raises here.
+            time.sleep(5)
+            raise RuntimeError("DataLoader worker (pid unknown) has ended while it was sending a batch") from error
+        yield batch
 
 
 class TrainLoader:
@@ -1043,7 +1054,7 @@ class TrainLoader:
                 index, reason = notes[-1]
                 raise ValueError(
                     f"no readable training image in {min(len(self._dataset), MAX_TRIES)} tries, the last was "
-                    f"{self._dataset.describe(index)}: {reason}"
+                    f"{self._dataset.describe(index)}: {reason}; replace such files"
                 )
             yield images, targets
 
@@ -1055,11 +1066,8 @@ def _note_broken(notes: list[tuple[int, str]], broken: set[int], dataset: ImageD
             logger.warning("left out a broken image, %s: %s (%d so far)", dataset.describe(index), reason, len(broken))
 
 
-class StreamTrainLoader:
-    """As `TrainLoader`, from a stream. Its order is a function of (seed, epoch), of rank, ranks and loader processes.
-
-    timm reads ahead of us: it logs and leaves out what is broken in wds/, without a count, and other streams stop.
-    """
+class _StreamLoader:
+    """What the loaders of a stream share; for the arguments see `build_train_loader`."""
 
     def __init__(
         self,
@@ -1068,7 +1076,6 @@ class StreamTrainLoader:
         batch_size: int,
         rank: int,
         world_size: int,
-        seed: int,
         num_workers: int,
         pin_memory: bool,
     ):
@@ -1077,11 +1084,31 @@ class StreamTrainLoader:
         self._batch_size = batch_size
         self._rank = rank
         self._world_size = world_size
-        self._seed = seed
         self._num_workers = num_workers
         self._pin_memory = pin_memory
+
+    def _batches(self, samples: IterableDataset, *, seed: int = 0) -> Iterator[tuple]:
+        loader = _make_loader(
+            samples,
+            batch_size=self._batch_size,
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
+            seed=seed,
+        )
+        return _iterate(loader)
+
+
+class StreamTrainLoader(_StreamLoader):
+    """As `TrainLoader`, from a stream. Its order is a function of (seed, epoch), of rank, ranks and loader processes.
+
+    timm reads ahead of us: it logs and leaves out what is broken in wds/, without a count, and other streams stop.
+    """
+
+    def __init__(self, dataset: StreamDataset, *, seed: int, **shared: Any):
+        super().__init__(dataset, **shared)
+        self._seed = seed
         self._epoch = 0
-        self._length = len(self._open(seed)) // batch_size
+        self._length = len(self._open(seed)) // self._batch_size
 
     def _open(self, seed: int) -> IterableDataset:
         return self._dataset.open(
@@ -1120,15 +1147,8 @@ class StreamTrainLoader:
             transform=self._dataset.transform,
             key=(self._seed, self._epoch, self._rank),
         )
-        loader = _make_loader(
-            samples,
-            batch_size=self._batch_size,
-            num_workers=self._num_workers,
-            pin_memory=self._pin_memory,
-            seed=words[1] + self._rank,
-        )
         count = 0
-        for images, targets, _, _ in _iterate(loader):
+        for images, targets, _, _ in self._batches(samples, seed=words[1] + self._rank):
             count += 1
             yield images, targets
         if count < self._length:
@@ -1228,7 +1248,7 @@ class EvalLoader:
                 yield images, targets, indices
 
 
-class StreamEvalLoader:
+class StreamEvalLoader(_StreamLoader):
     """As `EvalLoader`, from a stream. Indices are unique over all ranks, but tell nothing else.
 
     Attributes:
@@ -1236,24 +1256,8 @@ class StreamEvalLoader:
             known, since timm leaves them out (and logs them) before we see them.
     """
 
-    def __init__(
-        self,
-        dataset: StreamDataset,
-        *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        num_workers: int,
-        pin_memory: bool,
-        skip_broken: bool,
-    ):
-        self.broken: set[int] = set()
-        self._dataset = dataset
-        self._batch_size = batch_size
-        self._rank = rank
-        self._world_size = world_size
-        self._num_workers = num_workers
-        self._pin_memory = pin_memory
+    def __init__(self, dataset: StreamDataset, *, skip_broken: bool, **shared: Any):
+        super().__init__(dataset, **shared)
         self._skip_broken = skip_broken
 
     def __len__(self) -> int:
@@ -1272,11 +1276,8 @@ class StreamEvalLoader:
             rank=self._rank,
             world_size=self._world_size,
         )
-        loader = _make_loader(
-            samples, batch_size=self._batch_size, num_workers=self._num_workers, pin_memory=self._pin_memory
-        )
         count = 0
-        for images, targets, indices, notes in _iterate(loader):
+        for images, targets, indices, notes in self._batches(samples):
             count += sum(notes)
             if images is not None:
                 yield images, targets, indices

@@ -18,7 +18,7 @@ import models  # noqa: F401  registers the variants
 import networks
 from runtimes import Metadata
 
-__all__ = ["class_names", "load", "real_images", "sample_folder", "transform"]
+__all__ = ["class_names", "load", "real_images", "sample_folder", "spread", "transform"]
 
 EMBEDDED = Path(__file__).parent / "data" / "fashion-mnist"
 
@@ -119,7 +119,7 @@ def transform(metadata: Metadata) -> datasets.Transform:
     )
 
 
-def _spread(length: int, count: int) -> Sequence[int]:
+def spread(length: int, count: int) -> Sequence[int]:
     """`count` places evenly spread over `length`, or all of them."""
     return [i * length // count for i in range(count)] if length > count else range(length)
 
@@ -131,7 +131,7 @@ def sample_folder(folder: str | Path, metadata: Metadata, count: int) -> torch.T
         ValueError: the folder cannot be read or has no image, or one is broken.
     """
     paths, prepare = datasets.list_images([os.fspath(folder)]), transform(metadata)
-    images = [prepare(datasets.read_image(paths[place])) for place in _spread(len(paths), count)]
+    images = [prepare(datasets.read_image(paths[place])) for place in spread(len(paths), count)]
     return torch.stack(images)
 
 
@@ -147,4 +147,4 @@ def real_images(metadata: Metadata, count: int, *, path: str | Path | None, data
         return sample_folder(path, metadata, count)
     kind, root = (data_set, path) if path is not None else ("FMNIST", EMBEDDED)
     dataset = datasets.build_dataset(kind, root, train=path is not None, transform=transform(metadata))
-    return torch.stack([dataset[place][0] for place in _spread(len(dataset), count)])
+    return torch.stack([dataset[place][0] for place in spread(len(dataset), count)])

@@ -435,7 +435,7 @@ def evaluate(
     sums = reduce(torch.cat([meter.sums, real.to(meter.sums.device)]))
     loss, correct1, correct5, count, real_correct, real_count = sums.tolist()
     if not count:
-        raise ValueError("there is no image to evaluate")
+        raise ValueError("there is no image to evaluate: the validation data are empty, or all of them are broken")
     return EvalResult(
         count=int(count),
         loss=loss / count,

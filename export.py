@@ -36,6 +36,9 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--calib_data", metavar="DIR", help="images to calibrate int8 on, and to compare on")
     parser.add_argument("--data_set", default="image_folder", help="what --calib_data is, as for main.py")
+    parser.add_argument(
+        "--int8_depthwise", type=boolean, default=False, help="quantize the series activations, too (pt2, openvino)"
+    )
     parser.add_argument("--calib_count", type=COUNT, default=300, help="images to calibrate on")
 
 
@@ -70,6 +73,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--to is missing: " + ", ".join(sorted(runtimes.FORMATS)))
     if (args.layer_errors or args.precision == "int8") and not args.calib_data:
         parser.error("int8 needs real images to calibrate on: add --calib_data DIR")
+    if args.int8_depthwise and (args.precision != "int8" or args.to not in ("pt2", "openvino")):
+        parser.error("--int8_depthwise true is for --int8 with --to pt2 or openvino; ONNX has it always")
     if args.batch_size > 1 and args.to != "pt2":
         parser.error("--batch_size is for --to pt2; the other formats take any batch")
     return args
@@ -91,7 +96,7 @@ def write(
     engine: runtimes.FileEngine,
     precision: str,
     metadata: runtimes.Metadata,
-    calibration: torch.Tensor | None,
+    calibration: runtimes.Calibration | None,
     images: torch.Tensor,
     batch_size: int,
     device: str,
@@ -105,8 +110,7 @@ def write(
     Raises:
         ValueError: they differ by more than `tolerance`; nothing is written then.
     """
-    batches = None if calibration is None else calibration.split(max(batch_size, 16))
-    engine.check(precision, device, batches)
+    engine.check(precision, device, calibration)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="writing-", dir=target.parent) as folder:
@@ -115,7 +119,7 @@ def write(
                 images[:1].expand(batch_size, -1, -1, -1).contiguous(),
                 Path(folder) / target.name,
                 precision=precision,
-                calibration=batches,
+                calibration=calibration,
                 metadata=metadata,
                 device=device,
             )
@@ -164,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
         engine=engine,
         precision=args.precision,
         metadata=metadata,
-        calibration=images if calibrates else None,
+        calibration=runtimes.Calibration(images.split(16), args.int8_depthwise) if calibrates else None,
         images=images[:COMPARED_IMAGES],
         batch_size=args.batch_size,
         device=args.device,

@@ -20,20 +20,23 @@ import torch
 from torch import nn
 
 import datasets
+import deployment
 import metrics
 import models  # noqa: F401  registers the variants
 import networks
 import profiling
+import runtimes
 import utils
 from engine import Classification, Distiller, EvalResult, Precision, build_criterion, evaluate, train_meter
 from optim_factory import activation_slope, cosine_schedule
 from options import parse_args, plain_args
-from training import Run, broken_count, build_precision, launch, layout_of
+from training import Run, broken_count, build_precision, launch, layout_of, meet, until_stopped
 
 logger = logging.getLogger("main")
 
 DEPLOY_TOLERANCE = 1e-4  # largest difference of fused from unfused logits, relative to the largest logit
 COMPARED_BATCHES = 4
+CALIBRATION_IMAGES = 300
 
 
 # -- the parts, built from the arguments
@@ -60,15 +63,15 @@ def build_transform(args: argparse.Namespace, *, train: bool):
     )
 
 
-def build_dataset(args: argparse.Namespace, world: utils.World, *, train: bool):
-    """One split. Rank 0 opens it first, since that may download it."""
+def build_dataset(args: argparse.Namespace, world: utils.World, *, train: bool, transform=None):
+    """One split, with its own transform if none is given. Rank 0 opens it first, since that may download it."""
     for turn in (True, False):
         if world.is_main is turn:
             dataset = datasets.build_dataset(
                 args.data_set,
                 args.data_path,
                 train=train,
-                transform=build_transform(args, train=train),
+                transform=transform or build_transform(args, train=train),
                 eval_data_path=args.eval_data_path,
                 download=turn,
             )
@@ -112,7 +115,9 @@ def build_model(args: argparse.Namespace, num_classes: int, *, deploy: bool = Fa
     for flag in ("act_num", "width_mult", "deploy"):
         if flag in args.given and flag not in kwargs:
             raise ValueError(f"--{flag} belongs to VanillaNet, --model {args.model} has no such thing")
-    return timm.create_model(args.model, **kwargs)
+    model = timm.create_model(args.model, **kwargs)
+    networks.check_input_size(model, args.input_size, f"--model {args.model}")
+    return model
 
 
 def load_network(args: argparse.Namespace, model: nn.Module, *, fine_tuning: bool) -> tuple[float, dict[str, Any]]:
@@ -151,6 +156,7 @@ def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.devi
             raise ValueError(
                 f"--teacher {args.teacher} knows {teacher.num_classes} classes, the data have {num_classes}"
             )
+    networks.check_input_size(teacher, args.input_size, f"--teacher {args.teacher}")
     return teacher.to(device, memory_format=layout_of(args)).requires_grad_(False)
 
 
@@ -158,16 +164,30 @@ def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.devi
 
 
 def run_eval(
-    args: argparse.Namespace, world: utils.World, model: nn.Module, loader, real, precision: Precision, name: str
+    args: argparse.Namespace,
+    world: utils.World,
+    model: nn.Module,
+    loader,
+    real,
+    precision: Precision,
+    name: str,
+    stop: utils.StopRequest | None = None,
 ) -> EvalResult | None:
-    """Evaluate on all ranks, or with --dist_eval false on rank 0; the others then return None."""
-    result = None
-    if args.dist_eval or world.is_main:
-        batches = metrics.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
-        reduce = world.sum if args.dist_eval else (lambda sums: sums)
-        result = evaluate(model, batches, precision=precision, real_targets=real, reduce=reduce)
-    world.barrier()
-    return result
+    """Evaluate on all ranks, or with --dist_eval false on rank 0; the others then return None.
+
+    Raises:
+        EvaluationStopped: see `training.until_stopped`.
+    """
+    if not (args.dist_eval or world.is_main):
+        return meet(world, stop)
+    batches = metrics.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
+    return evaluate(
+        model,
+        until_stopped(batches, world, stop),
+        precision=precision,
+        real_targets=real,
+        reduce=world.sum if args.dist_eval else (lambda sums: sums),
+    )
 
 
 def report_eval(name: str, result: EvalResult, broken: int) -> None:
@@ -202,6 +222,67 @@ def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
     broken = broken_count(world, loader)
     if world.is_main:
         report_eval(f"{args.model} ({args.finetune or args.resume})", result, broken)
+
+
+class _Deployed(nn.Module):
+    """A runtime where a network is expected."""
+
+    def __init__(self, runtime: runtimes.Runtime):
+        super().__init__()
+        self.runtime = runtime
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.runtime(images)
+
+
+def calibrate(args: argparse.Namespace, world: utils.World) -> runtimes.Calibration:
+    """Training images, evenly spread, as they are prepared for evaluation."""
+    dataset = build_dataset(args, world, train=True, transform=build_transform(args, train=False))
+    if isinstance(dataset, datasets.StreamDataset):
+        raise ValueError(
+            f"int8 cannot be calibrated on a stream (--data_set {args.data_set}): use export.py --calib_data"
+        )
+    images = torch.stack([dataset[place][0] for place in deployment.spread(len(dataset), CALIBRATION_IMAGES)])
+    return runtimes.Calibration(images.split(args.batch_size))
+
+
+def open_exported(args: argparse.Namespace, world: utils.World, path: str):
+    """The loader, ReaL labels and runtime of an exported file, with the preprocessing that is written in it."""
+    runtime = runtimes.load(path, engine=args.runtime, precision=args.precision, device=str(world.device))
+    metadata = runtime.metadata
+    for flag, value in (
+        ("model", metadata.model),
+        ("input_size", metadata.input_size),
+        ("crop_pct", metadata.crop_pct),
+    ):
+        if flag in args.given and getattr(args, flag) != value:
+            raise ValueError(f"--{flag} {getattr(args, flag)}, but {path} was exported with {value}")
+    dataset = build_dataset(args, world, train=False, transform=deployment.transform(metadata))
+    if class_count(args, dataset) != len(metadata.classes):
+        raise ValueError(f"{path} knows {len(metadata.classes)} classes, the data have {class_count(args, dataset)}")
+    return *build_eval_loader(args, dataset, world), runtime
+
+
+def evaluate_deployed(args: argparse.Namespace, world: utils.World) -> None:
+    """Evaluate in the engine of --runtime: an exported file, or a checkpoint's network, fused and built here."""
+    path = args.finetune or args.resume
+    if runtimes.of_file(path):
+        loader, real, runtime = open_exported(args, world, path)
+    else:
+        loader, real, model, _ = prepare_eval(args, world)
+        runtime = runtimes.load(
+            timm.utils.reparameterize_model(model.cpu()),
+            engine=args.runtime,
+            precision=args.precision,
+            images=torch.zeros(args.batch_size, 3, args.input_size, args.input_size),
+            calibration=calibrate(args, world) if args.precision == "int8" else None,
+            device=str(world.device),
+        )
+    name = f"{path} in {runtime.name}, {runtime.precision}"
+    result = run_eval(args, world, _Deployed(runtime), loader, real, Precision(world.device), name)
+    broken = broken_count(world, loader)
+    if world.is_main:
+        report_eval(name, result, broken)
 
 
 # -- deploying
@@ -402,7 +483,9 @@ class ClassificationRun(Run):
             return None
         found = {}
         for prefix, network in self.networks_to_evaluate():
-            result = run_eval(self.args, self.world, network, self.eval_loader, self.real, self.precision, prefix)
+            result = run_eval(
+                self.args, self.world, network, self.eval_loader, self.real, self.precision, prefix, self.stop
+            )
             found |= result.metrics(prefix) if result else {}
         return found
 
@@ -434,10 +517,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.switch_to_deploy is not None:
         body = deploy_checkpoint
     elif args.eval:
-        body = evaluate_checkpoint
+        body = evaluate_deployed if args.runtime else evaluate_checkpoint
     else:
         body = train
-    launch("main.py", args, functools.partial(body, args))
+    launch("main.py", args, functools.partial(body, args), output_dir=args.output_dir if body is train else None)
 
 
 if __name__ == "__main__":

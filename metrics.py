@@ -4,16 +4,21 @@ The training loop knows neither: it returns numbers, and `main.py` hands them to
 """
 
 import csv
+import gc
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from terminaltables import AsciiTable
 from tqdm import tqdm
+
+from utils import cannot_write, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,6 +61,15 @@ def progress(batches: Iterable, *, description: str, total: int, initial: int = 
     if not (enabled and sys.stderr.isatty()):
         return iter(batches)
     return iter(tqdm(batches, desc=description, total=total, initial=initial, leave=False, dynamic_ncols=True))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A log that cannot be written ends the run: turn the cause, which may lack the path, into a line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(cannot_write(path, error)) from error
 
 
 class Sink(Protocol):
@@ -105,7 +119,7 @@ class CsvSink:
         self.rows.append({"epoch": step, **metrics})
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         # Rewritten as a whole, because a later row may bring a column that the header lacks.
-        with self.path.open("w", newline="") as file:
+        with _writing(self.path), replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
@@ -118,12 +132,13 @@ class JsonLinesSink:
     """`log.jsonl`, an object a call; `start` as in `CsvSink`, `key` names the step."""
 
     def __init__(self, path: Path, key: str, start: int = 0):
-        self.key = key
-        kept = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if self._before(line, start)]
-        path.write_text("".join(kept))
-        self.file = path.open("a", buffering=1)
+        self.key, self.path = key, path
+        with _writing(path):
+            if path.exists():
+                lines = path.read_text().splitlines(keepends=True)
+                with replacing(path) as temporary:
+                    temporary.write_text("".join(line for line in lines if self._before(line, start)))
+            self.file = path.open("ab", buffering=0)  # what a failed write leaves in a buffer would be written again
 
     def _before(self, line: str, start: int) -> bool:
         try:
@@ -132,28 +147,40 @@ class JsonLinesSink:
             return False
 
     def log(self, metrics: Metrics, step: int) -> None:
-        self.file.write(json.dumps({self.key: step, **metrics}) + "\n")
+        with _writing(self.path):
+            self.file.write(f"{json.dumps({self.key: step, **metrics})}\n".encode())
 
     def close(self) -> None:
         self.file.close()
 
 
 class TensorBoardSink:
-    """TensorBoard events; every metric is a scalar under `prefix`."""
+    """TensorBoard events; every metric is a scalar under `prefix`.
+
+    Not by tensorboardX's SummaryWriter: its thread dies of a full disk, and then its queue fills up and the run hangs.
+    """
 
     def __init__(self, folder: Path, prefix: str):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
 
-        self.writer = SummaryWriter(logdir=str(folder), filename_suffix=f".{prefix}")
-        self.prefix = prefix
+        self.path, self.prefix = folder, prefix
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.writer = EventsWriter(str(folder / "events"), f".{prefix}")
 
     def log(self, metrics: Metrics, step: int) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"{self.prefix}/{name}", value, step)
-        self.writer.flush()
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        with _writing(self.path):
+            for name, value in metrics.items():
+                summary = scalar(f"{self.prefix}/{name}", value)
+                self.writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self.writer.flush()
 
     def close(self) -> None:
-        self.writer.close()
+        with _writing(self.path):
+            self.writer.close()
 
 
 class WandbSink:
@@ -229,6 +256,20 @@ def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]], panels: Pa
     return figure
 
 
+@contextmanager
+def _knots_undone() -> Iterator[None]:
+    """Free what the block leaves behind. A figure is a knot of 5 MB, which Python would come to undo many epochs later.
+
+    Without collections in between, all of it is young, and looking at young objects takes no time.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect(0)
+        gc.enable()
+
+
 class CurvesSink:
     """`curves.png`: the columns of `panels` by epoch, drawn anew from the CSV."""
 
@@ -236,7 +277,8 @@ class CurvesSink:
         self.path, self.table, self.panels = path, table, panels
 
     def log(self, metrics: Metrics, step: int) -> None:
-        curves_figure({"": self.table.rows}, self.panels).savefig(self.path, dpi=100)
+        with _writing(self.path), _knots_undone():
+            curves_figure({"": self.table.rows}, self.panels).savefig(self.path, dpi=100)
 
     def close(self) -> None:
         pass

@@ -2,19 +2,21 @@
 
 import argparse
 from collections.abc import Mapping
-from itertools import count, takewhile
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import nn
+from torch.func import functional_call
 
 import utils
 from models.vanillanet import VARIANTS
 from optim_factory import activation_slope
 
 __all__ = [
+    "check_input_size",
     "check_name",
     "create_pretrained",
     "create_trained",
@@ -29,6 +31,25 @@ def check_name(name: str, flag: str, *, family: str = "") -> None:
     """Raise ValueError, which names `flag`, if timm knows no such model; `family` narrows the list it points to."""
     if not timm.models.is_model(name.split(".")[0]):
         raise ValueError(f"{flag} {name} is not known; see timm.list_models({family!r})")
+
+
+def check_input_size(network: nn.Module, size: int, what: str) -> None:
+    """Raise ValueError, which names `what`, if the network cannot take images of size x size px.
+
+    Its shapes are tried on the meta device, where nothing is computed; its mode is put back.
+    """
+    tensors = chain(network.named_parameters(), network.named_buffers())
+    training = network.training
+    try:
+        image = torch.empty(1, 3, size, size, device="meta")
+        with torch.no_grad():
+            functional_call(network.eval(), {name: tensor.to("meta") for name, tensor in tensors}, (image,))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "meta" not in cause:  # a network that mixes devices cannot be tried so
+            raise ValueError(f"{what} cannot take --input_size {size}: {cause}") from error
+    finally:
+        network.train(training)
 
 
 # -- what a checkpoint records

@@ -5,6 +5,7 @@ combination is an error that names the flags, never ignored.
 """
 
 import argparse
+import math
 import re
 import shlex
 import sys
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from runtimes import ENGINES, PRECISIONS
+from utils import cannot_write, one_line
 
 __all__ = [
     "COUNT",
@@ -52,7 +56,7 @@ def number(kind: type, *, low: float | None = None, high: float | None = None, a
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"a number, not {text!r}") from None
-        if value != value or (low is not None and value < low) or (high is not None and value > high):
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
             raise argparse.ArgumentTypeError(
                 f"a number from {low} to {high if high is not None else 'any'}, not {text}"
             )
@@ -63,8 +67,8 @@ def number(kind: type, *, low: float | None = None, high: float | None = None, a
     return convert
 
 
-COUNT = number(int, low=1)
-WHOLE = number(int, low=0)
+COUNT = number(int, low=1, high=2**31 - 1)
+WHOLE = number(int, low=0, high=2**31 - 1)
 POSITIVE = number(float, above=0)
 FRACTION = number(float, low=0, high=1)
 NONNEGATIVE = number(float, low=0)
@@ -86,7 +90,7 @@ class Parser(argparse.ArgumentParser):
         return [canonical(token) for token in shlex.split(arg_line, comments=True)]
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +100,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--epochs", type=COUNT, default=300)
     run.add_argument("--early_stop_epochs", type=COUNT, help="end after so many epochs, with the schedules of --epochs")
     run.add_argument("--update_freq", type=COUNT, default=1, help="batches accumulated for one optimizer step")
-    run.add_argument("--seed", type=WHOLE, default=0)
+    run.add_argument("--seed", type=number(int, low=0, high=2**63 - 1), default=0)
     run.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
     run.add_argument("--num_workers", type=WHOLE, default=10, help="loader processes per process")
     run.add_argument("--pin_mem", type=boolean, default=True, help="page-locked batches, for a GPU")
@@ -151,6 +155,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--dist_on_itp", type=boolean, nargs="?", const=True, default=False, help="ranks from OpenMPI"
     )
     processes.add_argument("--dist_url", default="env://")
+    processes.add_argument("--dist_timeout", type=COUNT, default=1800, help="seconds to wait for another process")
     processes.add_argument("--sync_bn", type=boolean, default=False, help="BatchNorm over all processes' batches")
 
     precision = parser.add_argument_group("precision and logging")
@@ -242,6 +247,14 @@ def build_parser() -> argparse.ArgumentParser:
     further = parser.add_argument_group("further")
     further.add_argument("--dist_eval", type=boolean, default=True, help="false: on rank 0 alone")
     further.add_argument("--compile", type=boolean, default=False, help="torch.compile the network")
+
+    deployed = parser.add_argument_group("what is deployed")
+    deployed.add_argument(
+        "--runtime", choices=sorted(ENGINES), help="evaluate the fused network, or an exported file, in this engine"
+    )
+    deployed.add_argument(
+        "--precision", choices=PRECISIONS, help="of --runtime [fp32, or the file's]; int8 needs training images"
+    )
     return parser
 
 
@@ -308,6 +321,10 @@ def _check(args: argparse.Namespace, needs: Requirements) -> None:
     needs("teacher_key", args.teacher_weights, "add --teacher_weights")
     needs("restart_decay", args.finetune, "add --finetune")
     needs("compile", args.switch_to_deploy is None, "--switch_to_deploy compares the forms uncompiled")
+    needs("runtime", args.eval, "add --eval true")
+    needs("precision", args.runtime, "add --runtime")
+    # Precision and memory format are the runtime's too, but recipes set those of training.
+    needs("compile", args.runtime is None, "--runtime compile does that")
     check_training_flags(args, needs)
     if args.weight_decay_end is not None and args.weight_decay == 0:
         raise ValueError("--weight_decay_end has no effect with --weight_decay 0")
@@ -325,7 +342,12 @@ def parse_checked(
     Errors, also a ValueError of `check`, end the process with exit code 2 and one line on standard error.
     """
     argv = [canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except (ValueError, RecursionError) as error:  # argparse itself knows of files that are missing
+        recipes = ", ".join(token[1:] for token in argv if token.startswith("@"))
+        cause = "it reads itself" if isinstance(error, RecursionError) else error
+        parser.error(f"cannot read the recipe {recipes}: {cause}")
     # Parsed once more without defaults, which leaves just what was written out.
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -351,4 +373,8 @@ def plain_args(args: argparse.Namespace) -> dict[str, Any]:
 
 def save_args(args: argparse.Namespace, path: Path) -> None:
     """Write the arguments, all of them, as YAML."""
-    path.write_text(yaml.safe_dump(plain_args(args), sort_keys=True))
+    text = yaml.safe_dump(plain_args(args), sort_keys=True)
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ValueError(cannot_write(path, error)) from error

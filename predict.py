@@ -19,6 +19,7 @@ from options import COUNT, Parser, canonical
 # Flags that choose or prepare a network, which an exported file settles itself.
 NETWORK_FLAGS = (
     "model", "model_key", "input_size", "crop_pct", "random_weights", "calib_data", "data_set", "calib_count",
+    "int8_depthwise",
 )  # fmt: skip
 
 
@@ -42,8 +43,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         for flag in NETWORK_FLAGS:
             if getattr(args, flag) != parser.get_default(flag):
                 parser.error(f"--{flag} has no effect here: {args.source} was exported with all that it needs")
-    elif args.calib_data and args.precision != "int8":
-        parser.error("--calib_data is for --precision int8")
+    elif (args.calib_data or args.int8_depthwise) and args.precision != "int8":
+        parser.error("--calib_data and --int8_depthwise are for --precision int8")
     return args
 
 
@@ -64,7 +65,7 @@ def open_runtime(args: argparse.Namespace) -> runtimes.Runtime:
         if not args.calib_data:
             raise ValueError("int8 needs real images to calibrate on: add --calib_data DIR")
         images = deployment.real_images(metadata, args.calib_count, path=args.calib_data, data_set=args.data_set)
-        calibration = images.split(16)
+        calibration = runtimes.Calibration(images.split(16), args.int8_depthwise)
     runtime = runtimes.load(
         network,
         engine=args.engine or "channels_last",  # a compiler's minute is not worth while for a few images

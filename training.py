@@ -7,9 +7,13 @@ this file sees the arguments of the command as a whole.
 import argparse
 import copy
 import logging
+import re
+import signal
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,29 @@ def layout_of(args: argparse.Namespace) -> torch.memory_format:
 def broken_count(world: utils.World, loader) -> int:
     """How many images of a loader could not be read, over all ranks."""
     return len(set().union(*world.gather(loader.broken)))
+
+
+class EvaluationStopped(Exception):
+    """A signal came during the evaluation. The state is saved, and a run that goes on begins the evaluation again."""
+
+
+def until_stopped(batches: Iterable[Any], world: utils.World, stop: utils.StopRequest | None) -> Iterator[Any]:
+    """`batches`, up to a signal; then all ranks meet.
+
+    Raises:
+        EvaluationStopped: on all ranks, after the last batch, if any of them received a signal that `stop` remembers.
+    """
+    for batch in batches:
+        if stop is not None and stop.received is not None:
+            break
+        yield batch
+    meet(world, stop)
+
+
+def meet(world: utils.World, stop: utils.StopRequest | None) -> None:
+    """The end of `until_stopped`, for a rank that has no batches."""
+    if world.any(stop is not None and stop.received is not None):
+        raise EvaluationStopped
 
 
 class Run(ABC):
@@ -100,7 +127,10 @@ class Run(ABC):
 
     @abstractmethod
     def evaluate(self) -> dict[str, float] | None:
-        """The metrics of the networks on the validation data, which rank 0 has to know; None without such data."""
+        """The metrics of the networks on the validation data, which rank 0 has to know; None without such data.
+
+        May raise EvaluationStopped, on all ranks, if `stop` was received.
+        """
 
     @abstractmethod
     def scores(self, found: dict[str, float]) -> dict[str, float]:
@@ -252,21 +282,8 @@ class Run(ABC):
             return
         self.guard.check()
         checkpoint = self.snapshot(finished_epoch=finished_epoch)
-        failure = None
-        if self.world.is_main:
-            epoch, step = self.progress.epoch, self.progress.step
-            try:
-                self.checkpoints.save(
-                    checkpoint,
-                    epoch=epoch + 1 if finished_epoch else epoch,
-                    step=0 if finished_epoch else step,
-                    names=names,
-                )
-            except utils.CheckpointError as error:
-                failure = str(error)
-        failure = self.world.gather(failure)[0]
-        if failure:
-            raise utils.CheckpointError(failure)
+        epoch, step = (self.progress.epoch + 1, 0) if finished_epoch else (self.progress.epoch, self.progress.step)
+        self.world.from_main(lambda: self.checkpoints.save(checkpoint, epoch=epoch, step=step, names=names))
 
     def restore(self) -> None:
         """Go on from --resume or, with --auto_resume true, from the newest valid checkpoint of the output folder."""
@@ -274,11 +291,9 @@ class Run(ABC):
         path = args.resume
         if self.checkpoints is not None:
             existing = self.checkpoints.numbered()
-            if self.world.is_main:
-                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-                self.checkpoints.remove_leftovers()
+            self.world.from_main(self.checkpoints.remove_leftovers)
             if args.auto_resume and not path:
-                path = self.world.gather(self.checkpoints.newest_valid() if self.world.is_main else None)[0]
+                path = self.world.from_main(self.checkpoints.newest_valid)
             elif existing and not path and args.save_ckpt:
                 raise ValueError(
                     f"{args.output_dir} holds checkpoints of an earlier run ({existing[0].name}): "
@@ -420,7 +435,11 @@ class Run(ABC):
         if broken:
             row["broken_images"] = broken
         due = epoch % args.test_freq == 0 or epoch >= args.test_epoch or epoch + 1 == self.last_epoch
-        found = self.world.gather(self.evaluate() if due else None)[0]
+        try:
+            found = self.world.gather(self.evaluate() if due else None)[0]
+        except EvaluationStopped:
+            self.save(finished_epoch=False)
+            self.leave()
         names = []
         for name, score in (self.scores(found) if found else {}).items():
             if score > self.best.get(name, -1.0):
@@ -438,9 +457,8 @@ class Run(ABC):
 
     def leave(self) -> None:
         """End after a signal; the state has been saved."""
-        kept = (
-            "the state is saved, --auto_resume true goes on" if self.checkpoints else "no --output_dir, nothing saved"
-        )
+        saved = self.checkpoints is not None and self.args.save_ckpt
+        kept = "the state is saved, --auto_resume true goes on" if saved else "no checkpoints, nothing saved"
         logger.warning("stopped by a signal in epoch %d, step %d: %s", self.progress.epoch, self.progress.step, kept)
         self.close()
         raise SystemExit(max(self.world.gather(self.stop.exit_code)))
@@ -450,13 +468,56 @@ class Run(ABC):
         self.epoch_sinks.close()
 
 
-def launch(prog: str, args: argparse.Namespace, body: Callable[[utils.World], None]) -> None:
+def _explained(error: BaseException) -> str | None:
+    """One line for the user on what went wrong in the machine and what to do; None for a mistake of ours."""
+    if isinstance(error, NonFiniteError):
+        return str(error)
+    if re.search(r"DataLoader worker \(pid", str(error)):
+        worker = str(error).splitlines()[0].rstrip(" .")
+        return (
+            f"{worker}. Most often the memory is full: lower --num_workers and start again, a training run with "
+            "--auto_resume true"
+        )
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "out of memory: lower --batch_size (and raise --update_freq by as much), --input_size or --num_workers"
+    if utils.lost_contact(error):
+        first = str(error).strip().splitlines()[0].split(". ")[0]
+        cause = re.sub(r"^\[\S+:\d+\] ", "", first)  # without the line of gloo's source
+        return (
+            f"another process of the run has ended or cannot be reached ({cause}). Look at what it wrote last, then "
+            "start all of them again, a training run with --auto_resume true"
+        )
+    return None
+
+
+def _last_line(error: BaseException) -> str:
+    """The message; of an error in a loader process, which brings its traceback along, the last line of that."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if any("Original Traceback" in line for line in lines) else str(error)
+
+
+def launch(
+    prog: str,
+    args: argparse.Namespace,
+    body: Callable[[utils.World], None],
+    *,
+    output_dir: str | None = None,
+) -> None:
     """Run `body` among the processes of the command, and turn what the user can mend into a line and an exit code.
 
-    Exit codes: 2 for a wrong argument or file, 1 for a loss or gradient that is not finite.
+    Exit codes: 2 for a wrong argument or a file that cannot be read or written, 130 for SIGINT where no checkpoint can
+    be saved, and 1 for a loss or gradient that is not finite, too little memory, or a process that was lost.
+
+    Args:
+        output_dir: a folder that `body` must have for itself.
     """
     world = utils.World(0, 1, torch.device("cpu"))
     failure = None
+    held = ExitStack()
+
+    def lock() -> None:
+        held.callback(utils.FolderLock(output_dir).release)
+
     try:
         world = utils.init_world(
             args.device,
@@ -464,17 +525,25 @@ def launch(prog: str, args: argparse.Namespace, body: Callable[[utils.World], No
             on_itp=args.dist_on_itp,
             world_size=args.world_size,
             local_rank=args.local_rank,
+            timeout=timedelta(seconds=args.dist_timeout),
         )
         utils.setup_logging(world.rank)
+        if output_dir:
+            world.from_main(lock)
         body(world)
-    except NonFiniteError as error:
-        failure = 1, str(error)
     except (ValueError, OSError) as error:
-        failure = 2, str(error)
+        failure = 2, _last_line(error)
+    except (RuntimeError, MemoryError) as error:
+        failure = 1, _explained(error)
+        if failure[1] is None:
+            raise
+    except KeyboardInterrupt:
+        failure = 128 + signal.SIGINT, "interrupted"
     finally:
         # Past the except clauses, so that no traceback holds on to the networks of a distributed run any more.
         utils.close_world(world)
+        held.close()
     if failure:
         code, message = failure
-        sys.stderr.write(f"{prog}: error: {message}\n")
+        sys.stderr.write(f"{prog}: error: {utils.one_line(message)}\n")
         raise SystemExit(code)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fcntl
 import gc
 import logging
 import os
@@ -9,10 +10,12 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
+import weakref
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -66,6 +69,20 @@ class World:
             values = [None] * self.size
             dist.all_gather_object(values, value)
         return values
+
+    def from_main(self, function: Callable[[], Any]) -> Any:
+        """The plain Python value that `function` returns on rank 0. A ValueError or OSError of it is raised on all
+        ranks, so that none waits for one that has given up."""
+        value = failure = None
+        if self.is_main:
+            try:
+                value = function()
+            except (ValueError, OSError) as error:
+                failure = error
+        value, failure = self.gather((value, failure))[0]
+        if failure is not None:
+            raise failure
+        return value
 
     def barrier(self) -> None:
         if self.distributed:
@@ -131,7 +148,12 @@ def init_world(
         )
     if local_rank is None or local_rank < 0 or "LOCAL_RANK" in os.environ:
         local_rank = launched_local_rank
-    target = torch.device(device)
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        target = None
+    if target is None or target.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {device} is not known; it is cuda, cuda:N or cpu")
     if target.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"--device {device}: no CUDA device is available here; use --device cpu")
@@ -162,6 +184,55 @@ def close_world(world: World) -> None:
         dist.destroy_process_group()
 
 
+def lost_contact(error: BaseException) -> bool:
+    """Whether the error says that another process has gone, or did not come in time."""
+    signs = r"gloo|nccl|pair closure|connection (?:reset|closed|refused)|timed out waiting|broken pipe"
+    return isinstance(error, dist.DistError) or re.search(signs, str(error), re.IGNORECASE) is not None
+
+
+class FolderLock:
+    """Keeps other runs out of an output folder until `release`, or the end of this process.
+
+    It is the kernel's lock on the file `run.lock`, which names its holder. The kernel frees it when the process ends in
+    whatever way, so what a killed run leaves behind does not block; the file stays.
+
+    Raises:
+        ValueError: another process holds the folder, or it cannot be written.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        path = folder / "run.lock"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+")
+        except OSError as error:
+            raise ValueError(cannot_write(path, error)) from error
+        self._lock(folder, path)
+        # A loader process has the same lock and may outlive a killed run for some seconds.
+        inherited = weakref.ref(self._file)
+        os.register_at_fork(after_in_child=lambda: (file := inherited()) and file.close())
+        with contextlib.suppress(OSError):  # on a full disk it has no name, and the first save says why
+            os.ftruncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+    def _lock(self, folder: Path, path: Path) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise ValueError(
+                f"{folder} is in use by {holder}: stop that run or wait for its end, or choose another --output_dir"
+            ) from None
+        except OSError as error:  # not every network file system has locks
+            logger.warning("cannot lock %s (%s): take care that no other run uses it", path, _first_line(error))
+
+    def release(self) -> None:
+        self._file.close()
+
+
 class StopRequest:
     """Remembers SIGTERM, SIGINT and SIGUSR1 (SLURM's warning before the time limit) instead of dying of them.
 
@@ -183,6 +254,11 @@ class StopRequest:
     @property
     def exit_code(self) -> int:
         return 128 + (self.received or signal.SIGTERM)
+
+
+def one_line(message: str) -> str:
+    """The message with line ends and whatever else cannot be printed spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message.strip())
 
 
 def setup_logging(rank: int) -> None:
@@ -228,7 +304,7 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
 # -- checkpoints
 
 SAFE_GLOBALS = [argparse.Namespace]  # the one class in published checkpoints beside tensors and plain data
-TEMPORARY = ("writing-", ".tmp")  # no leading dot: torch takes the archive's name from the stem
+TEMPORARY = ("writing-", ".tmp")
 
 
 class CheckpointError(ValueError):
@@ -237,6 +313,15 @@ class CheckpointError(ValueError):
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def cannot_write(path: str | Path, error: OSError) -> str:
+    """One line for the user: the file, the cause, what to do."""
+    cause = error.strerror or _first_line(error)
+    return (
+        f"cannot write {path}: {cause}; what was there before is kept. Make room or make it writable and start again, "
+        "a training run with --auto_resume true"
+    )
 
 
 def _fsync(path: Path) -> None:
@@ -248,7 +333,7 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path):
+def replacing(path: Path):
     """Yields a temporary path beside `path`; what was written there is flushed and renamed over `path`, or removed."""
     descriptor, name = tempfile.mkstemp(prefix=TEMPORARY[0], suffix=TEMPORARY[1], dir=path.parent)
     os.close(descriptor)
@@ -270,6 +355,17 @@ def _umask() -> int:
     return mask
 
 
+@contextlib.contextmanager
+def _cause_of_failed_save():
+    """torch reports that its writer is out of step, and the system's error is only what that came from."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Write atomically: whoever reads `path` finds the old file or the whole new one, also after a kill.
 
@@ -279,23 +375,23 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(path) as temporary:
-            torch.save(dict(checkpoint), temporary)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as RuntimeError
-        raise CheckpointError(f"cannot write {path}: {_first_line(error)}") from error
+        with replacing(path) as temporary, _cause_of_failed_save(), temporary.open("wb") as file:
+            torch.save(dict(checkpoint), file)
+    except OSError as error:
+        raise CheckpointError(cannot_write(path, error)) from error
 
 
 def link_checkpoint(source: Path, path: Path) -> None:
     """Give the file `source` a second name, atomically; a copy where the file system has no hard links."""
     try:
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.unlink()
             try:
                 os.link(source, temporary)
             except OSError:
                 shutil.copyfile(source, temporary)
     except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {_first_line(error)}") from error
+        raise CheckpointError(cannot_write(path, error)) from error
 
 
 def is_intact(path: str | Path) -> bool:
@@ -318,13 +414,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     if zipfile.is_zipfile(path) and not is_intact(path):
-        raise CheckpointError(f"{path} is damaged (a checksum does not match)")
+        raise CheckpointError(f"{path} is damaged (a checksum does not match): take another copy or an earlier one")
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         refused = re.search(r"unsupported (?:global|class|operand)[^\n]*", str(error), re.IGNORECASE)
-        cause = f"refused: {refused.group(0)}" if refused else "it is truncated or no PyTorch checkpoint"
+        cause = "it is truncated or no PyTorch checkpoint: take another copy or an earlier one"
+        if refused:
+            cause = f"refused: {refused.group(0)}; it would run code, so take one from where you trust it"
         raise CheckpointError(f"cannot load {path}: {cause}") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"cannot load {path}: it holds a {type(checkpoint).__name__}, not a dict")
@@ -446,19 +544,45 @@ class CheckpointFolder:
         save_checkpoint(checkpoint, path)
         for name in ("last", *names):
             link_checkpoint(path, self.folder / f"checkpoint-{name}.pth")
-        for old in self.numbered()[self.keep :]:
-            try:
-                old.unlink()
-            except OSError as error:
-                logger.warning("cannot delete the old checkpoint %s: %s", old, _first_line(error))
+        self.delete_old()
         return path
 
+    def delete_old(self) -> None:
+        """Delete all but the newest `keep` numbered files, unless none of these can be read."""
+        numbered = self.numbered()
+        kept, old = numbered[: self.keep], numbered[self.keep :]
+        if old and not any(map(is_intact, kept)):
+            logger.warning("%s cannot be read back: older checkpoints are kept", kept[0])
+            return
+        for path in old:
+            try:
+                path.unlink()
+            except OSError as error:
+                logger.warning("cannot delete the old checkpoint %s: %s", path, _first_line(error))
+
     def newest_valid(self) -> Path | None:
-        """The newest intact checkpoint to resume from; damaged ones are named in a warning and left where they are."""
-        for path in self.numbered():
-            if is_intact(path):
+        """The newest checkpoint that can be read, to resume from; damaged ones are named in a warning and left where
+        they are. Where no numbered one can be read, `best` or `best-ema`, of an earlier epoch, is better than none.
+
+        Returns:
+            None if there is no checkpoint at all.
+
+        Raises:
+            CheckpointError: there are some, and none can be read.
+        """
+        best = [path for name in ("best", "best-ema") if (path := self.folder / f"checkpoint-{name}.pth").exists()]
+        candidates = [*self.numbered(), *sorted(best, key=lambda path: path.stat().st_mtime_ns, reverse=True)]
+        for path in candidates:
+            try:
+                load_checkpoint(path)  # besides the checksums, for the parts of the file that they do not cover
+            except CheckpointError as error:
+                logger.warning("%s; it is not used, trying the one before it", error)
+            else:
                 return path
-            logger.warning("%s is damaged and is not used; trying the one before it", path)
+        if candidates:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} can be read: put an intact one there, or move them away to begin anew"
+            )
         return None
 
     def remove_leftovers(self) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 import deployment
 import models
 import networks
+from runtimes import Calibration
 
 if TYPE_CHECKING:
     from benchmarking.worker import Spec
@@ -73,8 +74,8 @@ def deployed(spec: "Spec") -> nn.Module:
     return timm.utils.reparameterize_model(network)
 
 
-def build_network(spec: "Spec") -> tuple[nn.Module, torch.Tensor, list[torch.Tensor] | None]:
-    """(the deployed network, a batch of random images, and for int8 batches to calibrate on)."""
+def build_network(spec: "Spec") -> tuple[nn.Module, torch.Tensor, Calibration | None]:
+    """(the deployed network, a batch of random images, and for int8 some to calibrate on)."""
     network = deployed(spec)
     generator = torch.Generator().manual_seed(0)
     shape = (3, spec.resolution, spec.resolution)
@@ -82,7 +83,8 @@ def build_network(spec: "Spec") -> tuple[nn.Module, torch.Tensor, list[torch.Ten
     calibration = None
     if spec.precision == "int8":
         count = -(-CALIBRATION_IMAGES // spec.batch)
-        calibration = [torch.randn(spec.batch, *shape, generator=generator) for _ in range(count)]
+        batches = [torch.randn(spec.batch, *shape, generator=generator) for _ in range(count)]
+        calibration = Calibration(batches, spec.int8_depthwise)
     return network, images, calibration
 
 

@@ -37,6 +37,7 @@ class Spec:
         kind: `inference`, or `training` for a step of forward and backward pass and optimizer.
         width_mult: factor on a VanillaNet's channels, for trials.
         twin: a VanillaNet built in deploy form instead of fused from its train form.
+        int8_depthwise: quantize its series activations, too.
     """
 
     network: str
@@ -48,10 +49,16 @@ class Spec:
     kind: str = "inference"
     width_mult: float | None = None
     twin: bool = False
+    int8_depthwise: bool = False
+
+    @property
+    def label(self) -> str:
+        """The network as tables name it."""
+        twin, depthwise = " (built deployed)" * self.twin, " (depthwise in int8)" * self.int8_depthwise
+        return f"{Path(self.network).stem}{twin}{depthwise}"
 
     def __str__(self) -> str:
-        twin = ", built deployed" if self.twin else ""
-        return f"{self.network}{twin}, {self.engine}, {self.precision}, {self.resolution} px, batch {self.batch}"
+        return f"{self.label}, {self.engine}, {self.precision}, {self.resolution} px, batch {self.batch}"
 
 
 # -- inside the process
@@ -59,11 +66,13 @@ class Spec:
 
 def _file(spec: Spec, folder: Path) -> Path | None:
     """Where a file engine's file of `spec` is kept between processes; None for the others."""
+    if spec.kind == "training":
+        return None
     engine = runtimes.find(spec.engine)
     if not isinstance(engine, runtimes.FileEngine):
         return None
     batch = spec.batch if spec.engine == "aotinductor" else 1
-    name = f"{Path(spec.network).stem}-{spec.twin}-{spec.precision}-{spec.resolution}-{batch}"
+    name = f"{Path(spec.network).stem}-{spec.twin}-{spec.int8_depthwise}-{spec.precision}-{spec.resolution}-{batch}"
     return folder / f"{name}{engine.suffix}"
 
 

@@ -43,7 +43,7 @@ from object_detection.evaluation import KINDS, STATISTICS, average_precision, de
 from object_detection.options import parse_args
 from optim_factory import step_schedule
 from options import plain_args
-from training import Run, broken_count, build_precision, launch, layout_of
+from training import Run, broken_count, build_precision, launch, layout_of, until_stopped
 
 logger = logging.getLogger("object_detection")
 
@@ -98,10 +98,15 @@ def first_images(dataset: CocoDataset, count: int) -> list[torch.Tensor]:
 
 def evaluate(
     detector: Detector, loader: datasets.EvalLoader, dataset: CocoDataset, world: utils.World, precision: Precision,
-    name: str,
+    name: str, stop: utils.StopRequest | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """AP on all images, each of which one rank sees. Known to rank 0, empty on the others; all ranks call it."""
+    """AP on all images, each of which one rank sees. Known to rank 0, empty on the others; all ranks call it.
+
+    Raises:
+        EvaluationStopped: see `training.until_stopped`.
+    """
     batches = metrics.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
+    batches = until_stopped(batches, world, stop)
     results = world.gather(detect(detector, batches, dataset=dataset, precision=precision))
     if not world.is_main:
         return {}
@@ -289,7 +294,9 @@ class DetectionRun(Run):
             return None
         found = {}
         for prefix, network in self.networks_to_evaluate():
-            values = evaluate(network, self.eval_loader, self.eval_dataset, self.world, self.precision, prefix)
+            values = evaluate(
+                network, self.eval_loader, self.eval_dataset, self.world, self.precision, prefix, self.stop
+            )
             found |= {f"{prefix}_{name}": value for name, value in values.items()}
         return found
 
@@ -326,7 +333,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         body = evaluate_checkpoint
     else:
         body = train
-    launch("object_detection/main.py", args, functools.partial(body, args))
+    folder = args.output_dir if body is train else None
+    launch("object_detection/main.py", args, functools.partial(body, args), output_dir=folder)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,27 @@
 Each engine is a file of this folder and a thin layer over a well-kept library, which is imported when it is used.
 """
 
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .base import Engine, FileEngine, Layer, Metadata, Runtime
+from .base import Calibration, Engine, FileEngine, Layer, Metadata, Runtime
 
-__all__ = ["ENGINES", "FORMATS", "Engine", "FileEngine", "Layer", "Metadata", "Runtime", "find", "load", "of_file"]
+__all__ = [
+    "ENGINES",
+    "FORMATS",
+    "Calibration",
+    "Engine",
+    "FileEngine",
+    "Layer",
+    "Metadata",
+    "Runtime",
+    "find",
+    "load",
+    "of_file",
+]
 
 # By name, where each is defined.
 ENGINES = {
@@ -53,7 +64,7 @@ def load(
     engine: str | None = None,
     precision: str | None = None,
     images: torch.Tensor | None = None,
-    calibration: Sequence[torch.Tensor] | None = None,
+    calibration: Calibration | None = None,
     device: str = "cpu",
     profile: bool = False,
 ) -> Runtime:
@@ -64,7 +75,7 @@ def load(
         engine: by name; None is what the file's suffix says, and `compile` for a network.
         precision: one of `PRECISIONS`; None is the file's own, and fp32 for a network.
         images: for a network, a batch of the size that the engine is to be fast at, (N, C, H, W).
-        calibration: for a network in int8, batches of preprocessed images.
+        calibration: for a network in int8.
         profile: make `Runtime.profile` work, at some cost in speed.
 
     Raises:

@@ -163,6 +163,24 @@ class FixedBatch:
 # -- engines
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What int8 is made with.
+
+    Attributes:
+        batches: preprocessed images, (N, C, H, W) each.
+        depthwise: quantize the depthwise convolutions of the series activations, too, in an engine that leaves them in
+            bfloat16 by default.
+    """
+
+    batches: Sequence[torch.Tensor]
+    depthwise: bool = False
+
+    def images(self) -> Iterator[torch.Tensor]:
+        """Each image as a batch of its own, (1, C, H, W)."""
+        return (image[None] for batch in self.batches for image in batch)
+
+
 class Engine(ABC):
     """A way to run a network. One instance a module; it imports its library only when it is used.
 
@@ -175,8 +193,8 @@ class Engine(ABC):
     precisions: ClassVar[tuple[str, ...]]
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
 
-    def check(self, precision: str, device: str, calibration: Sequence[torch.Tensor] | None) -> None:
-        """Raise ValueError for what this engine cannot do."""
+    def check_place(self, precision: str, device: str) -> None:
+        """Raise ValueError for a precision or device that this engine has not."""
         if precision not in self.precisions:
             raise ValueError(f"{self.name} computes in {', '.join(self.precisions)}, not in {precision}")
         kind = torch.device(device).type
@@ -186,7 +204,11 @@ class Engine(ABC):
             raise ValueError(f"{self.name} on {device}: no CUDA device is available here")
         if precision == "tf32" and kind != "cuda":
             raise ValueError("tf32 is a format of NVIDIA's GPUs; on the CPU use fp32 or bf16")
-        if precision == "int8" and not calibration:
+
+    def check(self, precision: str, device: str, calibration: Calibration | None) -> None:
+        """Raise ValueError for what this engine cannot do."""
+        self.check_place(precision, device)
+        if precision == "int8" and not (calibration and calibration.batches):
             raise ValueError(f"int8 in {self.name} needs images to calibrate on")
 
     @abstractmethod
@@ -196,7 +218,7 @@ class Engine(ABC):
         images: torch.Tensor,
         *,
         precision: str = "fp32",
-        calibration: Sequence[torch.Tensor] | None = None,
+        calibration: Calibration | None = None,
         device: str = "cpu",
         profile: bool = False,
     ) -> Runtime:
@@ -205,7 +227,7 @@ class Engine(ABC):
         Args:
             network: in eval mode on the CPU, in the form that is to be deployed.
             images: a batch of the size that the engine is to be fast at, (N, C, H, W).
-            calibration: batches of preprocessed images, for int8.
+            calibration: for int8.
             profile: make `Runtime.profile` work, at some cost in speed.
 
         Raises:
@@ -226,7 +248,7 @@ class FileEngine(Engine):
         path: Path,
         *,
         precision: str = "fp32",
-        calibration: Sequence[torch.Tensor] | None = None,
+        calibration: Calibration | None = None,
         metadata: Metadata,
         device: str = "cpu",
         profile: bool = False,

@@ -1,11 +1,9 @@
 """Post-training quantization in PyTorch: torchao's PT2E with the quantizer for inductor on x86."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
-from .base import Form, exported, quiet, require
+from .base import Calibration, Form, exported, quiet, require
 from .plain import DEPTHWISE
 
 
@@ -21,7 +19,7 @@ class Mixed(nn.Module):
             return self.network(images).float()
 
 
-def quantize(network: nn.Module, images: torch.Tensor, calibration: Sequence[torch.Tensor]) -> Mixed:
+def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration) -> Mixed:
     """`network` with its dense convolutions in int8: weights per output channel, activations uint8 per tensor.
 
     The rest is in bfloat16. The depthwise convolutions of the series activations are left out because they would cost
@@ -31,7 +29,7 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Sequence[tor
     Args:
         network: in eval mode, in deploy form.
         images: (N, C, H, W); the graph takes batches of N.
-        calibration: batches of preprocessed images; the ranges of the activations come from all of them.
+        calibration: the ranges of the activations come from all of its images.
     """
     with quiet():
         require("torchao", "torchao", "int8 in PyTorch")
@@ -44,16 +42,15 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Sequence[tor
         quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
         quantizer.set_module_type_qconfig(nn.MaxPool2d, None)
         for name, _ in network.named_modules():
-            if name.endswith(f".{DEPTHWISE}"):
+            if name.endswith(f".{DEPTHWISE}") and not calibration.depthwise:
                 quantizer.set_module_name_qconfig(f"network.{name}", None)
         form = Form(network, layout=torch.channels_last)
         graph = exported(form, images, dynamic_batch=False).module()
         with torch.no_grad():
             graph = prepare_pt2e(graph, quantizer)
-            for batch in calibration:
+            for batch in calibration.batches:
                 for part in batch.split(len(images)):
-                    if len(part) == len(images):
-                        graph(part)
+                    graph(part[torch.arange(len(images)) % len(part)])  # the last one filled up from its beginning
             graph = convert_pt2e(graph)
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:

@@ -66,7 +66,7 @@ class TensorRT(FileEngine):
         except (ValueError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read {path}: it is no plan that export.py wrote") from error
         precision = check_precision(metadata, precision, path)
-        self.check(precision, device, calibration=[torch.empty(0)])
+        self.check_place(precision, device)
         engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(content[4 + length :])
         if engine is None:
             raise ValueError(f"{path} was built by another TensorRT or for another GPU: export it anew")

@@ -1,21 +1,23 @@
 """What the tests share."""
 
-import gzip
+import pickle
 import signal
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import datasets
 import utils
+from runs import cut_fmnist
 
-EMBEDDED = Path(datasets.__file__).parent / "data" / "fashion-mnist"
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--reliability", metavar="FILE", help="run the fault suite in its thorough form and write its table to FILE"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -35,15 +37,7 @@ def _restore_signals():
 @pytest.fixture(scope="session")
 def tiny_fmnist(tmp_path_factory):
     """60 training and 40 test images of the embedded data, in the same format."""
-    folder = tmp_path_factory.mktemp("fmnist")
-    for split, count in (("train", 60), ("t10k", 40)):
-        for kind in ("images-idx3", "labels-idx1"):
-            name = f"{split}-{kind}-ubyte.gz"
-            values = datasets.read_idx(EMBEDDED / name)[:count]
-            header = struct.pack(">HBB", 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
-            with gzip.open(folder / name, "wb") as file:
-                file.write(header + np.ascontiguousarray(values).tobytes())
-    return folder
+    return cut_fmnist(tmp_path_factory.mktemp("fmnist"), train=60, test=40)
 
 
 @pytest.fixture
@@ -93,3 +87,45 @@ def dispatched() -> Callable[[nn.Module, torch.Tensor], list[str]]:
         return recorder.names
 
     return record
+
+
+# -- checkpoints as runs leave them, and as they should not be
+
+
+@pytest.fixture(scope="session")
+def recorded() -> Callable[..., dict]:
+    """A function that gives the arguments that a run of main.py records, as far as deploying reads them."""
+
+    def record(**args):
+        return {
+            "model": "vanillanet_6", "data_set": "FMNIST", "input_size": 32, "crop_pct": None,
+            "imagenet_default_mean_and_std": True, **args,
+        }  # fmt: skip
+
+    return record
+
+
+class _Payload:
+    """What a pickle could do when it is loaded: leave a file behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture
+def hostile(recorded, tmp_path) -> Callable[..., Path]:
+    """A function that writes a checkpoint whose loading would leave the file `harm` beside it."""
+
+    def write(*, pickled: bool = False) -> Path:
+        checkpoint = {"model": {}, "args": recorded(), "payload": _Payload(tmp_path / "harm")}
+        path = tmp_path / "hostile.pth"
+        if pickled:
+            path.write_bytes(pickle.dumps(checkpoint, protocol=2))
+        else:
+            torch.save(checkpoint, path)
+        return path
+
+    return write

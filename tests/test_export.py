@@ -1,7 +1,6 @@
 """export.py: files that agree with PyTorch, or none; what the file knows; int8 layer by layer."""
 
 import hashlib
-import pickle
 import shlex
 import sys
 
@@ -22,16 +21,8 @@ from runtimes.layer_errors import layer_errors
 SMALL = {"width_mult": 1 / 16, "num_classes": 10}
 
 
-def recorded(**args):
-    """The arguments that a run of main.py records."""
-    return {
-        "model": "vanillanet_6", "data_set": "FMNIST", "input_size": 32, "crop_pct": None,
-        "imagenet_default_mean_and_std": True, **args,
-    }  # fmt: skip
-
-
 @pytest.fixture
-def checkpoint(randomized, tmp_path):
+def checkpoint(randomized, recorded, tmp_path):
     network = randomized(timm.create_model("vanillanet_6", **SMALL))
     path = tmp_path / "trained.pth"
     utils.save_checkpoint({"model": network.state_dict(), "act_learn": 1.0, "args": recorded()}, path)
@@ -99,14 +90,6 @@ def test_past_the_tolerance_nothing_is_written(checkpoint, tmp_path, capsys):
     assert list(folder.iterdir()) == []
 
 
-def test_the_package_answers_without_a_compiler(checkpoint, tmp_path):
-    """Also for a batch of another size than it was compiled for."""
-    run(checkpoint, "--to", "pt2", "--precision", "bf16", "--batch_size", 2, "--output", tmp_path / "network.pt2")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a compiler was started"))
-        assert runtimes.load(tmp_path / "network.pt2")(torch.zeros(3, 3, 32, 32)).shape == (3, 10)
-
-
 def test_layer_errors(checkpoint, photographs, capsys, monkeypatch):
     run(checkpoint, "--layer_errors", "true", "--calib_data", photographs)
     rows = [row.split("|")[1:-1] for row in capsys.readouterr().out.splitlines() if row.startswith("|")]
@@ -134,7 +117,7 @@ def test_a_layer_that_does_not_fit_int8_shows(randomized):
 # -- what a checkpoint says of its images and classes
 
 
-def test_other_normalization_and_crop_are_taken_from_the_run():
+def test_other_normalization_and_crop_are_taken_from_the_run(recorded):
     network = timm.create_model("vanillanet_5", width_mult=1 / 64)
     args = recorded(data_set="IMNET", imagenet_default_mean_and_std=False, crop_pct=0.9, input_size=256)
     found = deployment._preprocessing(network, {"args": args}, None, None)
@@ -149,8 +132,8 @@ def test_other_normalization_and_crop_are_taken_from_the_run():
         ({"classes": ["cat", "dog"]}, 2, ("cat", "dog")),
         ({"classes": ["n01440764", "n01443537"]}, 2, ("tench, Tinca tinca", "goldfish, Carassius auratus")),
         ({}, 1000, ("tench, Tinca tinca",)),
-        ({"args": recorded()}, 10, ("T-shirt/top",)),
-        ({"args": recorded(data_set="image_folder")}, 3, ("class 0", "class 1", "class 2")),
+        ({"args": {"data_set": "FMNIST"}}, 10, ("T-shirt/top",)),
+        ({"args": {"data_set": "image_folder"}}, 3, ("class 0", "class 1", "class 2")),
         ({"classes": ["cat", "dog"]}, 3, ("class 0", "class 1", "class 2")),
     ],
 )
@@ -169,35 +152,16 @@ def test_images_are_spread_over_the_folder(photographs, checkpoint):
 # -- refusals
 
 
-class Payload:
-    """What a pickle could do when it is loaded: leave a file behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def hostile(folder):
-    """A checkpoint whose loading would leave the file `folder`/harm, in torch's format."""
-    path = folder / "hostile.pth"
-    torch.save({"model": {}, "args": recorded(), "payload": Payload(folder / "harm")}, path)
-    return path
-
-
 @pytest.mark.parametrize("pickled", [False, True])
-def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys, pickled):
-    path = hostile(tmp_path)
-    if pickled:
-        path.write_bytes(pickle.dumps({"model": {}, "payload": Payload(tmp_path / "harm")}))
+def test_code_in_a_checkpoint_is_not_run(hostile, tmp_path, capsys, pickled):
+    path = hostile(pickled=pickled)
     assert "hostile.pth" in refused(capsys, path, "--to", "onnx", "--output", tmp_path / "network.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["hostile.pth"]
 
 
-def test_the_payload_would_work(tmp_path):
+def test_the_payload_would_work(hostile, tmp_path):
     """Or the test above could not fail."""
-    torch.load(hostile(tmp_path), weights_only=False)
+    torch.load(hostile(), weights_only=False)
     assert (tmp_path / "harm").exists()
 
 
@@ -210,6 +174,8 @@ def test_the_payload_would_work(tmp_path):
         ("--to onnx --precision bf16", "fp32, fp16, int8"),
         ("--to onnx --output network.pt2", ".onnx"),
         ("--to onnx --batch_size 4", "--batch_size"),
+        ("--to pt2 --int8_depthwise true", "--int8_depthwise"),
+        ("--to onnx --int8 --calib_data DIR --int8_depthwise true", "ONNX has it always"),
         ("--to openvino --device cuda", "not on cuda"),
         ("--layer_errors true", "--calib_data"),
         ("--layer_errors true --calib_data DIR --to onnx", "--to"),
@@ -226,7 +192,7 @@ def test_bad_requests(checkpoint, tmp_path, capsys, monkeypatch, arguments, name
     assert [path.name for path in tmp_path.iterdir()] == ["trained.pth"]
 
 
-def test_a_network_before_its_time_is_not_fused(randomized, tmp_path, capsys):
+def test_a_network_before_its_time_is_not_fused(randomized, recorded, tmp_path, capsys):
     network = randomized(timm.create_model("vanillanet_6", **SMALL))
     utils.save_checkpoint({"model": network.state_dict(), "act_learn": 0.5, "args": recorded()}, tmp_path / "mid.pth")
     assert "slope is 0.5" in refused(capsys, tmp_path / "mid.pth", "--to", "onnx")

@@ -13,11 +13,15 @@ import pytest
 import timm
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+import benchmark
+import export
 import models  # noqa: F401  registers the variants
 import object_detection.benchmark
 import object_detection.options
+import options
+import predict
 import visualize
-from options import build_parser, parse_args
+from options import parse_args
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -39,15 +43,18 @@ VanillaNet-13 58.6 11.9 4.26 82.05 87.15
 VanillaNet-13-1.5x 127.8 26.5 7.83 82.53 87.48
 VanillaNet-13-1.5x,_adaptive_pooling 127.8 48.9 9.72 83.11 87.85
 """
-# The scripts and modules, with what parses their arguments.
+# The scripts, with what parses their arguments.
 PARSERS = {
     "main.py": parse_args,
     "visualize.py": visualize.parse_args,
+    "export.py": export.parse_args,
+    "predict.py": predict.parse_args,
+    "benchmark.py": benchmark.parse_args,
     "object_detection/main.py": object_detection.options.parse_args,
     "object_detection.benchmark": lambda arguments: object_detection.benchmark.build_parser().parse_args(arguments),
 }
 # What else a block of commands may call.
-OTHER_COMMANDS = {"curl", "."}
+OTHER_COMMANDS = {"curl", ".", "pip"}
 
 
 def blocks(language: str) -> list[SimpleNamespace]:
@@ -175,11 +182,11 @@ def test_enough_python_blocks_run():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_in_the_text_exist(page):
-    parsers = build_parser, visualize.build_parser, object_detection.options.build_parser
-    flags = set().union(*(flags_of(build()) for build in (*parsers, object_detection.benchmark.build_parser)))
+    modules = (options, visualize, export, predict, benchmark, object_detection.options, object_detection.benchmark)
+    flags = set().union(*(flags_of(module.build_parser()) for module in modules))
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
-    launcher = {"node_rank"}
+    named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
+    launcher = {"node_rank", "nnodes", "max-restarts"}
     assert named - flags - launcher == set()
 
 

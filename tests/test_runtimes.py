@@ -32,14 +32,14 @@ FAST = [
     ("channels_last", "fp32"),
     ("channels_last", "bf16"),
     ("compile", "int8"),
-    ("aotinductor", "bf16"),
     ("onnxruntime", "fp32"),
     ("onnxruntime", "int8"),
     ("openvino", "fp32"),
     ("openvino", "bf16"),
     ("openvino", "int8"),
 ]
-SLOW = [("compile", "fp32"), ("compile", "bf16"), ("aotinductor", "fp32"), ("aotinductor", "int8")]
+SLOW = [(name, precision) for name in ("compile", "aotinductor") for precision in ("fp32", "bf16", "int8")]
+SLOW.remove(("compile", "int8"))
 PACKAGES = {"onnxruntime": ["onnx", "onnxscript", "onnxruntime"], "openvino": ["openvino", "nncf"]}
 
 
@@ -76,7 +76,7 @@ def check_engine(network, images, engine, precision):
     with torch.no_grad():
         expected = network(images)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    calibration = [torch.randn(4, 3, 64, 64), images]
+    calibration = runtimes.Calibration([torch.randn(4, 3, 64, 64), images])
     runtime = runtimes.load(
         network, engine=engine, precision=precision, images=images[:1], calibration=calibration, profile=True
     )
@@ -137,11 +137,19 @@ def test_an_engine_on_a_gpu_agrees_with_the_cpu(network, images, engine, precisi
 
 def export(network, images, path, precision="fp32"):
     engine = runtimes.find(runtimes.of_file(path))
-    return engine.export(network, images, path, precision=precision, calibration=[images, images], metadata=METADATA)
+    return engine.export(
+        network,
+        images,
+        path,
+        precision=precision,
+        calibration=runtimes.Calibration([images, images]),
+        metadata=METADATA,
+    )
 
 
+FAST_VARIANTS = ("vanillanet_5", "vanillanet_13_x1_5_ada_pool")
 EVERY = [
-    pytest.param(variant, suffix, marks=[] if suffix == ".onnx" or variant[11:] in ("5", "8") else pytest.mark.slow)
+    pytest.param(variant, suffix, marks=[] if variant in FAST_VARIANTS else pytest.mark.slow)
     for variant in models.vanillanet.VARIANTS
     for suffix in (".onnx", ".xml")
 ]
@@ -171,7 +179,8 @@ def test_every_variant_is_packaged(randomized, tmp_path, variant):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "precision"), [(".onnx", "int8"), (".xml", "bf16"), (".xml", "int8"), (".pt2", "fp32")]
+    ("suffix", "precision"),
+    [(".onnx", "int8"), (".xml", "bf16"), (".xml", "int8"), pytest.param(".pt2", "fp32", marks=pytest.mark.slow)],
 )
 def test_metadata_travel_in_the_file(network, images, tmp_path, suffix, precision):
     skip_without(*PACKAGES.get(runtimes.SUFFIXES[suffix], ()))
@@ -201,6 +210,30 @@ def test_weights_are_quantized_per_channel(network, images, tmp_path):
         assert weight.dtype == "int8"
         assert scale.shape == weight.shape[:1]
         assert made[convolution.input[0]].op_type == "DequantizeLinear"
+
+
+def test_depthwise_convolutions_are_quantized_on_request_only(network, images, tmp_path):
+    skip_without(*PACKAGES["openvino"])
+    import openvino
+
+    for depthwise, expected in ((False, 0), (True, 5)):
+        path = tmp_path / f"{depthwise}.xml"
+        calibration = runtimes.Calibration([images], depthwise)
+        runtimes.find("openvino").export(
+            network, images, path, precision="int8", calibration=calibration, metadata=METADATA
+        )
+        nodes = openvino.Core().read_model(path).get_ops()
+        depthwise_nodes = [node for node in nodes if node.get_type_name() == "GroupConvolution"]
+        weights = [openvino_bits(node) for node in depthwise_nodes]
+        assert len(depthwise_nodes) == 5
+        assert weights.count(8) == expected
+
+
+def openvino_bits(node):
+    """The bits of the numbers that a convolution's weights are stored in."""
+    while node.get_type_name() != "Constant":
+        node = node.input_value(0 if "Convolution" not in node.get_type_name() else 1).get_node()
+    return node.get_element_type().bitwidth
 
 
 def test_a_bfloat16_openvino_file_also_runs_in_float32(network, images, tmp_path):

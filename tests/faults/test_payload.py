@@ -1,0 +1,124 @@
+"""A checkpoint that would run code when it is read. Every way to read one refuses it, and the code does not run."""
+
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+
+import utils
+from harness import flags
+from runs import ROOT
+
+# What each command of this repository is given to read the file; a command that there is not is left out.
+COMMANDS = {
+    "export.py": ["FILE", "--to", "onnx", "--output", "OUT"],
+    "predict.py": ["FILE", "IMAGE"],
+    "benchmark.py": ["--models", "FILE", "--runtimes", "eager", "--calls", "1"],
+    "visualize.py": ["cam", "IMAGE", "--network", "vanillanet_5=FILE", "--output", "OUT.png"],
+}
+TRAINING = {
+    "main.py --resume": ["--resume", "FILE"],
+    "main.py --finetune": ["--finetune", "FILE"],
+    "main.py --eval true": ["--eval", "true", "--finetune", "FILE"],
+    "main.py --switch_to_deploy": ["--switch_to_deploy", "OUT", "--finetune", "FILE"],
+    "main.py --teacher_weights": ["--teacher", "vanillanet_5", "--teacher_weights", "FILE"],
+}
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def write(path, left_behind, *, zipped):
+    content = {"model": Payload(str(left_behind)), "epoch": 1}
+    if zipped:
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+def test_the_payload_is_one(tmp_path):
+    for zipped in (True, False):
+        write(tmp_path / "evil.pth", tmp_path / f"left-{zipped}", zipped=zipped)
+    torch.load(tmp_path / "evil.pth", weights_only=False) if zipped else pickle.loads(
+        (tmp_path / "evil.pth").read_bytes()
+    )
+    assert (tmp_path / "left-False").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_command_refuses(server, data, tmp_path, thorough, report, zipped):
+    evil, left = tmp_path / "evil.pth", tmp_path / "left-behind"
+    write(evil, left, zipped=zipped)
+    image = ROOT / "data" / "fashion-mnist" / "t10k-images-idx3-ubyte.gz"
+    names = {"FILE": str(evil), "OUT": str(tmp_path / "out"), "OUT.png": str(tmp_path / "out.png"), "IMAGE": str(image)}
+
+    def named(arguments):
+        found = []
+        for argument in arguments:
+            model, equals, value = argument.rpartition("=")
+            found.append(f"{model}{equals}{names.get(value, value)}")
+        return found
+
+    runs = {name: ("main:main", flags(data, None, *named(given))) for name, given in TRAINING.items()}
+    for name, given in COMMANDS.items():
+        if (ROOT / name).exists() and (thorough or zipped):
+            runs[name] = f"{name.removesuffix('.py')}:main", named(given)
+    started = {name: server.start(*arguments, target=target) for name, (target, arguments) in runs.items()}
+    for name, process in started.items():
+        assert process.wait() == 2, (name, process.output)
+        assert f"cannot load {evil}: refused: " in process.error(), name
+        assert not left.exists(), name
+        assert not list(tmp_path.glob("out*")), name
+    report(
+        f"a checkpoint, {'zipped' if zipped else 'a bare pickle'}, that would make a folder when it is read, given to "
+        + ", ".join(f"`{name}`" for name in runs),
+        injected=len(runs),
+        lost="nothing: exit code 2, and no folder was made",
+        reads=started["main.py --finetune"].error(),
+    )
+
+
+def test_auto_resume_refuses(server, data, tmp_path, report):
+    folder = tmp_path / "run"
+    run = flags(data, folder, "--auto_resume", "true")
+    server.finish(1, *run, "--early_stop_epochs", 2)
+    shutil.copy(folder / "checkpoint-1.pth", tmp_path / "whole.pth")
+    write(folder / "checkpoint-1.pth", tmp_path / "left-behind", zipped=True)
+    (process,) = server.finish(1, *run)
+    message = process.line("refused")
+    assert "is not used, trying the one before it" in message
+    assert not (tmp_path / "left-behind").exists()
+    report(
+        "such a file as the newest checkpoint of the output folder",
+        injected=1,
+        lost="a save interval, as with a damaged file",
+        reads=message,
+    )
+
+
+def test_torch_hub_refuses(tmp_path, report):
+    evil, left = tmp_path / "evil.pth", tmp_path / "left-behind"
+    for zipped in (True, False):
+        write(evil, left, zipped=zipped)
+        with pytest.raises((RuntimeError, pickle.UnpicklingError)) as raised:
+            torch.hub.load(
+                str(ROOT), "vanillanet_5", source="local", pretrained=True, pretrained_cfg_overlay={"file": str(evil)}
+            )
+        assert not left.exists()
+    with pytest.raises(utils.CheckpointError, match="refused"):
+        utils.load_checkpoint(evil)
+    report(
+        "such files given to `torch.hub.load` through `hubconf.py`",
+        injected=2,
+        lost="nothing: an exception, and no folder was made",
+        reads=str(raised.value).splitlines()[0],
+    )

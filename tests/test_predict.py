@@ -1,0 +1,263 @@
+"""predict.py on real photographs, in every format; main.py --runtime: the accuracy of what is deployed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.cbook
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import datasets
+import deployment
+import export
+import main
+import predict
+import runtimes
+import utils
+
+ROOT = Path(main.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Two real photographs that come with matplotlib, one of them grey, in a folder and one below it."""
+    folder = tmp_path_factory.mktemp("photographs")
+    (folder / "inner").mkdir()
+    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
+        Image.open(file).save(folder / "hopper.jpg")
+    with matplotlib.cbook.get_sample_data("Minduka_Present_Blue_Pack.png") as file:
+        Image.open(file).save(folder / "inner" / "pack.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(recorded, tmp_path_factory):
+    """A VanillaNet-6 whose logits depend on the image, as a run on Fashion-MNIST would leave it, at 64 px."""
+    torch.manual_seed(0)
+    network = timm.create_model("vanillanet_6", width_mult=1 / 16, num_classes=10)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.weight.normal_(std=(2 / module.weight[0].numel()) ** 0.5)
+    path = tmp_path_factory.mktemp("checkpoint") / "trained.pth"
+    utils.save_checkpoint({"model": network.state_dict(), "act_learn": 1.0, "args": recorded(input_size=64)}, path)
+    return path
+
+
+def run(capsys, *arguments):
+    """What is printed: the images, and of each the (class, percent) pairs."""
+    predict.main([str(argument) for argument in arguments])
+    found: dict[str, list[tuple[str, float]]] = {}
+    for line in capsys.readouterr().out.splitlines():
+        if match := re.fullmatch(r" +([\d.]+) %  (.+)", line):
+            found[list(found)[-1]].append((match.group(2), float(match.group(1))))
+        else:
+            found[line] = []
+    return found
+
+
+def test_photographs_by_a_checkpoint(checkpoint, photographs, capsys):
+    found = run(capsys, checkpoint, photographs)
+    assert list(found) == [str(photographs / "hopper.jpg"), str(photographs / "inner" / "pack.png")]
+    network, metadata = deployment.load(checkpoint)
+    assert (metadata.input_size, metadata.crop_pct) == (64, 0.875)
+    for path, pairs in found.items():
+        image = deployment.transform(metadata)(datasets.decode_image(path))
+        with torch.no_grad():
+            chances = network(image[None])[0].softmax(0)
+        best = chances.topk(5)
+        assert [name for name, _ in pairs] == [metadata.classes[index] for index in best.indices.tolist()]
+        assert [percent for _, percent in pairs] == pytest.approx((100 * best.values).tolist(), abs=0.06)
+
+
+@pytest.fixture(scope="module")
+def package(checkpoint, tmp_path_factory):
+    """The checkpoint as an AOTInductor package for two images a call."""
+    path = tmp_path_factory.mktemp("package") / "network.pt2"
+    export.main([str(checkpoint), "--to", "pt2", "--precision", "bf16", "--batch_size", "2", "--output", str(path)])
+    return path
+
+
+@pytest.mark.parametrize(("to", "precision"), [("onnx", "fp32"), ("openvino", "bf16"), ("pt2", "bf16")])
+def test_a_file_says_the_same(checkpoint, photographs, request, tmp_path, capsys, to, precision):
+    if to == "pt2":
+        path = request.getfixturevalue("package")
+    else:
+        pytest.importorskip({"onnx": "onnxscript"}.get(to, to))
+        path = tmp_path / f"network{runtimes.find(runtimes.FORMATS[to]).suffix}"
+        export.main([str(checkpoint), "--to", to, "--precision", precision, "--output", str(path)])
+    capsys.readouterr()
+    expected, found = run(capsys, checkpoint, photographs, "--top", 3), run(capsys, path, photographs, "--top", 3)
+    assert list(found) == list(expected)
+    for image, pairs in found.items():
+        assert len(pairs) == 3
+        assert pairs[0][0] == expected[image][0][0]
+        assert dict(pairs)[pairs[0][0]] == pytest.approx(expected[image][0][1], abs=0.1 if precision == "fp32" else 3)
+
+
+def test_another_engine_and_precision(checkpoint, photographs, capsys):
+    pytest.importorskip("nncf")
+    plain = run(capsys, checkpoint, photographs / "hopper.jpg")
+    int8 = run(
+        capsys, checkpoint, photographs / "hopper.jpg", "--engine", "openvino", "--precision", "int8",
+        "--calib_data", photographs,
+    )  # fmt: skip
+    (expected,), (found,) = plain.values(), int8.values()
+    assert found[0][0] == expected[0][0]
+    assert found != expected
+
+
+def test_imagenet_names_by_a_models_name(photographs, capsys):
+    (found,) = run(capsys, "mobilenetv3_small_050", photographs / "hopper.jpg", "--random_weights", "true").values()
+    assert len(found) == 5
+    info = timm.data.ImageNetInfo()
+    assert {name for name, _ in found} <= {info.index_to_description(index) for index in range(1000)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["MODEL", "no/such.jpg"], "no/such.jpg does not exist"),
+        (["MODEL", "MODEL"], "cannot read the image"),
+        (["MODEL", "PHOTO", "--precision", "int8"], "--calib_data"),
+        (["MODEL", "PHOTO", "--calib_data", "DIR"], "--precision int8"),
+        (["MODEL", "PHOTO", "--engine", "tensorrt"], "not on cpu"),
+        (["gone.pth", "PHOTO"], "gone.pth does not exist"),
+        (["gone.pt2", "PHOTO"], "gone.pt2 does not exist"),
+        (["gone.pt2", "PHOTO", "--input_size", "64"], "--input_size has no effect"),
+        (["nosuchnet", "PHOTO"], "nosuchnet"),
+    ],
+)
+def test_bad_requests(checkpoint, photographs, capsys, arguments, named):
+    stands = {"MODEL": str(checkpoint), "PHOTO": str(photographs / "hopper.jpg"), "DIR": str(photographs)}
+    with pytest.raises(SystemExit) as ended:
+        predict.main([stands.get(argument, argument) for argument in arguments])
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert len(lines) == 1
+    assert named in lines[0]
+
+
+def test_code_in_a_checkpoint_is_not_run(hostile, photographs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        predict.main([str(hostile()), str(photographs)])
+    assert ended.value.code == 2
+    assert "hostile.pth" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hostile.pth"]
+
+
+ANSWER = """
+import sys, torch
+import runtimes
+for count in (1, 2, 5):
+    assert runtimes.load(sys.argv[1])(torch.zeros(count, 3, 64, 64)).shape == (count, 10)
+print([name for name in ("timm", "torchvision", "sympy", "torch._inductor", "torch._dynamo") if name in sys.modules])
+"""
+
+
+def test_a_package_answers_without_what_made_it(package):
+    """Without a compiler to be found, and without the second that importing inductor takes."""
+    environment = {**os.environ, "PATH": "", "CXX": "no-compiler"}
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER, package], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_package_for_another_processor_is_refused(package, photographs, capsys, monkeypatch):
+    monkeypatch.setattr("runtimes.aotinductor.instructions", lambda: "NEON")
+    with pytest.raises(SystemExit) as ended:
+        predict.main([str(package), str(photographs)])
+    assert ended.value.code == 2
+    assert "this processor has NEON: export it here" in capsys.readouterr().err
+
+
+# -- main.py --runtime
+
+
+def evaluate(capsys, data, *arguments):
+    main.main(
+        ["--model", "vanillanet_6", "--width_mult", str(1 / 16), "--input_size", "64", "--data_set", "FMNIST",
+         "--device", "cpu", "--num_workers", "0", "--batch_size", "16", "--eval", "true", "--data_path", str(data),
+         *map(str, arguments)]
+    )  # fmt: skip
+    line = next(line for line in capsys.readouterr().err.splitlines() if "top-1" in line)
+    return {name: float(value) for name, value in re.findall(r"(top-1|top-5|loss|on) ([\d.]+)", line)}
+
+
+@pytest.mark.parametrize(("engine", "precision"), [("onnxruntime", "fp32"), ("openvino", "int8"), ("eager", "bf16")])
+def test_the_accuracy_of_what_is_deployed(checkpoint, tiny_fmnist, capsys, engine, precision):
+    pytest.importorskip({"onnxruntime": "onnxscript", "openvino": "nncf"}.get(engine, "torch"))
+    expected = evaluate(capsys, tiny_fmnist, "--finetune", checkpoint)
+    found = evaluate(capsys, tiny_fmnist, "--finetune", checkpoint, "--runtime", engine, "--precision", precision)
+    assert found["on"] == expected["on"] == 40
+    tolerance = {"fp32": 2e-4, "bf16": 5e-2, "int8": 0.3}[precision]
+    assert found["loss"] == pytest.approx(expected["loss"], abs=tolerance)
+    assert (found["loss"] == expected["loss"]) == (precision == "fp32")
+
+
+def test_the_accuracy_of_a_file(checkpoint, tiny_fmnist, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    path = tmp_path / "network.onnx"
+    export.main([str(checkpoint), "--to", "onnx", "--output", str(path)])
+    expected = evaluate(capsys, tiny_fmnist, "--finetune", checkpoint)
+    found = evaluate(capsys, tiny_fmnist, "--finetune", path, "--runtime", "onnxruntime")
+    assert found["loss"] == pytest.approx(expected["loss"], abs=2e-4)
+    for extra, named in (
+        (["--runtime", "openvino"], "file of onnxruntime"),
+        (["--runtime", "onnxruntime", "--input_size", "32"], "--input_size 32"),
+        (["--runtime", "onnxruntime", "--model", "vanillanet_7"], "--model vanillanet_7"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            evaluate(capsys, tiny_fmnist, "--finetune", path, *extra)
+        assert ended.value.code == 2
+        assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--runtime", "openvino", "--eval", "false"], "--eval true"),
+        (["--precision", "bf16"], "--runtime"),
+        (["--runtime", "openvino", "--precision", "fp16"], "fp32, bf16, int8"),
+        (["--runtime", "eager", "--compile", "true"], "--compile"),
+    ],
+)
+def test_bad_combinations(checkpoint, tiny_fmnist, capsys, arguments, named):
+    with pytest.raises(SystemExit) as ended:
+        evaluate(capsys, tiny_fmnist, "--finetune", checkpoint, *arguments)
+    assert ended.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+# -- accuracy, with a trained network
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_low_precision_keeps_the_accuracy(tmp_path, capsys):
+    """The demo's network, shortened to half its epochs, on 2,000 test images; a point is twenty of them."""
+    recipe = [f"@{ROOT}/recipes/demo.args", "--data_path", str(ROOT / "data" / "fashion-mnist")]
+    main.main(
+        [*recipe, "--epochs", "10", "--decay_epochs", "6", "--output_dir", str(tmp_path), "--test_freq", "9",
+         "--num_workers", "0"]
+    )  # fmt: skip
+    capsys.readouterr()
+    weights = ["--eval", "true", "--finetune", str(tmp_path / "checkpoint-last.pth"), "--num_workers", "0"]
+
+    def accuracy(*arguments):
+        main.main([*recipe, *weights, *arguments])
+        return float(re.search(r"top-1 ([\d.]+)", capsys.readouterr().err).group(1))
+
+    plain = accuracy()
+    assert plain > 80
+    for engine in ("openvino", "onnxruntime", "aotinductor"):
+        for precision, loss in (("bf16", 0.5), ("int8", 1.0)):
+            if precision in runtimes.find(engine).precisions:
+                assert accuracy("--runtime", engine, "--precision", precision) > plain - loss
