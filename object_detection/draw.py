@@ -48,7 +48,9 @@ def draw_detections(
     colours = [colour(label) for label in labels]
     if "masks" in detection:
         masks = F.interpolate(detection["masks"].float().cpu()[keep], size, mode="bilinear", align_corners=False)
-        picture = draw_segmentation_masks(picture, masks[:, 0] > MASK_THRESHOLD, alpha=0.5, colors=colours)
+        masks = masks[:, 0] > MASK_THRESHOLD  # (n, H', W'), best first
+        masks &= masks.cumsum(0) == 1  # a pixel belongs to the best; torchvision would make it black
+        picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colours)
     texts = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
     boxes = detection["boxes"].float().cpu()[keep] * scale
     return draw_bounding_boxes(

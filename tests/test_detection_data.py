@@ -372,6 +372,9 @@ def test_a_detection_is_drawn(tmp_path):
     assert picture[:, 120, 120].tolist() == list(colour(2))  # the box's left side
     assert (picture[:, 215:] == 128).all()  # a score below the threshold
     assert (draw_detections(image, detection, classes=["a", "b"], threshold=0.95) == 128).all()
+    detection["masks"] = torch.ones(2, 1, 100, 150)  # where masks overlap, the better one is seen
+    both = draw_detections(image, detection, classes=["a", "b"], threshold=0.3)
+    assert both[:, 290, 440].tolist() == pytest.approx([(128 + c) / 2 for c in colour(2)], abs=1)
     assert len({colour(label) for label in range(1, 21)}) == 20
     save_picture([picture, picture[:, :100, :80]], tmp_path / "new" / "p.png")
     with Image.open(tmp_path / "new" / "p.png") as file:
