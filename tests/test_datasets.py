@@ -696,17 +696,6 @@ def test_signals_are_left_to_the_main_process(program):
 
 
 @posix
-def test_killed_worker_is_an_error_at_once(program):
-    process, children = program
-    os.kill(children[0], signal.SIGKILL)
-    start = time.monotonic()
-    output, error = process.communicate("\n", timeout=20)
-    assert output == ""
-    assert process.returncode == 1
-    assert f"DataLoader worker (pid {children[0]}) is killed by signal" in error
-    assert time.monotonic() - start < 10
-
-
 # -- transforms
 
 
