@@ -5,6 +5,8 @@ import random
 import signal
 import time
 
+import pytest
+
 from harness import command, environ, flags, free_port, logged, saved, temporary_files, until
 from runs import assert_same_run, torchrun_command
 
