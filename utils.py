@@ -166,9 +166,15 @@ def init_world(
             hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
             os.environ.setdefault("MASTER_ADDR", _first_slurm_host(hosts))
             os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+        store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=timeout))
+        store.set_timeout(timeout)
+        # torchrun with a --master_port keeps one store through its restarts, in which a rank may still find the address
+        # of a process that was killed. On one node the number of restarts is the same for all ranks.
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo",
-            init_method=dist_url,
+            store=store,
             rank=rank,
             world_size=size,
             timeout=timeout,

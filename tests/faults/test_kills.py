@@ -5,8 +5,6 @@ import random
 import signal
 import time
 
-import pytest
-
 from harness import command, environ, flags, free_port, logged, saved, temporary_files, until
 from runs import assert_same_run, torchrun_command
 
@@ -92,7 +90,6 @@ def test_a_rank_killed(server, data, undisturbed, tmp_path, thorough, report):
     )
 
 
-@pytest.mark.slow  # a restart under load may not find its partner in time
 def test_a_rank_killed_under_a_launcher_that_restarts(data, undisturbed, tmp_path, thorough, report):
     times = 3 if thorough else 1
     straight = undisturbed(2, *SAVING)
