@@ -373,7 +373,8 @@ FAULTS = """
 import resource, torch
 from runtimes.memory import keep_freed_memory
 def faults(calls=4):
-    torch.ones(1 << 24)
+    for _ in range(20):  # the heap grows until freed blocks, aligned as they are, hold a new one
+        torch.ones(1 << 24)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(calls):
         torch.ones(1 << 24)
