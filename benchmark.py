@@ -25,6 +25,7 @@ from benchmarking import report, results
 from benchmarking.subjects import PAPER_PEERS, create, deployed, is_vanillanet
 from benchmarking.worker import Spec, Worker, WorkerError, closing, prepare
 from options import COUNT, POSITIVE, Parser, boolean, canonical
+from utils import mistakes_end
 
 TRAINING_ENGINES = ("plain", "channels_last", "compile")
 QUICK = {
@@ -335,11 +336,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with mistakes_end("benchmark.py"):
         run(args)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"benchmark.py: error: {error}\n")
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import metrics
 import runtimes
 from options import COUNT, NONNEGATIVE, Parser, boolean, canonical, number
 from runtimes.layer_errors import layer_errors
+from utils import mistakes_end
 
 # The largest difference from PyTorch in float32, relative to the largest logit. A file beyond it is not written.
 TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2, "int8": 2.5e-1}
@@ -186,11 +187,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with mistakes_end("export.py"):
         run(args)
-    except ValueError as error:
-        sys.stderr.write(f"export.py: error: {error}\n")
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

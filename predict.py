@@ -15,6 +15,7 @@ import deployment
 import runtimes
 from export import add_network_flags, open_network
 from options import COUNT, Parser, canonical
+from utils import mistakes_end
 
 # Flags that choose or prepare a network, which an exported file settles itself.
 NETWORK_FLAGS = (
@@ -90,11 +91,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with mistakes_end("predict.py"):
         run(args)
-    except ValueError as error:
-        sys.stderr.write(f"predict.py: error: {error}\n")
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import weakref
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -265,6 +265,16 @@ class StopRequest:
 def one_line(message: str) -> str:
     """The message with line ends and whatever else cannot be printed spelled out."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message.strip())
+
+
+@contextlib.contextmanager
+def mistakes_end(prog: str) -> Iterator[None]:
+    """End the process with exit code 2 and one line on standard error if what is done in it raises a user's mistake."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"{prog}: error: {one_line(str(error))}\n")
+        raise SystemExit(2) from None
 
 
 def setup_logging(rank: int) -> None:

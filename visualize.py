@@ -18,6 +18,7 @@ from options import COUNT, WHOLE, Parser, canonical
 from pictures.cam import View, activation_maps, cam_figure
 from pictures.figures import read_results, results_figures
 from pictures.subjects import Network, open_network, read_images
+from utils import mistakes_end
 
 PAPER_RESULTS = Path(__file__).parent / "docs" / "paper_results.csv"
 
@@ -146,11 +147,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
+    with mistakes_end("visualize.py"):
         args.draw(args)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"visualize.py: error: {error}\n")
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
