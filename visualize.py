@@ -3,6 +3,7 @@
 python visualize.py cam IMAGE_OR_FOLDER --network CHECKPOINT --network resnet50 --output FILE.png
 python visualize.py curves RUN_DIR RUN_DIR --output FILE.png
 python visualize.py figures --output_dir docs
+python visualize.py detections IMAGE_OR_FOLDER --network CHECKPOINT --output FILE.png
 """
 
 import argparse
@@ -12,9 +13,13 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 import metrics
-from options import COUNT, WHOLE, Parser, canonical
+from object_detection.checkpoints import open_detector
+from object_detection.draw import draw_images
+from options import COUNT, FRACTION, WHOLE, Parser, canonical
 from pictures.cam import View, activation_maps, cam_figure
 from pictures.figures import read_results, results_figures
 from pictures.subjects import Network, open_network, read_images
@@ -27,6 +32,14 @@ def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     print(path)
+
+
+def _images(args: argparse.Namespace) -> tuple[list[str], list[Image.Image]]:
+    """Names and RGB images; says so if there are more than --max_images."""
+    names, images, total = read_images(args.images, args.max_images)
+    if total > len(images):
+        print(f"the first {len(images)} of {total} images; --max_images takes more")
+    return names, images
 
 
 # -- class-activation maps
@@ -50,7 +63,7 @@ def _views(network: Network, images: Sequence, target: int | None, level: int | 
 
 def draw_cam(args: argparse.Namespace) -> None:
     opened = [open_network(spec, key=args.model_key) for spec in args.network]
-    names, images, total = read_images(args.images, args.max_images)
+    names, images = _images(args)
     columns: dict[str, list[View]] = {}
     for number, network in enumerate(opened, 1):
         label = network.label if network.label not in columns else f"{network.label} ({number})"
@@ -58,8 +71,6 @@ def draw_cam(args: argparse.Namespace) -> None:
             columns[label] = _views(network, images, args.target, args.level)
         except ValueError as error:
             raise ValueError(f"{' '.join(network.label.split())}: {error}") from error
-    if total > len(images):
-        print(f"the first {len(images)} of {total} images; --max_images takes more")
     _save(cam_figure(columns, names), args.output)
 
 
@@ -104,7 +115,24 @@ def draw_figures(args: argparse.Namespace) -> None:
         _save(figure, args.output_dir / name)
 
 
+# -- detections
+
+
+def draw_detected(args: argparse.Namespace) -> None:
+    detector, classes = open_detector(args.network, key=args.model_key)
+    _, images = _images(args)
+    draw_images(detector, map(to_tensor, images), args.output, classes=classes, threshold=args.threshold)
+    print(args.output)
+
+
 # -- the command line
+
+
+def _add_images(parser: argparse.ArgumentParser, *, shown: str) -> None:
+    """What images a command is about, and where the picture goes."""
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files, folders of them, or idx files")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.png")
+    parser.add_argument("--max_images", type=COUNT, default=8, help=shown)
 
 
 def build_parser() -> Parser:
@@ -113,7 +141,7 @@ def build_parser() -> Parser:
 
     cam = commands.add_parser("cam", help="class-activation maps: where a network looks")
     cam.set_defaults(draw=draw_cam)
-    cam.add_argument("images", nargs="+", metavar="IMAGES", help="image files, folders of them, or idx files")
+    _add_images(cam, shown="rows of the picture")
     cam.add_argument(
         "--network",
         action="append",
@@ -121,10 +149,8 @@ def build_parser() -> Parser:
         metavar="[MODEL=]CHECKPOINT",
         help="a column; repeat it to compare. MODEL alone takes timm's pretrained weights",
     )
-    cam.add_argument("--output", type=Path, required=True, metavar="FILE.png")
     cam.add_argument("--target", type=WHOLE, metavar="CLASS", help="number of the class to explain [the predicted one]")
     cam.add_argument("--level", type=int, help="index of timm's feature_info [the last feature map]")
-    cam.add_argument("--max_images", type=COUNT, default=8, help="rows of the picture")
     cam.add_argument("--model_key", help="of the weights in the checkpoints [model_ema, or else model]")
 
     curves = commands.add_parser("curves", help="training curves of several runs over each other")
@@ -137,6 +163,13 @@ def build_parser() -> Parser:
     figures.add_argument("--output_dir", type=Path, required=True, help="for depth_accuracy.png, latency_accuracy.png")
     figures.add_argument("--paper", type=Path, default=PAPER_RESULTS, metavar="FILE", help="[docs/paper_results.csv]")
     figures.add_argument("--measured", type=Path, metavar="FILE", help="results of our own, drawn beside the paper's")
+
+    detections = commands.add_parser("detections", help="boxes and masks that a detector finds in images")
+    detections.set_defaults(draw=draw_detected)
+    _add_images(detections, shown="images in the picture")
+    detections.add_argument("--network", required=True, metavar="CHECKPOINT", help="of object_detection/main.py")
+    detections.add_argument("--threshold", type=FRACTION, default=0.5, help="score from which a detection is drawn")
+    detections.add_argument("--model_key", default="model_ema|model", help="of the weights in the checkpoint")
     return parser
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import networks
 import utils
 from object_detection.coco import CocoDataset
-from object_detection.detectors import Detector, create_detector, load_backbone
+from object_detection.detectors import FRAMEWORKS, Detector, create_detector, load_backbone
 
 __all__ = [
     "build_detector",
@@ -91,9 +91,10 @@ def open_detector(path: str | Path, *, key: str = "model_ema|model") -> tuple[De
         ValueError: it cannot be read, or is not of a detector.
     """
     checkpoint = utils.load_checkpoint(path)
-    if not {"args", "classes"} <= checkpoint.keys():
+    recorded = networks.recorded_args(checkpoint)
+    if "classes" not in checkpoint or not str(recorded.get("model")).startswith(FRAMEWORKS):
         raise utils.CheckpointError(f"{path} is not the checkpoint of a detector")
-    recorded = networks.recorded_args(checkpoint) | {"deploy": bool(checkpoint.get("deploy", False))}
+    recorded = recorded | {"deploy": bool(checkpoint.get("deploy", False))}
     detector = build_detector(argparse.Namespace(**recorded), len(checkpoint["classes"]) + 1)
     utils.load_weights(detector, utils.checkpoint_weights(checkpoint, key=key, path=path), path=path)
     return detector.eval(), tuple(checkpoint["classes"])

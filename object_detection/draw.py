@@ -1,6 +1,6 @@
 """Pictures of detections."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,9 +9,10 @@ from matplotlib import colormaps
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
+from object_detection.detectors import Detector
 from object_detection.evaluation import MASK_THRESHOLD
 
-__all__ = ["draw_detections", "save_picture"]
+__all__ = ["draw_detections", "draw_images", "save_picture"]
 
 SMALLEST_SIDE = 384  # px, to which a small image is enlarged, so that the names of the classes can be read
 FONT_SIZE = 14
@@ -77,3 +78,20 @@ def save_picture(pictures: Sequence[torch.Tensor], path: str | Path, *, columns:
         to_pil_image(grid).save(path)
     except OSError as error:
         raise ValueError(f"cannot write the picture {path}: {error.strerror or error}") from error
+
+
+@torch.no_grad()
+def draw_images(
+    detector: Detector, images: Iterable[torch.Tensor], path: str | Path, *, classes: Sequence[str], threshold: float
+) -> None:
+    """Write a picture of what a detector in eval mode finds in images (3, H, W) in [0, 1], one by one.
+
+    Raises:
+        ValueError: the picture cannot be written.
+    """
+    device = next(detector.parameters()).device
+    pictures = [
+        draw_detections(image, detector([image.to(device)])[0], classes=classes, threshold=threshold)
+        for image in images
+    ]
+    save_picture(pictures, path)

@@ -38,7 +38,7 @@ from object_detection.checkpoints import (
 from object_detection.coco import CocoDataset, collate
 from object_detection.comparing import largest_difference
 from object_detection.detectors import Detector
-from object_detection.draw import draw_detections, save_picture
+from object_detection.draw import draw_images
 from object_detection.evaluation import KINDS, STATISTICS, average_precision, detect
 from object_detection.options import parse_args
 from optim_factory import step_schedule
@@ -143,19 +143,9 @@ def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
         title = f"AP (%) on {len(dataset)} images"
         print(metrics.table([["", *STATISTICS], *ap_rows(found, "")], title))
         if args.draw:
-            draw_checkpoint(args, detector, dataset, world.device)
-
-
-@torch.no_grad()
-def draw_checkpoint(args: argparse.Namespace, detector: Detector, dataset: CocoDataset, device: torch.device) -> None:
-    images = first_images(dataset, args.draw_images)
-    detections = [detector([image.to(device)])[0] for image in images]
-    pictures = [
-        draw_detections(image, detection, classes=dataset.classes, threshold=args.draw_threshold)
-        for image, detection in zip(images, detections, strict=True)
-    ]
-    save_picture(pictures, args.draw)
-    print(f"picture: {args.draw}")
+            images = first_images(dataset, args.draw_images)
+            draw_images(detector, images, args.draw, classes=dataset.classes, threshold=args.draw_threshold)
+            print(f"picture: {args.draw}")
 
 
 # -- deploying

@@ -14,6 +14,7 @@ from PIL import Image
 
 import options
 import utils
+import visualize
 from engine import Precision
 from object_detection import main, make_garments
 from object_detection.checkpoints import open_detector
@@ -203,6 +204,15 @@ def test_evaluating_and_drawing(garments, straight, tmp_path, capsys):
     with Image.open(picture) as image:
         assert image.size == (3 * 320 + 4 * 4, 320 + 2 * 4)
     assert not list(tmp_path.glob("*.pth"))
+    # visualize.py needs no flags for it, and no annotations.
+    again = tmp_path / "new" / "again.png"
+    options = ["--model_key", "model", "--max_images", "3", "--threshold", "0.1", "--output", str(again)]
+    last = str(straight / "checkpoint-last.pth")
+    visualize.main(["detections", str(garments / "val"), "--network", last, *options])
+    assert capsys.readouterr().out == f"the first 3 of 5 images; --max_images takes more\n{again}\n"
+    assert again.read_bytes() == picture.read_bytes()
+    visualize.main(["detections", str(garments / "val"), "--network", last, *options, "--threshold", "1"])
+    assert again.read_bytes() != picture.read_bytes()  # there are detections in it
 
 
 def test_fusing_a_trained_detector(garments, straight, tmp_path, capsys):

@@ -153,7 +153,7 @@ def test_the_pages_hold_what_they_must():
     assert any(args.auto_resume for args in parsed)
     assert any(args.finetune and not args.eval for args in parsed)
     pictures = [arguments_of(command, "visualize.py") for block in SHELL for command in commands(block.text)]
-    assert {arguments[0] for arguments in pictures if arguments} == {"cam", "curves", "figures"}
+    assert {arguments[0] for arguments in pictures if arguments} == {"cam", "curves", "figures", "detections"}
     assert {"torchrun", "srun", "make"} <= {command[0] for block in SHELL for command in commands(block.text)}
 
 

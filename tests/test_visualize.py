@@ -455,6 +455,11 @@ def spoil(folder):
         ("figures --measured no_number.csv", "no_number.csv, line 2: latency_ms is no number: fast"),
         ("figures --measured no_column.csv", "no_column.csv has no column series"),
         ("figures --output_dir text.png", "text.png"),
+        ("detections gone.png --network gone.pth", "gone.pth does not exist"),
+        ("detections IMAGES --network LAST", "LAST is not the checkpoint of a detector"),
+        ("detections IMAGES --network bare.pth", "bare.pth is not the checkpoint of a detector"),
+        ("detections IMAGES --network payload.pth", "payload.pth: refused"),
+        ("detections IMAGES --network LAST --threshold 2", "--threshold"),
         ("nosuch", "nosuch"),
     ],
 )
@@ -472,7 +477,7 @@ def test_bad_input(run_folder, tmp_path, monkeypatch, capsys, command, named):
     assert ended.value.code == 2
     assert len(errors) == 1, errors
     assert re.match(r"visualize\.py( \w+)?: error: ", errors[0])
-    assert named in errors[0]
+    assert named.replace("LAST", places["LAST"]) in errors[0]
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out.png").exists()
 

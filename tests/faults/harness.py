@@ -125,7 +125,7 @@ class Process:
     def error(self) -> str:
         """The one line on what went wrong; asserts that it is one, and that no traceback is with it."""
         assert "Traceback" not in self.output, self.output
-        found = [line for line in self.output.splitlines() if re.match(r"\w+\.py: error: ", line)]
+        found = [line for line in self.output.splitlines() if re.match(r"[\w/]+\.py: error: ", line)]
         assert len(found) == 1, self.output
         return found[0]
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shlex
 import shutil
 
 import pytest
@@ -9,14 +10,16 @@ import torch
 
 import utils
 from harness import flags
+from object_detection import make_garments
 from runs import ROOT
 
-# What each command of this repository is given to read the file; a command that there is not is left out.
+# What each command of this repository is given to read the file.
 COMMANDS = {
     "export.py": ["FILE", "--to", "onnx", "--output", "OUT"],
     "predict.py": ["FILE", "IMAGE"],
     "benchmark.py": ["--models", "FILE", "--runtimes", "eager", "--calls", "1"],
-    "visualize.py": ["cam", "IMAGE", "--network", "vanillanet_5=FILE", "--output", "OUT.png"],
+    "visualize.py cam": ["IMAGE", "--network", "vanillanet_5=FILE", "--output", "OUT.png"],
+    "visualize.py detections": ["IMAGE", "--network", "FILE", "--output", "OUT.png"],
 }
 TRAINING = {
     "main.py --resume": ["--resume", "FILE"],
@@ -25,6 +28,17 @@ TRAINING = {
     "main.py --switch_to_deploy": ["--switch_to_deploy", "OUT", "--finetune", "FILE"],
     "main.py --teacher_weights": ["--teacher", "vanillanet_5", "--teacher_weights", "FILE"],
 }
+DETECTION = (
+    "--model mask_rcnn_vanillanet_5 --width_mult 0.015625 --device cpu --num_workers 0 --data_path {data} --epochs 1 "
+    "--annotations train.json --images train --eval_annotations val.json --eval_images val --lr_steps --warmup_steps 0"
+)
+
+
+@pytest.fixture(scope="module")
+def garments(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("garments")
+    make_garments.main([str(folder), "--train", "2", "--val", "2", "--side", "64"])
+    return folder
 
 
 class Payload:
@@ -55,11 +69,13 @@ def test_the_payload_is_one(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_every_command_refuses(server, data, tmp_path, thorough, report, zipped):
+def test_every_command_refuses(server, data, garments, tmp_path, thorough, report, zipped):
     evil, left = tmp_path / "evil.pth", tmp_path / "left-behind"
     write(evil, left, zipped=zipped)
     image = ROOT / "data" / "fashion-mnist" / "t10k-images-idx3-ubyte.gz"
     names = {"FILE": str(evil), "OUT": str(tmp_path / "out"), "OUT.png": str(tmp_path / "out.png"), "IMAGE": str(image)}
+
+    detection = shlex.split(DETECTION.format(data=garments))
 
     def named(arguments):
         found = []
@@ -70,8 +86,11 @@ def test_every_command_refuses(server, data, tmp_path, thorough, report, zipped)
 
     runs = {name: ("main:main", flags(data, None, *named(given))) for name, given in TRAINING.items()}
     for name, given in COMMANDS.items():
-        if (ROOT / name).exists() and (thorough or zipped):
-            runs[name] = f"{name.removesuffix('.py')}:main", named(given)
+        if thorough or zipped:
+            file, *command = name.split()
+            runs[name] = f"{file.removesuffix('.py')}:main", [*command, *named(given)]
+    for flag in ("--finetune", "--resume", "--backbone_weights"):
+        runs[f"object_detection/main.py {flag}"] = "object_detection.main:main", [*detection, flag, str(evil)]
     started = {name: server.start(*arguments, target=target) for name, (target, arguments) in runs.items()}
     for name, process in started.items():
         assert process.wait() == 2, (name, process.output)
