@@ -214,6 +214,7 @@ def test_a_missing_package_is_one_line(checkpoint, tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the largest variants take minutes on two busy cores
 @pytest.mark.parametrize("variant", models.vanillanet.VARIANTS)
 def test_every_variant_in_full_width(tmp_path, variant, capsys):
     pytest.importorskip("onnxscript")

@@ -114,7 +114,8 @@ class Process:
 
     @property
     def output(self) -> str:
-        return self.log.read_text(errors="replace")
+        # What torch's handler in a loader process says of a segmentation fault ends with a zero byte.
+        return self.log.read_text(errors="replace").replace("\0", "")
 
     def line(self, pattern: str) -> str:
         """The last line of the output that matches, without the time in front of it."""
