@@ -68,7 +68,7 @@ def report(request, tmp_path) -> Callable[..., None]:
         reads = reads.replace(f"{tmp_path}/", "").replace(str(tmp_path), "FOLDER")
         reads = re.sub(r"/\S*?pytest-of-\w+/pytest-\d+/\S+?/", "", reads)
         reads = reads.replace(socket.gethostname(), "HOST")
-        reads = re.sub(r"(?<=process )\d+|(?<=pid )\d+", "PID", reads)
+        reads = re.sub(r"(?<=process )\d+|(?<=pid )\d+|(?<=pid\(s\) )\d+", "PID", reads)
         request.config.stash[ROWS].append(page.Row(fault, str(injected), lost, reads))
 
     return hand_in
