@@ -10,7 +10,7 @@ import torchvision
 import benchmark
 import profiling
 from benchmarking import report, results
-from benchmarking.limit import best_product
+from benchmarking.limit import PRODUCTS, best_product
 from benchmarking.worker import Spec, Worker, WorkerError, closing, prepare
 
 SMALL = shlex.split("--width_mult 0.03125 --resolutions 32 --calls 6 --threads 1")
@@ -180,7 +180,29 @@ def test_the_limit_is_a_rate(monkeypatch, precision):
     now = iter(range(10**6))
     monkeypatch.setattr("benchmarking.limit.time.perf_counter", lambda: next(now) / 1e3)
     monkeypatch.setattr("benchmarking.limit.SIZES", {"cpu": (32, 64)})
+    monkeypatch.setattr("benchmarking.limit.SLOW", 10)  # by this clock all products take equally long
     assert best_product(precision) == pytest.approx(2 * 64**3 / 1e-3 / 1e9)
+
+
+def test_a_kernel_that_is_a_plain_loop_is_given_up(monkeypatch):
+    """At the smallest size, in which it is fastest here; the other goes on to the largest."""
+    now, calls = [0.0], []
+
+    def products(size, device):
+        def kernel(name, rate):
+            def product():
+                calls.append((name, size))
+                now[0] += 2 * size**3 / 1e9 / rate
+
+            return product
+
+        return [kernel("loop", 1e-7), kernel("fast", 1.0)]
+
+    monkeypatch.setattr("benchmarking.limit.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("benchmarking.limit.SIZES", {"cpu": (64, 128)})
+    monkeypatch.setitem(PRODUCTS, "int8", products)
+    assert best_product("int8") == pytest.approx(1.0)
+    assert set(calls) == {("loop", 8), ("fast", 8), ("fast", 64), ("fast", 128)}
 
 
 def test_a_process_that_cannot_says_why(tmp_path):
