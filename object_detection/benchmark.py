@@ -134,7 +134,7 @@ def run(args: argparse.Namespace, device: torch.device) -> str:
         for (name, detector), rate in zip(forms.items(), rates, strict=True):
             cost = count_macs(detector, height, width)
             giga = [f"{value / 1e9:.1f}" for value in (cost.backbone, cost.neck, cost.heads, cost.total)]
-            rows.append([name, f"{profiling.count_params(detector) / 1e6:.2f}", *giga, f"{rate:.2f}"])
+            rows.append([name, f"{profiling.count_params(detector) / 1e6:.2f}", *giga, f"{rate:.3g}"])
     return metrics.table(rows, f"{width}x{height} px, batch 1, float32")
 
 

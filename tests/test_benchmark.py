@@ -3,6 +3,7 @@
 import csv
 import shlex
 import statistics
+from pathlib import Path
 
 import pytest
 import torchvision
@@ -203,6 +204,13 @@ def test_a_kernel_that_is_a_plain_loop_is_given_up(monkeypatch):
     monkeypatch.setitem(PRODUCTS, "int8", products)
     assert best_product("int8") == pytest.approx(1.0)
     assert set(calls) == {("loop", 8), ("fast", 8), ("fast", 64), ("fast", 128)}
+
+
+def test_the_committed_page_is_made_from_the_committed_results(tmp_path):
+    docs = Path(benchmark.__file__).with_name("docs")
+    rows = results.read(docs.parent / "results" / "cpu.csv")
+    report.write_page(tmp_path / "benchmark.md", rows, figures=tmp_path)
+    assert (tmp_path / "benchmark.md").read_text() == (docs / "benchmark.md").read_text()
 
 
 def test_a_process_that_cannot_says_why(tmp_path):
