@@ -22,6 +22,7 @@ from .base import (
     quiet,
     require,
 )
+from .processor import sums_saturate
 
 INPUT, OUTPUT = "images", "logits"
 OPSET = 20
@@ -56,6 +57,7 @@ def _quantize(path: Path, calibration: Calibration, *, symmetric: bool) -> None:
             per_channel=True,
             activation_type=kind.QInt8 if symmetric else kind.QUInt8,
             weight_type=kind.QInt8,
+            reduce_range=not symmetric and sums_saturate(),
             extra_options={"ActivationSymmetric": symmetric},
         )
 

@@ -6,9 +6,14 @@ from pathlib import Path
 import torch
 
 from .base import Calibration, FileEngine, Form, Layer, Metadata, Runtime, exported, in_precision, quiet, require
+from .processor import sums_saturate
 
 SECTION = "vanillanet"  # in the file's rt_info
-HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # int8 leaves some operators out, which then run in bfloat16
+HINTS = {
+    "fp32": "f32",
+    "bf16": "bf16",
+    "int8": "bf16",
+}  # what int8 leaves out runs in bfloat16, where there is any
 
 
 class OpenVINO(FileEngine):
@@ -45,6 +50,7 @@ class OpenVINO(FileEngine):
         images = [image.numpy() for image in calibration.images()]
         # The series activations stay in bfloat16: int8 saves little time there and loses the most accuracy.
         kept = ["GroupConvolution"] if skip_depthwise else []
+        fix = nncf.OverflowFix.ENABLE if sums_saturate() else None  # None: as NNCF chooses
         return nncf.quantize(
             model,
             nncf.Dataset(images),
@@ -52,6 +58,7 @@ class OpenVINO(FileEngine):
             target_device=nncf.TargetDevice.CPU,
             subset_size=len(images),
             ignored_scope=nncf.IgnoredScope(types=kept, validate=False),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
         )
 
     def open(self, path: Path, *, precision=None, device="cpu", profile=False) -> Runtime:
@@ -70,6 +77,8 @@ class OpenVINO(FileEngine):
         precision = precision or metadata.precision
         if "int8" in (precision, metadata.precision) and precision != metadata.precision:
             raise ValueError(f"{path} computes in {metadata.precision}, not in {precision}: export it anew")
+        if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ValueError("this processor has no bfloat16, and OpenVINO would compute in float32: use fp32 or int8")
         compiled = core.compile_model(
             model,
             "CPU",

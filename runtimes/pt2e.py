@@ -5,6 +5,7 @@ from torch import nn
 
 from .base import Calibration, Form, exported, quiet, require
 from .plain import DEPTHWISE
+from .processor import sums_saturate
 
 
 class Mixed(nn.Module):
@@ -39,7 +40,9 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration)
             get_default_x86_inductor_quantization_config,
         )
 
-        quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+        quantizer = X86InductorQuantizer().set_global(
+            get_default_x86_inductor_quantization_config(reduce_range=sums_saturate())
+        )
         quantizer.set_module_type_qconfig(nn.MaxPool2d, None)
         for name, _ in network.named_modules():
             if name.endswith(f".{DEPTHWISE}") and not calibration.depthwise:
