@@ -274,14 +274,15 @@ def test_backbones_that_do_not_fit():
 
 def test_fusing_changes_no_detection(randomized):
     for name in ("retinanet_vanillanet_9", "mask_rcnn_vanillanet_9"):
-        detector = lively(tiny(name), randomized)
+        # In float64: through random layers float32's rounding grows to about 1e-4, how far depends on the processor.
+        detector = lively(tiny(name), randomized).double()
         fused = copy.deepcopy(detector)
         fused.switch_to_deploy()
         assert (fused.deploy, detector.deploy) == (True, False)
-        images = [torch.rand(3, 60, 90), torch.rand(3, 100, 70)]
+        images = [torch.rand(3, 60, 90).double(), torch.rand(3, 100, 70).double()]
         scores = [detector([image])[0]["scores"] for image in images]
         assert all(len(x) > 10 and x.max() - x.min() > 0.02 for x in scores), scores
-        assert largest_difference(detector, fused, images) < 1e-4
+        assert largest_difference(detector, fused, images) < 1e-9
         assert profiling.count_layers(fused.network) < profiling.count_layers(detector.network)
         with torch.no_grad():  # a wrong fusion shows
             fused.network.stages[2].conv.bias.add_(0.3)
