@@ -70,6 +70,24 @@ class FadingReLU(nn.Module):
         return f"slope={self.slope}"
 
 
+@torch.fx.wrap  # a symbolic trace does not know the map's size
+def _train_series(x: torch.Tensor, weight: torch.Tensor, act_num: int) -> torch.Tensor:
+    """The series of (N, C, H, W) with a weight of (C, 1, 2n+1, 2n+1), in the form whose gradient is quick.
+
+    Where the kernel is larger than the map, oneDNN has no kernel for its gradient and multiplies small matrices image
+    by image, which took half of a training step at 48 px. So taps that meet nothing but the zero padding are left out,
+    and the padding that makes the map smaller than the kernel is written out. The sum keeps its terms.
+    """
+    height, width = x.shape[-2:]
+    if not x.is_cpu or min(height, width) > 2 * act_num:
+        return F.conv2d(x, weight, padding=act_num, groups=x.shape[1])
+    rows, columns = min(act_num, height - 1), min(act_num, width - 1)  # how far a tap reaches within the map
+    weight = weight[:, :, act_num - rows : act_num + rows + 1, act_num - columns : act_num + columns + 1]
+    padding = min(rows, (height - 1) // 2), min(columns, (width - 1) // 2)
+    top, left = rows - padding[0], columns - padding[1]
+    return F.conv2d(F.pad(x, (left, left, top, top)), weight, padding=padding, groups=x.shape[1])
+
+
 class SeriesActivation(nn.Conv2d):
     """The series-informed activation (paper, Series Informed Activation Function), (N, C, H, W) -> (N, C, H, W).
 
@@ -87,13 +105,16 @@ class SeriesActivation(nn.Conv2d):
             raise ValueError(f"act_num must be 0 or more, not {act_num}")
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, dim, 2 * act_num + 1, padding=act_num, groups=dim, bias=deploy, **dd)
+        self.act_num = act_num
         self.bn = None if deploy else nn.BatchNorm2d(dim, eps=BN_EPS, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self._conv_forward(F.relu(x), self.weight, self.bias)
-        if self.bn is not None:
-            x = self.bn(x)
-        return x
+        x = F.relu(x)
+        if self.bn is None:
+            return self._conv_forward(x, self.weight, self.bias)
+        if self.training:
+            return self.bn(_train_series(x, self.weight, self.act_num))
+        return self.bn(self._conv_forward(x, self.weight, self.bias))
 
     def switch_to_deploy(self) -> None:
         """Fold the BatchNorm in. A second call does nothing."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -203,6 +204,33 @@ def test_series_activation_is_the_papers_sum():
                                 x[0, c, h + i, w + j], 0
                             )
     assert_close(act(x).detach(), expected / (1 + 1e-6) ** 0.5)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3), (4, 4), (6, 2), (5, 12), (9, 9)])
+def test_training_on_maps_smaller_than_the_kernel_is_the_same_series(size, n, monkeypatch):
+    """oneDNN has no kernel for the weight gradient where the convolution's kernel is larger than its input."""
+    act = SeriesActivation(3, act_num=n, dtype=torch.float64).train()
+    images, gradient = (torch.randn(2, 3, *size, dtype=torch.float64) for _ in range(2))
+
+    def outcome():
+        x = images.clone().requires_grad_()
+        y = act(x)
+        return y, *torch.autograd.grad(y, (x, act.weight), gradient)
+
+    def plain(x, weight, n):
+        return F.conv2d(x, weight, padding=n, groups=3)
+
+    convolution, seen = F.conv2d, []
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "conv2d", lambda x, w, **kw: seen.append((x.shape, w.shape)) or convolution(x, w, **kw))
+        ours = outcome()
+    [(x, weight)] = seen
+    assert x[2] >= weight[2]
+    assert x[3] >= weight[3]
+    monkeypatch.setattr(models.vanillanet, "_train_series", plain)
+    for value, expected in zip(ours, outcome(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
 
 
 # -- constructor arguments
