@@ -9,3 +9,8 @@ def sums_saturate() -> bool:
     It is so on x86 without VNNI's instructions. Weights then have to keep to 7 bits.
     """
     return torch.cpu._is_avx2_supported() and not torch.cpu._is_vnni_supported()
+
+
+def has_bfloat16() -> bool:
+    """Whether oneDNN, which computes PyTorch's convolutions, has kernels for bfloat16 here and no mere reference."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -5,25 +5,30 @@ from torch import nn
 
 from .base import Calibration, Form, exported, quiet, require
 from .plain import DEPTHWISE
-from .processor import sums_saturate
+from .processor import has_bfloat16, sums_saturate
 
 
 class Mixed(nn.Module):
-    """A quantized graph whose other operators run in bfloat16; float32 in and out."""
+    """A quantized graph whose other operators run in bfloat16, if the processor has it; float32 in and out.
+
+    Elsewhere they run in float32: oneDNN computes an int8 convolution with bfloat16 results there by its reference
+    implementation, hundreds of times slower.
+    """
 
     def __init__(self, graph: nn.Module):
         super().__init__()
         self.network = graph
+        self.bfloat16 = has_bfloat16()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
             return self.network(images).float()
 
 
 def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration) -> Mixed:
     """`network` with its dense convolutions in int8: weights per output channel, activations uint8 per tensor.
 
-    The rest is in bfloat16. The depthwise convolutions of the series activations are left out because they would cost
+    The rest is as in `Mixed`. The depthwise convolutions of the series activations are left out because they would cost
     more accuracy than all others together and save a twentieth of the time, the pools because in 8 bits they cost
     accuracy and save nothing (docs/DEPLOY.md).
 

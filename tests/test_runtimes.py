@@ -9,10 +9,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import models
 import runtimes
 from processors import openvino_has_bfloat16
+from runtimes import pt2e
 from runtimes.adaptive_pool import AxisMaxPool, _as_strided_pool, fix_adaptive_pools, windows
 from runtimes.base import FixedBatch
 from runtimes.plain import plain
@@ -238,6 +241,26 @@ def test_depthwise_convolutions_are_quantized_on_request_only(network, images, t
         weights = [openvino_bits(node) for node in depthwise_nodes]
         assert len(depthwise_nodes) == 5
         assert weights.count(8) == expected
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_what_int8_leaves_is_in_bfloat16_where_the_processor_has_it(network, images, monkeypatch, bfloat16):
+    skip_without("torchao")
+    monkeypatch.setattr(pt2e, "has_bfloat16", lambda: bfloat16)
+    quantized = pt2e.quantize(plain(network, images), images, runtimes.Calibration([images]))
+    found = set()
+
+    class Dtypes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            found.update(tensor.dtype for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor))
+            return result
+
+    with torch.no_grad(), Dtypes():
+        logits = quantized(images)
+    assert (torch.bfloat16 in found) == bfloat16
+    assert found >= {torch.uint8, torch.float32}
+    assert difference(logits, network(images).detach()) < TOLERANCE["int8"]
 
 
 def openvino_bits(node):
