@@ -5,13 +5,15 @@ from collections.abc import Callable
 
 import torch
 
+from runtimes.processor import has_bfloat16
+
 SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # the smallest at which the rate has stopped rising, and twice it
 REPEATS = 5
 PILOT = 8  # part of the smallest size that is tried first
 SLOW = 1.0  # seconds; a kernel whose product of the largest size would take longer is given up
 # Whether oneDNN has it on this processor, where that is not a matter of course.
 ONEDNN_HAS = {
-    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+    torch.bfloat16: has_bfloat16,
     torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
 }
 
@@ -43,10 +45,12 @@ def _int8(size: int, device: str) -> list[Callable[[], torch.Tensor]]:
         packed = torch.ops.onednn.qlinear_prepack(b, [size, size])
         scale, zero = torch.ones(size), torch.zeros(size, dtype=torch.int32)
         one, middle = torch.tensor(1.0), torch.tensor(128)
+        # As in the engine: with results that the processor has no instructions for, oneDNN takes its reference kernel.
+        dtype = torch.bfloat16 if has_bfloat16() else torch.float32
 
         def quantized() -> torch.Tensor:
             return torch.ops.onednn.qlinear_pointwise(
-                unsigned, one, middle, packed, scale, zero, None, 1.0, 0, torch.bfloat16, "none", [], ""
+                unsigned, one, middle, packed, scale, zero, None, 1.0, 0, dtype, "none", [], ""
             )
 
         found.append(quantized)
