@@ -144,7 +144,8 @@ class OnnxRuntime(FileEngine):
         def layers(images: torch.Tensor) -> list[Layer]:
             run(images)
             events = json.loads(Path(session.end_profiling()).read_text())
-            nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+            begun = max(event["ts"] for event in events if event["name"] == "model_run")  # of all calls the last
+            nodes = [event for event in events if event["ts"] >= begun and event["name"].endswith("_kernel_time")]
             return [Layer(event["name"], event["args"]["op_name"], event["dur"] / 1e3) for event in nodes]
 
         return Runtime(self.name, precision, run, metadata=metadata, device=device, profile=layers if profile else None)
