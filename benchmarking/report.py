@@ -93,9 +93,12 @@ def _conditions(rows: Sequence[Row]) -> list[str]:
     libraries = sorted({row["library"] for row in rows if not row["library"].startswith("torch ")})
     if libraries:
         lines.append(f"- Further libraries: {', '.join(libraries)}")
-    limits = {row["precision"]: row["limit_gflops"] for row in rows if row["limit_gflops"]}
-    stated = ", ".join(f"{precision} {limit:.0f}" for precision, limit in limits.items())
-    lines.append(f"- The machine's limit, its best large matrix product (GFLOP/s): {stated}")
+    limits: dict[str, set[str]] = {}
+    for row in rows:
+        if row["limit_gflops"]:
+            limits.setdefault(row["precision"], set()).add(f"{row['limit_gflops']:.0f}")
+    stated = "; ".join(f"{precision} {', '.join(sorted(found, key=int))}" for precision, found in limits.items())
+    lines.append(f"- The machine's limit, its best large matrix product in each run (GFLOP/s): {stated}")
     anchors = [row["anchor_ms"] for row in rows if row["anchor_ms"]]
     if anchors:
         lines.append(f"- Drift: the anchor's median was between {min(anchors):.1f} and {max(anchors):.1f} ms")
@@ -165,8 +168,8 @@ def _lines(axes: Axes, rows: Sequence[Row], by: Sequence[str], x: str, y: str) -
 
 
 def _single(rows: Sequence[Row]) -> list[Row]:
-    """Inference of one image at the resolution that most rows have."""
-    chosen = [row for row in rows if row["kind"] == "inference" and row["batch"] == 1]
+    """Inference of one image at the resolution that most rows have; networks as published, none of their variants."""
+    chosen = [row for row in rows if row["kind"] == "inference" and row["batch"] == 1 and " (" not in row["network"]]
     resolutions = [row["resolution"] for row in chosen]
     return [row for row in chosen if row["resolution"] == max(resolutions, key=resolutions.count)]
 

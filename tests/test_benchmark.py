@@ -175,6 +175,23 @@ def test_published_accuracies_are_the_published_ones():
     assert {name for name in top1 if report.is_vanillanet(name)} == set(benchmark.timm.list_models("vanillanet*"))
 
 
+def test_figures_show_networks_as_published():
+    """A variant's label would not be known as a VanillaNet's."""
+    rows = results.read(Path(__file__).parents[1] / "results" / "cpu.csv")
+    assert any(row["network"] == "vanillanet_11 (built deployed)" for row in rows)
+    depths = [
+        x for line in report.latency_depth(rows).axes[0].lines if "other" in line.get_label() for x in line.get_xdata()
+    ]
+    assert min(depths) > 13
+    assert len(depths) == len(
+        {
+            (row["network"], row["precision"])
+            for row in rows
+            if not report.is_vanillanet(row["network"].partition(" (")[0])
+        }
+    )
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_the_limit_is_a_rate(monkeypatch, precision):
     """On a clock that moves by 1 ms a reading: 2 n^3 operations in each millisecond, best for the largest n."""
