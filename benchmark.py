@@ -225,6 +225,7 @@ def _measure_group(
             "peak_mb": worker.peak_mb(),
             **facts[spec],
             "anchor_ms": results.statistics(anchor_seconds, 1)["median_ms"],
+            "anchor": f"{anchor.spec.network}, {anchor.spec.resolution} px",
             **results.conditions(spec.engine, device=spec.device, threads=args.threads),
         }
 

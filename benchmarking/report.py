@@ -99,9 +99,13 @@ def _conditions(rows: Sequence[Row]) -> list[str]:
             limits.setdefault(row["precision"], set()).add(f"{row['limit_gflops']:.0f}")
     stated = "; ".join(f"{precision} {', '.join(sorted(found, key=int))}" for precision, found in limits.items())
     lines.append(f"- The machine's limit, its best large matrix product in each run (GFLOP/s): {stated}")
-    anchors = [row["anchor_ms"] for row in rows if row["anchor_ms"]]
+    anchors: dict[str, list[float]] = {}
+    for row in rows:
+        if row["anchor_ms"]:
+            anchors.setdefault(row["anchor"], []).append(row["anchor_ms"])
     if anchors:
-        lines.append(f"- Drift: the anchor's median was between {min(anchors):.1f} and {max(anchors):.1f} ms")
+        ranges = "; ".join(f"{min(found):.1f} to {max(found):.1f} ms ({name})" for name, found in anchors.items())
+        lines.append(f"- Drift, the range of each anchor's median: {ranges}")
     return lines
 
 

@@ -16,7 +16,7 @@ __all__ = ["COLUMNS", "conditions", "read", "statistics", "write"]
 COLUMNS = (
     "kind", "network", "engine", "precision", "device", "resolution", "batch", "layers", "params_m", "macs_g",
     "calls", "median_ms", "p5_ms", "p95_ms", "mean_ms", "images_per_s", "ratio", "gflops", "limit_gflops", "share",
-    "peak_mb", "first_s", "anchor_ms",
+    "peak_mb", "first_s", "anchor_ms", "anchor",
     "processor", "threads", "torch", "library", "date",
 )  # fmt: skip
 # The package that does the arithmetic, where that is not torch.
