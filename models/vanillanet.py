@@ -75,8 +75,9 @@ def _train_series(x: torch.Tensor, weight: torch.Tensor, act_num: int) -> torch.
     """The series of (N, C, H, W) with a weight of (C, 1, 2n+1, 2n+1), in the form whose gradient is quick.
 
     Where the kernel is larger than the map, oneDNN has no kernel for its gradient and multiplies small matrices image
-    by image, which took half of a training step at 48 px. So taps that meet nothing but the zero padding are left out,
-    and the padding that makes the map smaller than the kernel is written out. The sum keeps its terms.
+    by image: half of a training step at 48 px on a processor without AVX-512. So taps that meet nothing but the zero
+    padding are left out, and the padding that the map needs to be as large as the kernel is written out. The sum keeps
+    its terms.
     """
     height, width = x.shape[-2:]
     if not x.is_cpu or min(height, width) > 2 * act_num:

@@ -9,11 +9,7 @@ from .base import Calibration, FileEngine, Form, Layer, Metadata, Runtime, expor
 from .processor import sums_saturate
 
 SECTION = "vanillanet"  # in the file's rt_info
-HINTS = {
-    "fp32": "f32",
-    "bf16": "bf16",
-    "int8": "bf16",
-}  # what int8 leaves out runs in bfloat16, where there is any
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # what int8 leaves runs in bfloat16, where there is any
 
 
 class OpenVINO(FileEngine):

@@ -1,4 +1,4 @@
-"""What the processor at hand can do, as far as quantizers have to know."""
+"""What the processor at hand can compute in."""
 
 import torch
 
