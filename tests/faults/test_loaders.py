@@ -87,9 +87,12 @@ def test_a_long_run(server, data, tmp_path, thorough, report):
         first, last = (statistics.median(sample[column] for sample in part) for part in (early, late))
         return last / first - 1
 
+    # Batches in flight are open files too, three each: what stays open shows in the fewest.
+    files = [min(sample[3] for sample in part) for part in (early, late)]
+
     assert growth(1) < 0.03
     assert growth(2) < 0.03
-    assert growth(3) <= 0
+    assert files[1] <= files[0]
     assert max(sample[4] for sample in samples) <= 5
     left = {name for name in shared_memory() - before if any(f"_{pid}_" in name for pid in seen)}
     assert left == set()
@@ -98,6 +101,6 @@ def test_a_long_run(server, data, tmp_path, thorough, report):
         f"a run of {30 * epochs} steps and {epochs} evaluations with loader processes",
         injected=1,
         lost=f"memory grew by {100 * growth(1):.1f} % ({100 * growth(2):.1f} % with the loader processes), open files "
-        f"by {100 * growth(3):.0f} %; no process and no shared memory was left",
+        f"from {files[0]} to {files[1]}; no process and no shared memory was left",
         reads="",
     )
