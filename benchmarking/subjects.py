@@ -13,6 +13,7 @@ import deployment
 import models
 import networks
 from runtimes import Calibration
+from runtimes.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from benchmarking.worker import Spec
@@ -93,6 +94,8 @@ def training_step(spec: "Spec") -> Callable[[], None]:
 
     The engine is `plain` (contiguous memory format), `channels_last`, or `compile`, which is channels-last, too.
     """
+    if torch.device(spec.device).type == "cpu":
+        keep_freed_memory()
     network = create(spec.network, resolution=spec.resolution, width_mult=spec.width_mult, deploy=False)
     layout = torch.contiguous_format if spec.engine == "plain" else torch.channels_last
     network = network.to(spec.device, memory_format=layout).train()
