@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .base import input_sizes
+
 __all__ = ["AxisMaxPool", "fix_adaptive_pools", "windows"]
 
 
@@ -84,18 +86,8 @@ def fix_adaptive_pools(network: nn.Module, images: torch.Tensor) -> nn.Module:
     pools = [name for name, module in network.named_modules() if isinstance(module, nn.AdaptiveMaxPool2d)]
     if not pools:
         return network
+    sizes = input_sizes(network, pools, images)
     network = copy.deepcopy(network)
-    sizes: dict[str, tuple[int, int]] = {}
-    hooks = [
-        network.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: sizes.__setitem__(name, tuple(inputs[0].shape[-2:]))
-        )
-        for name in pools
-    ]
-    with torch.no_grad():
-        network(images[:1])
-    for hook in hooks:
-        hook.remove()
     for name in pools:
         out = network.get_submodule(name).output_size
         out = (out, out) if isinstance(out, int) else tuple(out)

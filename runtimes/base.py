@@ -136,6 +136,24 @@ class Runtime:
         return f"Runtime({self.name}, {self.precision})"
 
 
+def input_sizes(network: nn.Module, names: Sequence[str], images: torch.Tensor) -> dict[str, tuple[int, int]]:
+    """Height and width of what the submodules of these names are given, for images (N, C, H, W)."""
+    sizes: dict[str, tuple[int, int]] = {}
+    hooks = [
+        network.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: sizes.__setitem__(name, tuple(inputs[0].shape[-2:]))
+        )
+        for name in names
+    ]
+    try:
+        with torch.no_grad():
+            network(images[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sizes
+
+
 class FixedBatch:
     """Batches of any size through a function that was compiled for one size.
 

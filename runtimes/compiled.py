@@ -12,6 +12,8 @@ from .base import DTYPES, Engine, FixedBatch, Form, Runtime, set_tf32
 from .eager import operator_times
 from .memory import keep_freed_memory
 from .plain import plain
+from .processor import slow_at_wide_convolutions
+from .wide import split_wide
 
 
 def inductor_form(network: nn.Module, images: torch.Tensor, *, precision: str, calibration, device: str) -> nn.Module:
@@ -19,6 +21,8 @@ def inductor_form(network: nn.Module, images: torch.Tensor, *, precision: str, c
     network = plain(network, images)
     if precision == "int8":
         return pt2e.quantize(network, images, calibration)
+    if precision == "fp32" and torch.device(device).type == "cpu" and slow_at_wide_convolutions():
+        network = split_wide(network, images)
     return Form(network, dtype=DTYPES[precision], layout=torch.channels_last, device=device)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .base import Calibration, FileEngine, Form, Layer, Metadata, Runtime, exported, in_precision, quiet, require
-from .processor import sums_saturate
+from .processor import slow_at_wide_convolutions, sums_saturate
 
 SECTION = "vanillanet"  # in the file's rt_info
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # what int8 leaves runs in bfloat16, where there is any
@@ -26,9 +26,13 @@ class OpenVINO(FileEngine):
         from models.vanillanet import SeriesActivation
 
         from .plain import plain
+        from .wide import split_wide
 
         openvino = self._library()
-        form = Form(plain(network, images))
+        layers = plain(network, images)
+        if precision == "fp32" and slow_at_wide_convolutions():
+            layers = split_wide(layers, images)
+        form = Form(layers)
         with quiet():
             model = openvino.convert_model(exported(form, images, dynamic_batch=True))
             if precision == "int8":

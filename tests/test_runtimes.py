@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import models
 import runtimes
 from processors import openvino_has_bfloat16
-from runtimes import pt2e
+from runtimes import compiled, pt2e, wide
 from runtimes.adaptive_pool import AxisMaxPool, _as_strided_pool, fix_adaptive_pools, windows
 from runtimes.base import FixedBatch
 from runtimes.plain import plain
@@ -401,6 +401,78 @@ def test_the_plain_form_is_the_network_bit_by_bit(randomized, variant):
     names = [name.rpartition(".")[2] for name, module in form.named_modules() if not list(module.children())]
     assert all(names[i + 1] == "relu" for i, name in enumerate(names) if name == "conv")
     assert names.count("relu") == len(network.stages) + 1
+
+
+# -- wide convolutions
+
+
+class Wide(torch.nn.Sequential):
+    """A 1x1 convolution of 7 channels on a large map; others are narrow, 3x3, grouped, padded or on a small map."""
+
+    def __init__(self):
+        super().__init__(
+            torch.nn.Conv2d(3, 7, 1),
+            torch.nn.ReLU(),
+            torch.nn.Conv2d(7, 8, 1, stride=2),
+            torch.nn.Conv2d(8, 8, 3, padding=1),
+            torch.nn.Conv2d(8, 8, 1, groups=2),
+            torch.nn.Conv2d(8, 5, 1, padding=1, bias=False),
+            torch.nn.AdaptiveAvgPool2d(2),
+            torch.nn.Conv2d(5, 4, 1),
+            torch.nn.Flatten(),
+        )
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """As on a processor without AVX-512, and with 3 channels or 2x2 places as the most that are fast."""
+    monkeypatch.setattr(wide, "WIDEST", 3)
+    monkeypatch.setattr(wide, "LARGEST", 4)
+    monkeypatch.setattr("runtimes.compiled.slow_at_wide_convolutions", lambda: True)
+
+
+def test_wide_convolutions_are_split(narrow):
+    network = Wide().eval()
+    images = torch.randn(2, 3, 9, 9)
+    split = wide.split_wide(network, images)
+    assert [name for name, module in split.named_children() if isinstance(module, wide.SplitConv)] == ["2"]
+    assert split[2].sizes == [3, 2, 2]
+    assert sum(p.numel() for p in split.parameters()) == sum(p.numel() for p in network.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(split(images), network(images), rtol=1e-5, atol=1e-6)
+    narrower = torch.nn.Sequential(torch.nn.Conv2d(3, 7, 1))
+    assert wide.split_wide(narrower, images) is narrower
+
+
+@pytest.mark.parametrize("variant", models.vanillanet.VARIANTS)
+def test_only_the_widest_variants_are_split(variant):
+    with torch.device("meta"):
+        network = plain(timm.create_model(variant, deploy=True).eval(), torch.zeros(1, 3, 224, 224))
+        split = wide.split_wide(network, torch.zeros(1, 3, 224, 224))
+    count = sum(isinstance(module, wide.SplitConv) for module in split.modules())
+    # The layers of 3072 input channels, at 14x14 and 19x19; the last one's 6144 are at 7x7 and 10x10.
+    assert count == (7 if "x1_5" in variant else 0)
+
+
+@pytest.mark.parametrize(("precision", "count"), [("fp32", 1), ("bf16", 0)])
+def test_inductor_is_given_split_convolutions_in_float32(narrow, precision, count):
+    images = torch.randn(2, 3, 9, 9)
+    form = compiled.inductor_form(Wide().eval(), images, precision=precision, calibration=None, device="cpu")
+    assert sum(isinstance(module, wide.SplitConv) for module in form.modules()) == count
+
+
+@pytest.mark.parametrize(("precision", "count"), [("fp32", 6 + 2), ("bf16", 6)])
+def test_openvino_is_given_split_convolutions_in_float32(narrow, monkeypatch, tmp_path, precision, count):
+    openvino = pytest.importorskip("openvino")
+    monkeypatch.setattr("runtimes.openvino.slow_at_wide_convolutions", lambda: True)
+    network, images = Wide().eval(), torch.randn(2, 3, 9, 9)
+    path = tmp_path / "wide.xml"
+    runtimes.find("openvino").export(network, images, path, precision=precision, metadata=METADATA)
+    found = [node.get_type_name() for node in openvino.Core().read_model(path).get_ops()]
+    assert sum(name in ("Convolution", "GroupConvolution") for name in found) == count
+    if precision == "fp32":
+        with torch.no_grad():
+            torch.testing.assert_close(runtimes.load(path)(images), network(images), rtol=1e-4, atol=1e-5)
 
 
 # -- memory
