@@ -255,8 +255,10 @@ def complete(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
         row["share"] = row["gflops"] / row["limit_gflops"] if row["limit_gflops"] else None
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows of the run. Processes of one network live together and are called by turns, in a new order each round.
+def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The rows so far, whenever a group of `--together` networks is done; at last all rows of the run.
+
+    Processes of one group live together and are called by turns, in a new order each round.
 
     One process, the anchor, is measured in every round from the first to the last: how its median moves says how much
     the machine drifted between networks.
@@ -284,10 +286,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                         f"batch {row['batch']}: {row['median_ms']:.2f} ms",
                         flush=True,
                     )
+            if rows:
+                complete(rows, limits)
+                yield rows
     if not rows:
         raise ValueError("nothing could be measured; the lines above say why")
-    complete(rows, limits)
-    return rows
 
 
 def print_profiles(args: argparse.Namespace) -> None:
@@ -321,9 +324,9 @@ def run(args: argparse.Namespace) -> None:
         rows = [row for path in args.report for row in results.read(path)]
     else:
         kept = results.read(args.output) if args.output and args.output.exists() else []
-        rows = measure(args)
-        if args.output:
-            results.write(args.output, [*kept, *rows])
+        for rows in measure(args):
+            if args.output:  # each time, so that an interrupted run keeps what it has
+                results.write(args.output, [*kept, *rows])
     for title, table in report.tables(rows):
         print(metrics.table(table, title, text_columns=report.TEXT_COLUMNS))
     if args.docs:

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils import replacing
+
 __all__ = ["COLUMNS", "conditions", "read", "statistics", "write"]
 
 # What a row says, in order. Times are of one call, for `batch` images.
@@ -69,9 +71,9 @@ def _cell(value: object) -> object:
 
 
 def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write all rows; a column that a row lacks is empty."""
+    """Write all rows, atomically; a column that a row lacks is empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)

@@ -64,11 +64,46 @@ def test_a_row_says_what_was_measured_and_where(measured):
 
 def test_rows_that_were_there_stay(measured, tmp_path, monkeypatch):
     before = results.read(measured)
-    monkeypatch.setattr(benchmark, "measure", lambda args: [{**before[0], "precision": "bf16", "ratio": None}])
+    monkeypatch.setattr(benchmark, "measure", lambda args: iter([[{**before[0], "precision": "bf16", "ratio": None}]]))
     path = tmp_path / "kept.csv"
     path.write_text(measured.read_text())
     run("--models", "vanillanet_5", "--output", path)
     assert results.read(path) == [*before, {**before[0], "precision": "bf16", "ratio": None}]
+
+
+class FakeWorker:
+    """Takes the place of the processes that measure the anchor and the limit."""
+
+    def __init__(self, *args, **options):
+        pass
+
+    def ready(self):
+        return {}
+
+    def close(self):
+        pass
+
+
+def test_an_interrupted_run_keeps_the_networks_that_are_done(measured, tmp_path, monkeypatch):
+    done = results.read(measured)
+
+    def groups():
+        yield done[:2]
+        raise KeyboardInterrupt
+
+    each = groups()
+    monkeypatch.setattr(benchmark, "Worker", FakeWorker)
+    monkeypatch.setattr(benchmark, "_start", lambda *args: {})
+    monkeypatch.setattr(benchmark, "_measure_group", lambda *args: next(each))
+    path = tmp_path / "interrupted.csv"
+    results.write(path, done[3:])
+    with pytest.raises(KeyboardInterrupt):
+        run("--models", "vanillanet_5", "vanillanet_8", "--output", path)
+    kept = results.read(path)
+    assert [(row["network"], row["engine"], row["median_ms"]) for row in kept] == [
+        (row["network"], row["engine"], row["median_ms"]) for row in (done[3], *done[:2])
+    ]
+    assert kept[1]["ratio"] == 1
 
 
 def test_report_from_the_file(measured, tmp_path, capsys):
@@ -225,7 +260,7 @@ def test_a_kernel_that_is_a_plain_loop_is_given_up(monkeypatch):
 
 def test_the_committed_page_is_made_from_the_committed_results(tmp_path):
     docs = Path(benchmark.__file__).with_name("docs")
-    rows = results.read(docs.parent / "results" / "cpu.csv")
+    rows = [row for name in ("cpu", "training") for row in results.read(docs.parent / "results" / f"{name}.csv")]
     report.write_page(tmp_path / "benchmark.md", rows, figures=tmp_path)
     assert (tmp_path / "benchmark.md").read_text() == (docs / "benchmark.md").read_text()
 
