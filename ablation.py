@@ -113,11 +113,11 @@ EXPERIMENTS = {
         paper={"neither": 59.58, "deep training": 60.53, "series activation": 75.23, "both": 76.36},
     ),
     "aligned": Experiment("trained with", _switched("ablation_aligned", 6), seeds=3),
-    "ramp": Experiment("epochs to lambda 1, of 10", {str(n): Trial(decay_epochs=n) for n in (0, 2, 4, 6, 8)}),
+    "ramp": Experiment("epochs to lambda 1, of 10", {str(n): Trial(decay_epochs=n) for n in (0, 2, 4, 8)}),
     "act_num": Experiment("n", {str(n): Trial(act_num=n) for n in range(5)}),
     "depth": Experiment(
         "layers",
-        {str(depth): Trial(depth=depth) for depth in range(5, 14)},
+        {str(depth): Trial(recipe="ablation_depth", depth=depth, decay_epochs=2) for depth in range(5, 14)},
         paper={
             str(5 + i): top1 for i, top1 in enumerate((72.49, 76.36, 77.98, 79.13, 79.87, 80.57, 81.08, 81.55, 82.05))
         },
@@ -143,7 +143,7 @@ def run(trial: Trial, data_path: str, output_dir: Path, threads: int) -> None:
         "--output_dir",
         str(folder),
     ]
-    if trial.recipe == "ablation":
+    if trial.recipe != "ablation_aligned":  # which names the embedded images itself
         command += ["--data_path", data_path]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
