@@ -35,6 +35,7 @@ class Trial:
         depth: layers of the deployed network.
         act_num: n of the series activation; 0 is none.
         decay_epochs: length of lambda's ramp; 0 is no deep training.
+        lr, epochs: None leaves the recipe's.
     """
 
     recipe: str = "ablation"
@@ -42,17 +43,24 @@ class Trial:
     act_num: int = 3
     decay_epochs: int = 4
     seed: int = 0
+    lr: float | None = None
+    epochs: int | None = None
+
+    @property
+    def _schedule(self) -> dict[str, float]:
+        return {name: value for name in ("lr", "epochs") if (value := getattr(self, name)) is not None}
 
     @property
     def name(self) -> str:
-        return f"{self.recipe}-depth{self.depth}-n{self.act_num}-ramp{self.decay_epochs}-seed{self.seed}"
+        schedule = "".join(f"-{name}{value:g}" for name, value in self._schedule.items())
+        return f"{self.recipe}-depth{self.depth}-n{self.act_num}-ramp{self.decay_epochs}{schedule}-seed{self.seed}"
 
     @property
     def flags(self) -> list[str]:
         return (
             f"@recipes/{self.recipe}.args --model vanillanet_{self.depth} --act_num {self.act_num} "
             f"--decay_epochs {self.decay_epochs} --seed {self.seed}"
-        ).split()
+        ).split() + [word for name, value in self._schedule.items() for word in (f"--{name}", f"{value:g}")]
 
     @property
     def record(self) -> Path:
@@ -104,6 +112,9 @@ def _switched(recipe: str, decay_epochs: int) -> dict[str, Trial]:
     }
 
 
+SHORT = Trial(recipe="ablation_short", decay_epochs=2)
+PLAIN = replace(SHORT, decay_epochs=0)
+
 # The paper's numbers are those of its ablation table (VanillaNet-6) and of its main table.
 EXPERIMENTS = {
     "claims": Experiment(
@@ -113,13 +124,26 @@ EXPERIMENTS = {
         paper={"neither": 59.58, "deep training": 60.53, "series activation": 75.23, "both": 76.36},
     ),
     "aligned": Experiment("trained with", _switched("ablation_aligned", 6), seeds=3),
-    "ramp": Experiment("epochs to lambda 1, of 10", {str(n): Trial(decay_epochs=n) for n in (0, 2, 4, 8)}),
-    "act_num": Experiment("n", {str(n): Trial(act_num=n) for n in range(5)}),
     "depth": Experiment(
         "layers",
-        {str(depth): Trial(recipe="ablation_depth", depth=depth, decay_epochs=2) for depth in range(5, 14)},
+        {str(depth): replace(SHORT, depth=depth) for depth in range(5, 14)},
         paper={
             str(5 + i): top1 for i, top1 in enumerate((72.49, 76.36, 77.98, 79.13, 79.87, 80.57, 81.08, 81.55, 82.05))
+        },
+    ),
+    "act_num": Experiment("n", {str(n): replace(SHORT, act_num=n) for n in range(5)}),
+    "ramp": Experiment("epochs to lambda 1, of 5", {str(n): replace(SHORT, decay_epochs=n) for n in (0, 1, 2, 4)}),
+    "schedule": Experiment(
+        "learning rate, epochs, deep training",
+        {
+            "1e-3, 5, without": replace(PLAIN, lr=1e-3),
+            "1e-3, 5, with": replace(SHORT, lr=1e-3),
+            "2e-3, 5, without": PLAIN,
+            "2e-3, 5, with": SHORT,
+            "4e-3, 5, without": replace(PLAIN, lr=4e-3),
+            "4e-3, 5, with": replace(SHORT, lr=4e-3),
+            "2e-3, 20, without": replace(PLAIN, epochs=20),
+            "2e-3, 20, with": replace(SHORT, epochs=20, decay_epochs=8),
         },
     ),
 }

@@ -28,7 +28,11 @@ def test_each_run_is_a_command_and_differs_in_one_thing():
         own = (f"vanillanet_{trial.depth}", trial.act_num, trial.decay_epochs, trial.seed)
         assert (args["model"], args["act_num"], args["decay_epochs"], args["seed"]) == own
         changed = {name for name in args if args[name] != defaults[trial.recipe][name]}
-        assert changed <= {"model", "act_num", "decay_epochs", "seed"}
+        assert changed <= {"model", "act_num", "decay_epochs", "seed", "lr", "epochs"}
+        assert (args["lr"], args["epochs"]) == (
+            trial.lr or defaults[trial.recipe]["lr"],
+            trial.epochs or defaults[trial.recipe]["epochs"],
+        )
     combinations = {name: (one.act_num, one.decay_epochs) for name, one in EXPERIMENTS["claims"].variants.items()}
     assert combinations == SWITCHES
     assert EXPERIMENTS["claims"].seeds >= 3
@@ -40,8 +44,14 @@ def test_each_run_is_a_command_and_differs_in_one_thing():
 def test_a_run_shared_by_experiments_is_done_once():
     both = Trial()
     shared = [name for name, one in EXPERIMENTS.items() if both in one.trials()]
-    assert shared == ["claims", "ramp", "act_num"]
-    assert len({trial.name for trial in all_trials()}) == len(all_trials()) == 12 + 12 + 2 + 3 + 9
+    assert shared == ["claims"]
+    assert [name for name, one in EXPERIMENTS.items() if ablation.SHORT in one.trials()] == [
+        "depth",
+        "act_num",
+        "ramp",
+        "schedule",
+    ]
+    assert len({trial.name for trial in all_trials()}) == len(all_trials()) == 12 + 12 + 9 + 4 + 3 + 6
 
 
 def record(trial, top1):
@@ -114,7 +124,7 @@ def test_a_failing_run_is_one_line(tmp_path, monkeypatch, capsys):
         ablation.main(["--data_path", str(tmp_path / "empty"), "--only", "depth", "--jobs", "1"])
     assert ended.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("ablation.py: error: ablation_depth-depth5-n3-ramp2-seed0: main.py: error: ")
+    assert last.startswith("ablation.py: error: ablation_short-depth5-n3-ramp2-seed0: main.py: error: ")
     assert "is not an idx file" in last
     with pytest.raises(SystemExit) as ended:
         ablation.main([])
