@@ -241,11 +241,12 @@ class VanillaNet(nn.Module):
         width_mult: factor on `dims`.
         global_pool: timm's pool types: avg, max, avgmax, catavgmax; an empty string keeps the map, (N, classes, h, w).
         img_size: with `ada_pool`, the input size to adapt the pool sizes to; the sizes given are for 224.
+        act_learn: lambda to begin with, as of a network saved in the middle of its ramp; see `change_act`.
         device, dtype: of the parameters.
 
     Raises:
         ValueError: lists whose lengths do not fit, a stride below 1, a width without channels, an unknown pool type,
-            `img_size` without `ada_pool`.
+            `img_size` without `ada_pool`, lambda outside [0, 1] or below 1 in deploy form.
     """
 
     __jit_unused_properties__ = ("act_learn", "deploy")
@@ -264,6 +265,7 @@ class VanillaNet(nn.Module):
         width_mult: float = 1.0,
         global_pool: str = "avg",
         img_size: int | tuple[int, int] | None = None,
+        act_learn: float = 1.0,
         device=None,
         dtype=None,
     ):
@@ -325,6 +327,10 @@ class VanillaNet(nn.Module):
         ]
         self._build_head(num_classes, global_pool, deploy, **dd)
         self.apply(self._init_weights)
+        if deploy:
+            _name_deployed_layers(self)
+        if act_learn != 1.0:
+            self.change_act(act_learn)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -339,6 +345,7 @@ class VanillaNet(nn.Module):
     def _build_head(self, num_classes: int, global_pool: str, deploy: bool, **dd) -> None:
         if global_pool.removeprefix("fast") not in ("", "avg", "max", "avgmax", "catavgmax"):
             raise ValueError(f"global_pool must be one of timm's pool types, not {global_pool!r}")
+        self.global_pool = global_pool  # where timm's save_for_hf looks for it
         pool = SelectAdaptivePool2d(pool_type=global_pool)
         self.head_hidden_size = self.num_features * pool.feat_mult()
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
@@ -376,6 +383,11 @@ class VanillaNet(nn.Module):
         for module in self.modules():
             if isinstance(module, FadingReLU):
                 module.set_slope(slope)
+        self._record(act_learn=self.act_learn)
+
+    def _record(self, **kwargs) -> None:
+        """What timm's save_for_hf writes down, so that create_model builds the network that the weights belong to."""
+        self._model_args = {**getattr(self, "_model_args", {}), **kwargs}
 
     @torch.jit.ignore
     def switch_to_deploy(self) -> None:
@@ -400,8 +412,8 @@ class VanillaNet(nn.Module):
         self.relu = self.stem1 = self.stem2 = self.cls1 = self.cls2 = None
         if self.feature_info[0]["module"] == "stem2.2":
             self.feature_info[0]["module"] = "stem.1"
-        # What timm's save_for_hf writes down, so that create_model builds the form that the weights are in.
-        self._model_args = dict(getattr(self, "_model_args", {}), deploy=True)
+        self._record(deploy=True, act_learn=1.0)
+        _name_deployed_layers(self)
 
     # -- forward
 
@@ -499,9 +511,8 @@ class VanillaNet(nn.Module):
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, freshly initialized classifier for `num_classes`; 0 removes it. `global_pool` None keeps the pool."""
-        head = self.cls if self.deploy else self.cls1
         if global_pool is None:
-            global_pool = head[0].pool_type
+            global_pool = self.global_pool
         self.num_classes = num_classes
         weight = next(self.parameters())
         self._build_head(num_classes, global_pool, self.deploy, device=weight.device, dtype=weight.dtype)
@@ -572,12 +583,14 @@ def _checkpointed(function, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights in a released checkpoint, less the classifier if the model has other classes.
 
-    timm then drops the convolutions named in `classifier` itself, but knows nothing of the BatchNorm between them. It
+    Sets the model's lambda where the file records it. timm then drops the convolutions named in `classifier` itself, but knows nothing of the BatchNorm between them. It
     also no longer loads strictly, so the names of the rest are compared here.
 
     Raises:
         RuntimeError: the names of the stem or of the stages are not the model's.
     """
+    if "act_learn" in state_dict:
+        model.change_act(float(state_dict["act_learn"]))
     for key in ("model_ema", "model"):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
@@ -626,6 +639,14 @@ VARIANTS = {
         "112444444488", "12211111121", 1.5, ada_pool=(0, 38, 19, 0, 0, 0, 0, 0, 0, 10, 0)
     ),
 }
+
+
+def _name_deployed_layers(model: nn.Module) -> None:
+    """Where timm finds the first convolution and the classifier of a network, or of a wrapper of it, in deploy form."""
+    model._traits = {**getattr(model, "_traits", {}), "first_conv": "stem.0"}
+    if cfg := getattr(model, "pretrained_cfg", None):
+        layers = {"first_conv": "stem.0", "classifier": "cls.2"}
+        model.pretrained_cfg = model.default_cfg = {**cfg, **{key: layers[key] for key in layers if key in cfg}}
 
 
 def _cfg(variant: str, **kwargs) -> dict[str, Any]:
@@ -681,6 +702,10 @@ def _create_vanillanet(variant: str, pretrained: bool = False, deploy: bool = Fa
         if not isinstance(network, VanillaNet):
             raise ValueError("features of a pretrained deploy form are there through feature_cls='getter' only")
         network.switch_to_deploy()
+        if network.num_classes not in (0, network.pretrained_cfg["num_classes"]):
+            network.reset_classifier(network.num_classes)  # two fresh layers, merged, would be far too small
+    if deploy:
+        _name_deployed_layers(model)
     return model
 
 

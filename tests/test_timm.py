@@ -661,17 +661,62 @@ def test_saved_for_the_hugging_face_hub(tmp_path, randomized, name, kwargs, size
     images = torch.randn(1, model.in_chans, size, size)
     with torch.no_grad():
         assert torch.equal(loaded(images), model(images))
-    tuned = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3 if not model.deploy else None)
+    tuned = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=30)
     assert all(torch.equal(tuned.state_dict()[key], value) for key, value in body(model.state_dict()).items())
+    classifiers = tuned.get_classifier() if isinstance(tuned.get_classifier(), tuple) else (tuned.get_classifier(),)
+    assert all(layer.weight.std().item() == pytest.approx(0.02, rel=0.2) for layer in classifiers)  # fresh, as any
+
+
+def saved_and_loaded(model, folder, **kwargs):
+    save_for_hf(model, folder, safe_serialization=True)
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
 
 
 def test_a_network_fused_later_is_saved_as_what_it_is(tmp_path, randomized):
     model = randomized(create("vanillanet_5"))
+    model.change_act(0.5)
+    model.change_act(1.0)
     model.switch_to_deploy()
-    save_for_hf(model, tmp_path, safe_serialization=True)
-    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    loaded = saved_and_loaded(model, tmp_path)
     assert loaded.deploy
     assert_same_state(loaded, model.state_dict())
+    grey = saved_and_loaded(model, tmp_path, in_chans=1)
+    torch.testing.assert_close(grey.stem[0].weight, model.stem[0].weight.sum(1, keepdim=True))
+
+
+def test_a_network_is_saved_with_its_lambda_and_its_pool(tmp_path, randomized):
+    """Else the loaded one computes something else, and says nothing."""
+    model = randomized(create("vanillanet_5", num_classes=7))
+    model.reset_classifier(5, "max")
+    model.change_act(0.375)
+    loaded = saved_and_loaded(model, tmp_path)
+    assert (loaded.act_learn, loaded.global_pool, loaded.num_classes) == (0.375, "max", 5)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model.eval()(images))
+    with pytest.raises(ValueError, match=r"slope is 0\.375"):
+        loaded.switch_to_deploy()
+    with pytest.raises(ValueError, match=r"no fading activation to set to 0\.5"):
+        VanillaNet(dims=(4, 4, 4), strides=(2, 1), deploy=True, act_learn=0.5)
+
+
+def test_a_downloaded_checkpoint_sets_lambda(tmp_path, randomized):
+    model = randomized(create("vanillanet_5"))
+    torch.save({"model": model.state_dict(), "act_learn": 0.25}, tmp_path / "ramp.pth")
+    overlay = {"url": (tmp_path / "ramp.pth").as_uri()}
+    loaded = create("vanillanet_5", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / "cache")
+    assert loaded.act_learn == 0.25
+    assert_same_state(loaded, model.state_dict())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_layers_that_timm_looks_for_are_there_in_deploy_form(fused):
+    model = create("vanillanet_6", deploy=not fused)
+    if fused:
+        model.switch_to_deploy()
+    assert type(model.get_submodule(model.default_cfg["first_conv"])) is nn.Conv2d
+    assert model.get_submodule(model.default_cfg["classifier"]) is model.get_classifier()
+    assert create("vanillanet_6").default_cfg["classifier"] == ("cls1.2", "cls2.0")  # a class's own is untouched
 
 
 def test_torch_hub_has_every_variant():
