@@ -46,9 +46,7 @@ def _preprocessing(
 ) -> dict[str, Any]:
     """The fields of `Metadata` that say how images become input: as the run did it, else as timm has it."""
     recorded, config = networks.recorded_args(checkpoint), resolve_model_data_config(network)
-    mean, std = config["mean"], config["std"]
-    if "imagenet_default_mean_and_std" in recorded:
-        mean, std = datasets.mean_and_std(recorded["imagenet_default_mean_and_std"])
+    mean, std = networks.mean_and_std(network, checkpoint)
     size = input_size or recorded.get("input_size") or config["input_size"][-1]
     if datasets.keeps_native_size(recorded.get("data_set", ""), size):
         if crop_pct is not None:
@@ -56,7 +54,7 @@ def _preprocessing(
     else:
         recorded_crop = recorded["crop_pct"] if "crop_pct" in recorded else config["crop_pct"]
         crop_pct = crop_pct or recorded_crop or datasets.default_crop_pct(size)
-    return {"mean": tuple(mean), "std": tuple(std), "input_size": size, "crop_pct": crop_pct}
+    return {"mean": mean, "std": std, "input_size": size, "crop_pct": crop_pct}
 
 
 def load(

@@ -139,25 +139,41 @@ def load_network(args: argparse.Namespace, model: nn.Module, *, fine_tuning: boo
     return slope, checkpoint
 
 
-def build_teacher(args: argparse.Namespace, num_classes: int, device: torch.device) -> nn.Module:
-    """The network to learn from, in eval mode: --teacher_weights, or else timm's pretrained weights."""
-    if args.teacher_weights:
-        _, teacher, _ = networks.create_trained(
-            args.teacher_weights,
-            name=args.teacher,
+def build_teacher(args: argparse.Namespace, classes: Sequence[str] | None, num_classes: int) -> nn.Module:
+    """The network to learn from, on the CPU in eval mode, for images as the student gets them.
+
+    It is a checkpoint's (--teacher FILE, or --teacher MODEL --teacher_weights FILE), or a model of timm's.
+
+    Args:
+        classes: names of the data's, where they are known.
+    """
+    checkpoint: dict[str, Any] = {}
+    is_file = Path(args.teacher).is_file()
+    if is_file and args.teacher_weights:
+        raise ValueError(f"--teacher {args.teacher} is a file of weights already: leave out --teacher_weights")
+    if is_file or args.teacher_weights:
+        _, teacher, checkpoint = networks.create_trained(
+            args.teacher if is_file else args.teacher_weights,
+            name=None if is_file else args.teacher,
             num_classes=num_classes,
             key=args.teacher_key,
             whole_file="teacher_key" not in args.given,
-            flag="--teacher",
+            flag="--teacher MODEL --teacher_weights FILE",
         )
     else:
         teacher = networks.create_pretrained(args.teacher, "--teacher", mend="add --teacher_weights")
-        if teacher.num_classes != num_classes:
-            raise ValueError(
-                f"--teacher {args.teacher} knows {teacher.num_classes} classes, the data have {num_classes}"
-            )
+    if teacher.num_classes != num_classes:
+        raise ValueError(f"--teacher {args.teacher} knows {teacher.num_classes} classes, the data have {num_classes}")
+    if classes and checkpoint.get("classes", list(classes)) != list(classes):
+        raise ValueError(
+            f"--teacher {args.teacher} was trained on other classes than the data's, or on them in another order"
+        )
     networks.check_input_size(teacher, args.input_size, f"--teacher {args.teacher}")
-    return teacher.to(device, memory_format=layout_of(args)).requires_grad_(False)
+    return networks.renormalized(
+        teacher.requires_grad_(False),
+        given=datasets.mean_and_std(args.imagenet_default_mean_and_std),
+        wanted=networks.mean_and_std(teacher, checkpoint),
+    )
 
 
 # -- evaluation
@@ -411,7 +427,8 @@ class ClassificationRun(Run):
                 )
         self.distiller = None
         if args.teacher:
-            teacher = build_teacher(args, self.num_classes, world.device)
+            teacher = build_teacher(args, self.classes, self.num_classes)
+            teacher = teacher.to(world.device, memory_format=layout_of(args))
             self.distiller = Distiller(teacher, args.distill_alpha, args.distill_tau, self.precision)
         return model
 

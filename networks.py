@@ -1,16 +1,18 @@
 """Networks by their names in timm, and out of checkpoints, built as the checkpoint's tensors are shaped."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.data import resolve_model_data_config
 from torch import nn
 from torch.func import functional_call
 
+import datasets
 import utils
 from models.vanillanet import VARIANTS
 from optim_factory import activation_slope
@@ -20,8 +22,10 @@ __all__ = [
     "check_name",
     "create_pretrained",
     "create_trained",
+    "mean_and_std",
     "recorded_args",
     "recorded_slope",
+    "renormalized",
     "set_slope",
     "shape_arguments",
 ]
@@ -73,6 +77,38 @@ def recorded_slope(checkpoint: Mapping[str, Any]) -> float:
         linear = arguments.get("decay_linear", True)
         return activation_slope(checkpoint["epoch"], decay_epochs=arguments["decay_epochs"], linear=linear)
     return 1.0
+
+
+def mean_and_std(
+    network: nn.Module, checkpoint: Mapping[str, Any]
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """What the network's images are normalized with: as its checkpoint's run did it, else as timm has it."""
+    recorded = recorded_args(checkpoint)
+    if "imagenet_default_mean_and_std" in recorded:
+        return datasets.mean_and_std(recorded["imagenet_default_mean_and_std"])
+    config = resolve_model_data_config(network)
+    return tuple(config["mean"]), tuple(config["std"])
+
+
+class _Renormalized(nn.Module):
+    def __init__(self, network: nn.Module, scale: torch.Tensor, shift: torch.Tensor):
+        super().__init__()
+        self.network = network
+        self.register_buffer("scale", scale.view(3, 1, 1))
+        self.register_buffer("shift", shift.view(3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(torch.addcmul(self.shift, images, self.scale))
+
+
+def renormalized(
+    network: nn.Module, *, given: tuple[Sequence[float], Sequence[float]], wanted: tuple[Sequence[float], Sequence[float]]
+) -> nn.Module:
+    """The network for images (N, 3, H, W) that are normalized with `given` mean and std, where it wants others."""
+    if given == wanted:
+        return network
+    (mean, std), (own_mean, own_std) = (torch.tensor(pair, dtype=torch.float64) for pair in (given, wanted))
+    return _Renormalized(network, (std / own_std).float(), ((mean - own_mean) / own_std).float()).eval()
 
 
 def set_slope(slope: float, *networks: nn.Module) -> None:
@@ -159,12 +195,14 @@ def create_pretrained(name: str, flag: str, *, mend: str) -> nn.Module:
     """The model `name` with timm's pretrained weights, on the CPU in eval mode.
 
     Args:
+        name: of a model in timm, or one with the source of its weights, as in hf-hub:OWNER/NAME and local-dir:FOLDER.
         flag, mend: what the user named it by, and can do instead of the download, for messages.
 
     Raises:
         ValueError: the name is unknown, or there are no weights to be had.
     """
-    check_name(name, flag)
+    if not name.startswith(("hf-hub:", "local-dir:")):
+        check_name(name, flag)
     try:
         return timm.create_model(name, pretrained=True).eval()
     except (OSError, RuntimeError) as error:

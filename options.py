@@ -206,10 +206,15 @@ def build_parser() -> argparse.ArgumentParser:
     schedules.add_argument("--layer_decay_num_layers", type=COUNT, default=4, help="checked if given: the model knows")
 
     teacher = parser.add_argument_group("distillation")
-    teacher.add_argument("--teacher", metavar="MODEL", help="a timm model or VanillaNet variant to learn from")
+    teacher.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        help="to learn from: a timm model or VanillaNet variant, hf-hub:OWNER/NAME, local-dir:FOLDER, or a checkpoint "
+        "that records its model",
+    )
     teacher.add_argument("--teacher_weights", metavar="FILE", help="its checkpoint [the pretrained weights of timm]")
-    teacher.add_argument("--teacher_key", default="model_ema|model", help="key of the weights in --teacher_weights")
-    teacher.add_argument("--distill_alpha", type=FRACTION, default=0.5, help="the teacher's share of the loss")
+    teacher.add_argument("--teacher_key", default="model_ema|model", help="key of the weights in the teacher's file")
+    teacher.add_argument("--distill_alpha", type=FRACTION, default=0.5, help="the teacher's share of the loss; see docs/training.md")
     teacher.add_argument("--distill_tau", type=POSITIVE, default=1.0, help="temperature")
 
     augmentation = parser.add_argument_group("augmentation")
@@ -318,7 +323,8 @@ def _check(args: argparse.Namespace, needs: Requirements) -> None:
     needs("color_jitter", args.aa.lower() in ("", "none"), "it is replaced by --aa; add --aa none")
     for flag in ("teacher_weights", "distill_alpha", "distill_tau"):
         needs(flag, args.teacher, "add --teacher")
-    needs("teacher_key", args.teacher_weights, "add --teacher_weights")
+    teacher_file = args.teacher_weights or (args.teacher and Path(args.teacher).is_file())
+    needs("teacher_key", teacher_file, "add --teacher_weights")
     needs("restart_decay", args.finetune, "add --finetune")
     needs("compile", args.switch_to_deploy is None, "--switch_to_deploy compares the forms uncompiled")
     needs("runtime", args.eval, "add --eval true")

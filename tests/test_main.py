@@ -6,8 +6,11 @@ import shlex
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import save_for_hf
 from torch._dynamo.utils import counters
 
 import datasets
@@ -250,6 +253,31 @@ def test_distillation_from_a_run_of_ours(tiny_fmnist, finished, tmp_path):
     loss = {name: float(rows(tmp_path / name)[0][-1]["train_loss"]) for name in "abc"}
     assert loss["b"] == loss["c"]  # without its share the teacher changes no bit
     assert loss["a"] != loss["c"]
+
+
+def teacher_of(tiny_fmnist, tmp_path, *flags, classes=None):
+    args = main.parse_args([*BASE, "--data_path", str(tiny_fmnist), "--output_dir", str(tmp_path), *map(str, flags)])
+    return main.build_teacher(args, classes, 10)
+
+
+def test_a_teacher_is_a_checkpoint_or_a_folder_and_gets_images_as_it_knows_them(tiny_fmnist, finished, tmp_path):
+    path = finished / "checkpoint-last.pth"
+    _, network, checkpoint = networks.create_trained(path)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        logits = network(images)
+        own = teacher_of(tiny_fmnist, tmp_path, "--teacher", path, classes=checkpoint["classes"])
+        assert torch.equal(own(images), logits)
+        halves = teacher_of(tiny_fmnist, tmp_path, "--teacher", path, "--imagenet_default_mean_and_std", "false")
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        torch.testing.assert_close(halves(((images * std + mean) - 0.5) / 0.5), logits)
+        save_for_hf(timm.create_model("resnet10t", num_classes=10), tmp_path / "hub", safe_serialization=True)
+        folder = teacher_of(tiny_fmnist, tmp_path, "--teacher", f"local-dir:{tmp_path / 'hub'}")
+        assert folder(images).shape == (4, 10)
+    with pytest.raises(ValueError, match="in another order"):
+        teacher_of(tiny_fmnist, tmp_path, "--teacher", path, classes=checkpoint["classes"][::-1])
+    with pytest.raises(ValueError, match="leave out --teacher_weights"):
+        teacher_of(tiny_fmnist, tmp_path, "--teacher", path, "--teacher_weights", path)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def test_every_recipe_parses():
         ("--model_key model_ema", ["--model_key", "--finetune"]),
         ("--switch_to_deploy a --finetune b --compile true", ["--compile", "--switch_to_deploy"]),
         ("--distill_alpha 0.2", ["--distill_alpha", "--teacher"]),
+        ("--teacher resnet18 --teacher_key model", ["--teacher_key", "--teacher_weights"]),
         ("--restart_decay true", ["--restart_decay", "--finetune"]),
         ("--batch_size 0", ["--batch_size", "0"]),
         ("--lr nan", ["--lr", "nan"]),
