@@ -21,6 +21,8 @@ from statistics import mean, stdev
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+import datasets
+
 ROOT = Path(__file__).resolve().parent
 RECORDS = ROOT / "results" / "ablation"
 PAGE = ROOT / "docs" / "RESULTS.md"
@@ -61,6 +63,11 @@ class Trial:
             f"@recipes/{self.recipe}.args --model vanillanet_{self.depth} --act_num {self.act_num} "
             f"--decay_epochs {self.decay_epochs} --seed {self.seed}"
         ).split() + [word for name, value in self._schedule.items() for word in (f"--{name}", f"{value:g}")]
+
+    @property
+    def embedded(self) -> bool:
+        """Its recipe names the data, the embedded images."""
+        return self.recipe == "ablation_aligned"
 
     @property
     def record(self) -> Path:
@@ -167,7 +174,7 @@ def run(trial: Trial, data_path: str, output_dir: Path, threads: int) -> None:
         "--output_dir",
         str(folder),
     ]
-    if trial.recipe != "ablation_aligned":  # which names the embedded images itself
+    if not trial.embedded:
         command += ["--data_path", data_path]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -234,6 +241,9 @@ def run_all(names: Iterable[str], data_path: str, output_dir: Path, jobs: int) -
     wanted = dict.fromkeys(trial for name in names for trial in EXPERIMENTS[name].trials())
     missing = [trial for trial in wanted if not trial.record.exists()]
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    if not all(trial.embedded for trial in missing):
+        for train in (True, False):  # runs beside each other would all download them, into the same files
+            datasets.build_dataset("FMNIST", data_path, train=train, transform=None, download=True)
     print(f"{len(missing)} of {len(wanted)} runs to do, {jobs} at a time, {threads} thread(s) each", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(run, trial, data_path, output_dir, threads) for trial in missing]
@@ -263,7 +273,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         if not args.report:
-            run_all(args.only, args.data_path, args.output_dir, args.jobs)
+            # The runs are started in the project's folder, whatever this one is.
+            run_all(args.only, os.path.abspath(args.data_path), args.output_dir.absolute(), args.jobs)
         report()
     except (RuntimeError, ValueError, OSError) as error:
         sys.stderr.write(f"ablation.py: error: {error}\n")

@@ -18,7 +18,7 @@ import models  # noqa: F401  registers the variants
 import networks
 from runtimes import Metadata
 
-__all__ = ["class_names", "load", "real_images", "sample_folder", "spread", "transform"]
+__all__ = ["class_names", "describe", "load", "real_images", "sample_folder", "spread", "transform"]
 
 EMBEDDED = Path(__file__).parent / "data" / "fashion-mnist"
 
@@ -41,10 +41,24 @@ def class_names(checkpoint: Mapping[str, Any], num_classes: int) -> tuple[str, .
     return tuple(imagenet.label_name_to_description(name) if name in known else str(name) for name in names)
 
 
-def _preprocessing(
-    network: nn.Module, checkpoint: Mapping[str, Any], input_size: int | None, crop_pct: float | None
-) -> dict[str, Any]:
-    """The fields of `Metadata` that say how images become input: as the run did it, else as timm has it."""
+def describe(
+    name: str,
+    network: nn.Module,
+    checkpoint: Mapping[str, Any],
+    *,
+    digest: str = "",
+    input_size: int | None = None,
+    crop_pct: float | None = None,
+) -> Metadata:
+    """What belongs to a network: its classes, and how images become its input, as the run did it, else as timm has it.
+
+    Args:
+        name: of the model in timm.
+        checkpoint: that it is from; empty if it is from none.
+        digest: the file's SHA-256.
+        input_size: px; None is what the checkpoint, or else timm, says.
+        crop_pct: likewise.
+    """
     recorded, config = networks.recorded_args(checkpoint), resolve_model_data_config(network)
     mean, std = networks.mean_and_std(network, checkpoint)
     size = input_size or recorded.get("input_size") or config["input_size"][-1]
@@ -54,7 +68,15 @@ def _preprocessing(
     else:
         recorded_crop = recorded["crop_pct"] if "crop_pct" in recorded else config["crop_pct"]
         crop_pct = crop_pct or recorded_crop or datasets.default_crop_pct(size)
-    return {"mean": mean, "std": std, "input_size": size, "crop_pct": crop_pct}
+    return Metadata(
+        model=name,
+        classes=class_names(checkpoint, network.num_classes),
+        mean=mean,
+        std=std,
+        input_size=size,
+        crop_pct=crop_pct,
+        checkpoint=digest,
+    )
 
 
 def load(
@@ -98,9 +120,7 @@ def load(
             mend = "give a checkpoint, or add --random_weights true to measure speed alone"
             network = networks.create_pretrained(name, "MODEL", mend=mend)
     network = reparameterize_model(network)
-    classes = class_names(checkpoint, network.num_classes)
-    preprocessing = _preprocessing(network, checkpoint, input_size, crop_pct)
-    return network, Metadata(model=name, classes=classes, checkpoint=digest, **preprocessing)
+    return network, describe(name, network, checkpoint, digest=digest, input_size=input_size, crop_pct=crop_pct)
 
 
 # -- images

@@ -1,7 +1,7 @@
 """Networks by their names in timm, and out of checkpoints, built as the checkpoint's tensors are shaped."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,10 @@ def recorded_slope(checkpoint: Mapping[str, Any]) -> float:
     return 1.0
 
 
-def mean_and_std(
-    network: nn.Module, checkpoint: Mapping[str, Any]
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, of pixels in [0, 1]
+
+
+def mean_and_std(network: nn.Module, checkpoint: Mapping[str, Any]) -> Normalization:
     """What the network's images are normalized with: as its checkpoint's run did it, else as timm has it."""
     recorded = recorded_args(checkpoint)
     if "imagenet_default_mean_and_std" in recorded:
@@ -101,9 +102,7 @@ class _Renormalized(nn.Module):
         return self.network(torch.addcmul(self.shift, images, self.scale))
 
 
-def renormalized(
-    network: nn.Module, *, given: tuple[Sequence[float], Sequence[float]], wanted: tuple[Sequence[float], Sequence[float]]
-) -> nn.Module:
+def renormalized(network: nn.Module, *, given: Normalization, wanted: Normalization) -> nn.Module:
     """The network for images (N, 3, H, W) that are normalized with `given` mean and std, where it wants others."""
     if given == wanted:
         return network

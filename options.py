@@ -214,7 +214,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     teacher.add_argument("--teacher_weights", metavar="FILE", help="its checkpoint [the pretrained weights of timm]")
     teacher.add_argument("--teacher_key", default="model_ema|model", help="key of the weights in the teacher's file")
-    teacher.add_argument("--distill_alpha", type=FRACTION, default=0.5, help="the teacher's share of the loss; see docs/training.md")
+    teacher.add_argument(
+        "--distill_alpha", type=FRACTION, default=0.5, help="the teacher's share of the loss; see docs/training.md"
+    )
     teacher.add_argument("--distill_tau", type=POSITIVE, default=1.0, help="temperature")
 
     augmentation = parser.add_argument_group("augmentation")

@@ -56,8 +56,6 @@ def create(name: str, *, resolution: int, width_mult: float | None, deploy: bool
         arguments["deploy"] = deploy
         if width_mult is not None:
             arguments["width_mult"] = width_mult
-        if models.vanillanet.VARIANTS[name.split(".")[0]]["ada_pool"]:
-            arguments["img_size"] = resolution
     elif name.startswith("swin"):  # its windows are laid out for one size
         arguments["img_size"] = resolution
     torch.manual_seed(0)

@@ -583,8 +583,9 @@ def _checkpointed(function, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights in a released checkpoint, less the classifier if the model has other classes.
 
-    Sets the model's lambda where the file records it. timm then drops the convolutions named in `classifier` itself, but knows nothing of the BatchNorm between them. It
-    also no longer loads strictly, so the names of the rest are compared here.
+    Sets the model's lambda where the file records it. timm then drops the convolutions named in `classifier` itself,
+    but knows nothing of the BatchNorm between them. It also no longer loads strictly, so the names of the rest are
+    compared here.
 
     Raises:
         RuntimeError: the names of the stem or of the stages are not the model's.

@@ -1,6 +1,6 @@
 """What class-activation maps are drawn of: networks, ready to be asked about an image file, and images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,12 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import nn
-from torchvision.datasets import FashionMNIST
 
 import datasets
+import deployment
 import networks
+from runtimes import Metadata
 
 __all__ = ["Network", "open_network", "read_images"]
 
@@ -25,23 +25,23 @@ class Network:
     Attributes:
         label: the model's name and form, and the file it is from.
         model: in eval mode.
-        transform: from an RGB image to (3, H, W), normalized.
-        mean, std: of the normalization.
-        classes: their names, as far as they are known.
+        metadata: its classes and the preprocessing of its images.
         bce: trained by binary cross-entropy, so that each class has a probability by itself.
     """
 
     label: str
     model: nn.Module
-    transform: datasets.Transform
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    classes: Sequence[str]
+    metadata: Metadata
     bce: bool
+
+    @property
+    def transform(self) -> datasets.Transform:
+        """From an RGB image to (3, H, W), normalized."""
+        return deployment.transform(self.metadata)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) as the network is given them -> (N, H, W, 3) in [0, 1], to be looked at."""
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.metadata.mean, self.metadata.std))
         return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
@@ -49,39 +49,13 @@ class Network:
         return logits.sigmoid() if self.bce else logits.softmax(1)
 
     def name(self, index: int) -> str:
-        """A class in words."""
-        return self.classes[index] if index < len(self.classes) else f"class {index}"
+        """A class in words: the first name of it, where it has several."""
+        return self.metadata.classes[index].partition(",")[0]
 
 
-def _class_names(data_set: str, num_classes: int) -> Sequence[str]:
-    """Those of Fashion-MNIST and ImageNet; empty for other data, whose names no checkpoint records."""
-    if data_set == "FMNIST":
-        return FashionMNIST.classes
-    if data_set == "IMNET" and num_classes == 1000:
-        info = ImageNetInfo()
-        return [info.index_to_description(index).partition(",")[0] for index in range(num_classes)]
-    return ()
-
-
-def _make_network(label: str, model: nn.Module, recorded: dict[str, Any]) -> Network:
-    """Inputs as a run's recorded arguments say, or timm's configuration of the model where there are none."""
-    data_set = recorded.get("data_set", "IMNET")
-    if "input_size" in recorded:
-        size, crop_pct = recorded["input_size"], recorded.get("crop_pct")
-        mean, std = datasets.mean_and_std(recorded.get("imagenet_default_mean_and_std", True))
-    else:
-        config = resolve_model_data_config(model)
-        size, crop_pct, mean, std = config["input_size"][-1], config["crop_pct"], config["mean"], config["std"]
-    small = datasets.keeps_native_size(data_set, size)
-    return Network(
-        label=label,
-        model=model,
-        transform=datasets.build_eval_transform(size, mean=mean, std=std, small=small, crop_pct=crop_pct),
-        mean=mean,
-        std=std,
-        classes=_class_names(data_set, model.num_classes),
-        bce=bool(recorded.get("bce_loss", False)),
-    )
+def _make_network(label: str, name: str, model: nn.Module, checkpoint: Mapping[str, Any]) -> Network:
+    bce = bool(networks.recorded_args(checkpoint).get("bce_loss", False))
+    return Network(label, model, deployment.describe(name, model, checkpoint), bce)
 
 
 def open_network(spec: str, *, key: str | None = None) -> Network:
@@ -101,11 +75,11 @@ def open_network(spec: str, *, key: str | None = None) -> Network:
         if not timm.models.is_model(spec.split(".")[0]):
             raise ValueError(f"--network {spec} is neither a file nor a model that timm knows")
         model = networks.create_pretrained(spec, "--network", mend=f"add its checkpoint, --network {spec}=FILE")
-        return _make_network(spec, model, {})
+        return _make_network(spec, spec, model, {})
     selection = {} if key is None else {"key": key, "whole_file": False}
     name, model, checkpoint = networks.create_trained(path, name=name, flag="--network MODEL=FILE", **selection)
     form = ", deployed" if getattr(model, "deploy", False) else ""
-    return _make_network(f"{name}{form}\n{Path(path).name}", model, networks.recorded_args(checkpoint))
+    return _make_network(f"{name}{form}\n{Path(path).name}", name, model, checkpoint)
 
 
 def read_images(paths: Sequence[str], limit: int) -> tuple[list[str], list[Image.Image], int]:

@@ -1,6 +1,7 @@
 """The ablation: its runs, and that the committed page and tables are those of the committed files."""
 
 import csv
+import shlex
 from dataclasses import replace
 from statistics import mean, stdev
 
@@ -114,19 +115,28 @@ def test_a_run_ends_in_the_records_and_is_not_repeated(tiny_fmnist, tmp_path, mo
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
+def failure(capsys, *argv):
+    with pytest.raises(SystemExit) as ended:
+        ablation.main([*argv])
+    return ended.value.code, capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_failing_run_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "RECORDS", tmp_path / "results")
-    (tmp_path / "empty").mkdir()
-    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"):
-        (tmp_path / "empty" / name).write_bytes(b"no idx file")
-    (tmp_path / "empty" / "t10k-labels-idx1-ubyte").write_bytes(b"no idx file")
-    with pytest.raises(SystemExit) as ended:
-        ablation.main(["--data_path", str(tmp_path / "empty"), "--only", "depth", "--jobs", "1"])
-    assert ended.value.code == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("ablation.py: error: ablation_short-depth5-n3-ramp2-seed0: main.py: error: ")
-    assert "is not an idx file" in last
-    with pytest.raises(SystemExit) as ended:
-        ablation.main([])
-    assert ended.value.code == 2
-    assert "--data_path is missing" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    code, line = failure(capsys, *shlex.split("--data_path x --only aligned --jobs 1 --output_dir file"))
+    assert code == 1
+    assert line.startswith("ablation.py: error: ablation_aligned-depth6-n0-ramp0-seed0: main.py: error: ")
+    assert str(tmp_path / "file") in line
+
+
+def test_missing_or_damaged_data_end_it_before_any_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "RECORDS", tmp_path / "results")
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
+        (tmp_path / name).write_bytes(b"no idx file")
+    code, line = failure(capsys, "--data_path", str(tmp_path), "--only", "depth")
+    assert code == 1
+    assert line.startswith("ablation.py: error: ")
+    assert "is not an idx file" in line
+    assert failure(capsys) == (2, "ablation.py: error: --data_path is missing; --report does without")

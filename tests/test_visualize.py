@@ -254,7 +254,7 @@ def test_networks_side_by_side(run_folder, photos, tmp_path, figures, capsys):
         assert np.array_equal(row[0].images[0].get_array(), row[1].images[0].get_array())
         assert np.array_equal(row[1].images[1].get_array(), heat)
         assert np.abs(row[2].images[1].get_array() - heat).max() < 1e-4
-        words = f"{network.classes[answer.argmax()]} {answer.max():.2f}"
+        words = f"{network.metadata.classes[answer.argmax()]} {answer.max():.2f}"
         assert row[1].get_xlabel() == row[2].get_xlabel() == words
     with Image.open(photos / "b.png") as image:  # 90 x 70 -> 93 x 73 -> the middle 64 x 64
         expected = np.asarray(image.convert("RGB").resize((93, 73), Image.Resampling.BICUBIC))[4:68, 14:78] / 255
