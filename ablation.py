@@ -130,7 +130,7 @@ EXPERIMENTS = {
         seeds=3,
         paper={"neither": 59.58, "deep training": 60.53, "series activation": 75.23, "both": 76.36},
     ),
-    "aligned": Experiment("trained with", _switched("ablation_aligned", 6), seeds=3),
+    "aligned": Experiment("trained with", _switched("ablation_aligned", 6), seeds=2),
     "depth": Experiment(
         "layers",
         {str(depth): replace(SHORT, depth=depth) for depth in range(5, 14)},

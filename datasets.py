@@ -1009,7 +1009,10 @@ class TrainLoader:
 
     Attributes:
         broken: indices of the images that this rank found broken so far. Each is logged once.
+        resumable: whether an epoch can begin elsewhere than at its start.
     """
+
+    resumable = True
 
     def __init__(
         self,
@@ -1103,6 +1106,8 @@ class StreamTrainLoader(_StreamLoader):
 
     timm reads ahead of us: it logs and leaves out what is broken in wds/, without a count, and other streams stop.
     """
+
+    resumable = False
 
     def __init__(self, dataset: StreamDataset, *, seed: int, **shared: Any):
         super().__init__(dataset, **shared)

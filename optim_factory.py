@@ -89,7 +89,8 @@ def build_optimizer(
         explicit: those of the three that the user asked for; one that the optimizer does not take is then an error.
 
     Raises:
-        ValueError: an unknown optimizer, one that needs second derivatives, or an argument that it does not take.
+        ValueError: an unknown optimizer, one that needs second derivatives or is not installed, or an argument that it
+            does not take.
     """
     try:
         info = get_optimizer_info(opt.lower().removeprefix("lookahead_"))
@@ -114,7 +115,10 @@ def build_optimizer(
             raise ValueError(f"--opt {opt} takes no {name}; leave that flag out")
     if "betas" in kwargs and len(kwargs["betas"]) != info.num_betas:
         raise ValueError(f"--opt {opt} takes {info.num_betas} values for --opt_betas, not {len(kwargs['betas'])}")
-    return create_optimizer_v2(groups, opt, lr=lr, weight_decay=weight_decay, **kwargs)
+    try:
+        return create_optimizer_v2(groups, opt, lr=lr, weight_decay=weight_decay, **kwargs)
+    except (AssertionError, ImportError) as error:  # of one from a package that is not installed, or for GPUs only
+        raise ValueError(f"--opt {opt} cannot be used here: {error}") from error
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

@@ -236,7 +236,9 @@ def build_parser() -> argparse.ArgumentParser:
     augmentation.add_argument("--mixup_prob", type=FRACTION, default=1.0)
     augmentation.add_argument("--mixup_switch_prob", type=FRACTION, default=0.5)
     augmentation.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"))
-    augmentation.add_argument("--bce_loss", action="store_true", help="binary cross-entropy over the classes")
+    augmentation.add_argument(
+        "--bce_loss", type=boolean, nargs="?", const=True, default=False, help="binary cross-entropy over the classes"
+    )
     augmentation.add_argument("--bce_target_thresh", type=FRACTION)
 
     data = parser.add_argument_group("data")
@@ -297,10 +299,13 @@ def check_training_flags(args: argparse.Namespace, needs: Requirements, *, expor
     needs("resume_new_sched", args.resume or args.auto_resume, "add --resume or --auto_resume true")
     for flag in ("auto_resume", "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num"):
         needs(flag, args.output_dir, "add --output_dir")
+    for flag in ("save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num"):
+        needs(flag, args.save_ckpt, "--save_ckpt is false")
+    needs("start_epoch", not args.resume, "a resumed run goes on where it was; leave it out")
     for flag in ("model_key", "model_prefix"):
         needs(flag, args.finetune, "add --finetune")
     needs("deploy", evaluates or exports, "a deploy form has nothing left to train; add --eval true")
-    if evaluates and args.finetune is None and args.resume is None:
+    if evaluates and not (args.finetune or args.resume):
         raise ValueError("--eval and --switch_to_deploy need the weights: add --finetune FILE")
     if args.finetune and args.resume:
         raise ValueError("--finetune and --resume exclude each other: one begins with weights, the other goes on")
@@ -317,12 +322,16 @@ def _check(args: argparse.Namespace, needs: Requirements) -> None:
     needs("resplit", False, "it belongs to augmentation in splits, which is not done; leave --resplit out")
     needs("bce_target_thresh", args.bce_loss, "add --bce_loss")
     needs("layer_decay_num_layers", args.layer_decay < 1, "add --layer_decay")
-    for flag in ("mixup_prob", "mixup_switch_prob", "mixup_mode"):
-        mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-        needs(flag, mixes, "--mixup and --cutmix are 0")
+    cuts = args.cutmix > 0 or args.cutmix_minmax is not None
+    for flag in ("mixup_prob", "mixup_mode"):
+        needs(flag, args.mixup > 0 or cuts, "--mixup and --cutmix are 0")
+    needs("mixup_switch_prob", args.mixup > 0 and cuts, "it chooses between --mixup and --cutmix, and one is 0")
+    needs("decay_linear", args.decay_epochs > 0, "--decay_epochs is 0, so there is no ramp")
+    needs("real_labels", not args.disable_eval, "--disable_eval is true")
     for flag in ("remode", "recount"):
         needs(flag, args.reprob > 0, "--reprob is 0")
-    needs("color_jitter", args.aa.lower() in ("", "none"), "it is replaced by --aa; add --aa none")
+    jitters = args.aa.lower() in ("", "none") or "3a" in args.aa  # timm's three-augment policies bring none
+    needs("color_jitter", jitters, "it is replaced by --aa; add --aa none")
     for flag in ("teacher_weights", "distill_alpha", "distill_tau"):
         needs(flag, args.teacher, "add --teacher")
     teacher_file = args.teacher_weights or (args.teacher and Path(args.teacher).is_file())

@@ -30,6 +30,8 @@ from runtimes.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
+GROUP_SETTINGS = ("betas", "eps", "momentum", "weight_decay", "lr_scale")  # of an optimizer's parameter group
+
 
 def build_precision(args: argparse.Namespace, device: torch.device) -> Precision:
     names = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,12 +75,16 @@ def meet(world: utils.World, stop: utils.StopRequest | None) -> None:
 class Run(ABC):
     """The state of a run, and what is done with it between steps and epochs.
 
-    A subclass says in `build_data` what `loader` is, whose `remaining_batches`, `set_epoch(epoch, start_sample=)` and
-    `broken` the run relies on.
+    A subclass says in `build_data` what `loader` is, whose `remaining_batches`, `set_epoch(epoch, start_sample=)`,
+    `resumable` and `broken` the run relies on.
     """
 
     panels = metrics.CURVES  # of curves.png
-    schedule_flags: tuple[str, ...] = ("epochs", "lr", "warmup_steps", "weight_decay", "opt", "update_freq")
+    # What a resumed run keeps; --resume_new_sched lets all but the optimizer's kind change.
+    schedule_flags: tuple[str, ...] = (
+        "epochs", "lr", "warmup_steps", "weight_decay", "opt", "update_freq", "opt_betas", "opt_eps", "momentum",
+        "layer_decay",
+    )  # fmt: skip
 
     def __init__(self, args: argparse.Namespace, world: utils.World, stop: utils.StopRequest):
         self.args, self.world, self.stop = args, world, stop
@@ -86,6 +92,11 @@ class Run(ABC):
             keep_freed_memory()
         self.precision = build_precision(args, world.device)
         self.build_data()
+        if args.save_ckpt_steps and not self.loader.resumable:
+            raise ValueError(
+                f"--save_ckpt_steps {args.save_ckpt_steps}: {args.data_set} is a stream, which cannot be resumed in "
+                "the middle of an epoch; leave it out"
+            )
         self.steps_per_epoch = -(-len(self.loader) // args.update_freq)
         utils.seed_everything(args.seed)  # the same on all ranks, so that the initial weights are
         self.model = self.build_model()
@@ -99,6 +110,12 @@ class Run(ABC):
         utils.seed_everything(args.seed + world.rank)  # dropout and mixup differ between ranks
         self.checkpoints = utils.CheckpointFolder(args.output_dir, args.save_ckpt_num) if args.output_dir else None
         self.restore()
+        asked = args.resume_new_sched if args.resume else not args.auto_resume  # a finished run may be called again
+        if asked and self.progress.epoch >= self.last_epoch:
+            raise ValueError(
+                f"the run would begin with epoch {self.progress.epoch} and end before epoch {self.last_epoch}: raise "
+                "--epochs"
+            )
         self.wrap()
         self.step_sinks, self.epoch_sinks = self.build_sinks()
 
@@ -224,6 +241,7 @@ class Run(ABC):
     def build_sinks(self) -> tuple[metrics.Sinks, metrics.Sinks]:
         """What takes the numbers of a step, and of an epoch; nothing on ranks other than 0."""
         args = self.args
+        self.wandb = None
         if not self.world.is_main:
             return metrics.Sinks(), metrics.Sinks()
         step_sinks: list[metrics.Sink] = [metrics.ConsoleSink("step")]
@@ -239,7 +257,6 @@ class Run(ABC):
         if events:
             step_sinks.append(metrics.TensorBoardSink(Path(events), "step"))
             epoch_sinks.append(metrics.TensorBoardSink(Path(events), "epoch"))
-        self.wandb = None
         if args.enable_wandb:
             try:
                 import wandb
@@ -280,8 +297,11 @@ class Run(ABC):
         }
 
     def save(self, *, finished_epoch: bool, names: Sequence[str] = ()) -> None:
-        """Save if there is a folder to save to; all ranks call it, rank 0 writes, and all learn of a failure."""
-        if self.checkpoints is None or not self.args.save_ckpt:
+        """Save if there is a folder to save to; all ranks call it, rank 0 writes, and all learn of a failure.
+
+        In the middle of an epoch nothing is saved of a run on a stream, which could not go on there.
+        """
+        if self.checkpoints is None or not self.args.save_ckpt or not (finished_epoch or self.loader.resumable):
             return
         self.guard.check()
         checkpoint = self.snapshot(finished_epoch=finished_epoch)
@@ -291,19 +311,27 @@ class Run(ABC):
     def restore(self) -> None:
         """Go on from --resume or, with --auto_resume true, from the newest valid checkpoint of the output folder."""
         args = self.args
-        path = args.resume
+        path, existing = args.resume, []
         if self.checkpoints is not None:
-            existing = self.checkpoints.numbered()
+            existing = self.checkpoints.places()
             self.world.from_main(self.checkpoints.remove_leftovers)
             if args.auto_resume and not path:
                 path = self.world.from_main(self.checkpoints.newest_valid)
             elif existing and not path and args.save_ckpt:
                 raise ValueError(
-                    f"{args.output_dir} holds checkpoints of an earlier run ({existing[0].name}): "
+                    f"{args.output_dir} holds checkpoints of an earlier run ({existing[0][1].name}): "
                     "add --auto_resume true to go on with it, or choose another --output_dir"
                 )
         if path:
-            self.load(utils.load_checkpoint(path), path)
+            checkpoint = utils.load_checkpoint(path)
+            self.load(checkpoint, path)
+            place = self.progress.epoch, checkpoint.get("step", 0)
+            newer = [file for where, file in existing if where > place] if args.resume and args.save_ckpt else []
+            if newer:
+                raise ValueError(
+                    f"{args.output_dir} holds checkpoints newer than --resume {path} ({newer[0].name}), with which "
+                    "this run's would be mixed up: move them away, or choose another --output_dir"
+                )
 
     def load(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         self.check_schedules(checkpoint, path)
@@ -316,10 +344,14 @@ class Run(ABC):
         utils.load_weights(self.model, utils.checkpoint_weights(checkpoint, key="model", path=path), path=path)
         for name, ema in emas:
             utils.load_weights(ema.module, utils.checkpoint_weights(checkpoint, key=name, path=path), path=path)
+        own = [{key: group[key] for key in GROUP_SETTINGS if key in group} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except (ValueError, KeyError) as error:
             raise utils.CheckpointError(f"cannot resume from {path}: its optimizer differs ({error})") from None
+        if self.args.resume_new_sched:
+            for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+                group.update(settings)
         if checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
         step = checkpoint.get("step", 0)
@@ -345,9 +377,14 @@ class Run(ABC):
         logger.info("resumed %s: epoch %d, step %d", path, self.progress.epoch, self.progress.step)
 
     def check_schedules(self, checkpoint: dict[str, Any], path: str | Path) -> None:
-        """A resumed run keeps its schedules unless --resume_new_sched says otherwise."""
+        """A resumed run keeps its schedules unless --resume_new_sched says otherwise, and always its optimizer."""
         old = checkpoint.get("args")
         old = vars(old) if isinstance(old, argparse.Namespace) else old or {}
+        if old.get("opt", self.args.opt) != self.args.opt:
+            raise ValueError(
+                f"--opt {self.args.opt} cannot go on with the state of --opt {old['opt']} in {path}: leave it, or "
+                "begin anew with --finetune"
+            )
         for flag in self.schedule_flags:
             if not self.args.resume_new_sched and flag in old and old[flag] != getattr(self.args, flag):
                 raise ValueError(
@@ -460,8 +497,11 @@ class Run(ABC):
 
     def leave(self) -> None:
         """End after a signal; the state has been saved."""
-        saved = self.checkpoints is not None and self.args.save_ckpt
-        kept = "the state is saved, --auto_resume true goes on" if saved else "no checkpoints, nothing saved"
+        kept = "no checkpoints, nothing saved"
+        if self.checkpoints is not None and self.args.save_ckpt:
+            kept = "the state is saved, --auto_resume true goes on"
+            if not self.loader.resumable:
+                kept = "--auto_resume true goes on from the last whole epoch, since the data are a stream"
         logger.warning("stopped by a signal in epoch %d, step %d: %s", self.progress.epoch, self.progress.step, kept)
         self.close()
         raise SystemExit(max(self.world.gather(self.stop.exit_code)))

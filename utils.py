@@ -553,15 +553,19 @@ class CheckpointFolder:
         self.folder = Path(folder)
         self.keep = keep
 
-    def numbered(self) -> list[Path]:
-        """The numbered files, newest first."""
+    def places(self) -> list[tuple[tuple[int, int], Path]]:
+        """Where in the run each numbered file was written, newest first: (epochs done, steps after them)."""
         found = []
         for path in self.folder.glob("checkpoint-*.pth"):
             match = self.pattern.fullmatch(path.name)
             if match:
                 epoch, step = int(match.group(1)), match.group(2)
                 found.append(((epoch, int(step)) if step else (epoch + 1, 0), path))
-        return [path for _, path in sorted(found, reverse=True)]
+        return sorted(found, reverse=True)
+
+    def numbered(self) -> list[Path]:
+        """The numbered files, newest first."""
+        return [path for _, path in self.places()]
 
     def save(self, checkpoint: Mapping[str, Any], *, epoch: int, step: int, names: Sequence[str] = ()) -> Path:
         """Write the state after `step` optimizer steps of `epoch` (step 0: after the epoch `epoch` - 1 as a whole).

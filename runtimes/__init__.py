@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .base import Calibration, Engine, FileEngine, Layer, Metadata, Runtime
+from .base import Calibration, Engine, FileEngine, Layer, Metadata, Runtime, set_tf32
 
 __all__ = [
     "ENGINES",
@@ -27,6 +27,7 @@ __all__ = [
     "find",
     "load",
     "of_file",
+    "set_tf32",
 ]
 
 # By name, where each is defined.

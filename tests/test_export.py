@@ -1,5 +1,6 @@
 """export.py: files that agree with PyTorch, or none; what the file knows; int8 layer by layer."""
 
+import functools
 import hashlib
 import shlex
 import sys
@@ -120,10 +121,11 @@ def test_a_layer_that_does_not_fit_int8_shows(randomized):
 def test_other_normalization_and_crop_are_taken_from_the_run(recorded):
     network = timm.create_model("vanillanet_5", width_mult=1 / 64)
     args = recorded(data_set="IMNET", imagenet_default_mean_and_std=False, crop_pct=0.9, input_size=256)
-    found = deployment._preprocessing(network, {"args": args}, None, None)
-    assert found == {"mean": (0.5,) * 3, "std": (0.5,) * 3, "input_size": 256, "crop_pct": 0.9}
-    assert deployment._preprocessing(network, {}, 384, None)["crop_pct"] == 0.875  # timm's, for any size
-    assert deployment._preprocessing(network, {"args": recorded(data_set="IMNET")}, 384, None)["crop_pct"] == 1.0
+    found = deployment.describe("vanillanet_5", network, {"args": args})
+    assert (found.mean, found.std, found.input_size, found.crop_pct) == ((0.5,) * 3, (0.5,) * 3, 256, 0.9)
+    larger = functools.partial(deployment.describe, "vanillanet_5", network, input_size=384)
+    assert larger({}).crop_pct == 0.875  # timm's, for any size
+    assert larger({"args": recorded(data_set="IMNET")}).crop_pct == 1.0
 
 
 @pytest.mark.parametrize(

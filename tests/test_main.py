@@ -111,6 +111,54 @@ def test_resume_under_other_schedules_is_asked_for(tiny_fmnist, straight, tmp_pa
     assert utils.load_checkpoint(tmp_path / "checkpoint-last.pth")["epoch"] == 4
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--output_dir", "own"], "checkpoint-3.pth"),  # newer ones would be kept, and gone on with, in their place
+        (["--resume_new_sched", "--epochs", "2"], "raise --epochs"),
+        (["--resume_new_sched", "--opt", "sgd"], "--finetune"),
+        (["--opt_betas", "0.5", "0.6"], "--resume_new_sched"),
+        (["--layer_decay", "0.5"], "--resume_new_sched"),
+        (["--start_epoch", "1"], "leave it out"),
+    ],
+)
+def test_what_a_resumed_run_cannot_do_is_refused(tiny_fmnist, straight, tmp_path, capsys, flags, named):
+    before = {path.name: path.stat().st_mtime_ns for path in straight.glob("*.pth")}
+    folder = ["--output_dir", straight if "own" in flags else tmp_path]
+    flags = [flag for flag in flags if flag not in ("--output_dir", "own")]
+    with pytest.raises(SystemExit) as ended:
+        run(tiny_fmnist, *folder, "--resume", straight / "checkpoint-1.pth", *flags)
+    assert ended.value.code == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name: path.stat().st_mtime_ns for path in straight.glob("*.pth")} == before
+
+
+def run_of(tiny_fmnist, *flags):
+    args = main.parse_args([*BASE, "--data_path", str(tiny_fmnist), *map(str, flags)])
+    return main.ClassificationRun(args, utils.World(0, 1, torch.device("cpu")), utils.StopRequest())
+
+
+def test_new_schedules_bring_new_settings_of_the_optimizer(tiny_fmnist, straight, tmp_path):
+    flags = ["--resume_new_sched", "--opt_eps", 1e-3, "--opt_betas", 0.5, 0.6]
+    resumed = run_of(tiny_fmnist, "--output_dir", tmp_path, "--resume", straight / "checkpoint-1.pth", *flags)
+    groups = resumed.optimizer.param_groups
+    assert {tuple(group["betas"]) for group in groups} == {(0.5, 0.6)}
+    assert {group["eps"] for group in groups} == {1e-3}
+    resumed.close()
+
+
+def test_a_run_on_a_stream_saves_only_whole_epochs(tiny_fmnist, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.TrainLoader, "resumable", False)
+    begun = run_of(tiny_fmnist, "--output_dir", tmp_path)
+    begun.save(finished_epoch=False)
+    assert not list(tmp_path.glob("*.pth"))
+    begun.save(finished_epoch=True)
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-last.pth"]
+    begun.close()
+    with pytest.raises(ValueError, match="--save_ckpt_steps 3: FMNIST is a stream"):
+        run_of(tiny_fmnist, "--output_dir", tmp_path / "b", "--save_ckpt_steps", 3)
+
+
 def test_a_used_folder_is_not_overwritten(tiny_fmnist, straight, capsys):
     before = sorted((path.name, path.stat().st_mtime_ns) for path in straight.glob("*.pth"))
     with pytest.raises(SystemExit) as ended:
