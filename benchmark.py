@@ -28,6 +28,7 @@ from options import COUNT, POSITIVE, Parser, boolean, canonical
 from utils import mistakes_end
 
 TRAINING_ENGINES = ("plain", "channels_last", "compile")
+TRAINING_PRECISIONS = ("fp32", "bf16")
 QUICK = {
     "models": ["vanillanet_5"],
     "peers": ["resnet18"],
@@ -85,10 +86,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--report measures nothing: leave --{min(others)} out")
     elif not args.models and not args.quick:
         parser.error("name --models, or add --quick true")
-    if args.profile and (args.training or args.docs or args.figures):
-        parser.error("--profile true prints a table of its own: leave --training, --docs and --figures out")
+    measuring = given & {"training", "docs", "figures", "output", "calls", "together"}
+    if args.profile and measuring:
+        parser.error(f"--profile true prints a table of its own: leave --{min(measuring)} out")
     if args.training and given & {"runtimes", "twins", "int8_depthwise"}:
         parser.error("--training true has engines of its own: leave --runtimes, --twins and --int8_depthwise out")
+    if args.training and not set(args.precisions or ()) <= set(TRAINING_PRECISIONS):
+        parser.error(f"--training true computes in {' and '.join(TRAINING_PRECISIONS)}: name no other --precisions")
     if args.quick:
         for name, value in QUICK.items():
             if name not in given:
@@ -106,15 +110,19 @@ def _networks(args: argparse.Namespace) -> list[str]:
         names += PAPER_PEERS if name == "paper" else [name]
     if args.width_mult is not None and not any(map(is_vanillanet, names)):
         raise ValueError("--width_mult is for VanillaNets, and none is measured")
-    return list(dict.fromkeys(names))
+    names = list(dict.fromkeys(names))
+    labels = [Path(name).stem for name in names]
+    for name, label in zip(names, labels, strict=True):
+        if labels.count(label) > 1:
+            raise ValueError(f"{name} and another would both be called {label}: give their files different names")
+    return names
 
 
 def _engines(args: argparse.Namespace) -> list[tuple[str, str]]:
     """(engine, precision) of all that is asked for and can run on this device."""
     if args.training:
-        precisions = [name for name in ("fp32", "bf16") if name in (args.precisions or ("fp32", "bf16"))]
-        return list(itertools.product(TRAINING_ENGINES, precisions))
-    kind = torch.device(args.device).type
+        return list(itertools.product(TRAINING_ENGINES, args.precisions or TRAINING_PRECISIONS))
+    kind = runtimes.device_type(args.device)
     every = list(runtimes.ENGINES) if "all" in args.runtimes else args.runtimes
     pairs = []
     for name in every:

@@ -120,7 +120,9 @@ def load(
             mend = "give a checkpoint, or add --random_weights true to measure speed alone"
             network = networks.create_pretrained(name, "MODEL", mend=mend)
     network = reparameterize_model(network)
-    return network, describe(name, network, checkpoint, digest=digest, input_size=input_size, crop_pct=crop_pct)
+    metadata = describe(name, network, checkpoint, digest=digest, input_size=input_size, crop_pct=crop_pct)
+    networks.check_input_size(network, metadata.input_size, str(source))
+    return network, metadata
 
 
 # -- images

@@ -24,6 +24,7 @@ from utils import mistakes_end
 # The largest difference from PyTorch in float32, relative to the largest logit. A file beyond it is not written.
 TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2, "int8": 2.5e-1}
 COMPARED_IMAGES = 32
+CALIB_COUNT = 300
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,11 +37,11 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
         "--random_weights", type=boolean, default=False, help="a model's name without its pretrained weights"
     )
     parser.add_argument("--calib_data", metavar="DIR", help="images to calibrate int8 on, and to compare on")
-    parser.add_argument("--data_set", default="image_folder", help="what --calib_data is, as for main.py")
+    parser.add_argument("--data_set", help="what --calib_data is, as for main.py [image_folder]")
     parser.add_argument(
         "--int8_depthwise", type=boolean, default=False, help="quantize the series activations, too (pt2, openvino)"
     )
-    parser.add_argument("--calib_count", type=COUNT, default=300, help="images to calibrate on")
+    parser.add_argument("--calib_count", type=COUNT, help=f"images to calibrate on [{CALIB_COUNT}]")
 
 
 def open_network(args: argparse.Namespace) -> tuple[nn.Module, runtimes.Metadata]:
@@ -78,6 +79,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args([canonical(token) for token in (sys.argv[1:] if argv is None else argv)])
     if args.int8 and args.precision not in (None, "int8"):
         parser.error(f"--int8 and --precision {args.precision} exclude each other")
+    if args.layer_errors and (args.precision or args.tolerance is not None or args.device != "cpu"):
+        parser.error("--layer_errors true is about int8, in PyTorch: leave --precision, --tolerance and --device out")
     args.precision = "int8" if args.int8 else args.precision or "fp32"
     if args.layer_errors:
         if args.to or args.output:
@@ -86,6 +89,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--to is missing: " + ", ".join(sorted(runtimes.FORMATS)))
     if (args.layer_errors or args.precision == "int8") and not args.calib_data:
         parser.error("int8 needs real images to calibrate on: add --calib_data DIR")
+    if args.calib_count is not None and args.precision != "int8" and not args.layer_errors:
+        parser.error("--calib_count is for --int8")
+    if args.data_set is not None and not args.calib_data:
+        parser.error("--data_set says what --calib_data is: add it")
+    args.calib_count = args.calib_count or CALIB_COUNT
+    args.data_set = args.data_set or "image_folder"
     if args.int8_depthwise and (args.precision != "int8" or args.to not in ("pt2", "openvino")):
         parser.error("--int8_depthwise true is for --int8 with --to pt2 or openvino; ONNX has it always")
     if args.batch_size > 1 and args.to != "pt2":

@@ -13,7 +13,7 @@ import torch
 import datasets
 import deployment
 import runtimes
-from export import add_network_flags, open_network
+from export import CALIB_COUNT, add_network_flags, open_network
 from options import COUNT, Parser, canonical
 from utils import mistakes_end
 
@@ -44,8 +44,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         for flag in NETWORK_FLAGS:
             if getattr(args, flag) != parser.get_default(flag):
                 parser.error(f"--{flag} has no effect here: {args.source} was exported with all that it needs")
-    elif (args.calib_data or args.int8_depthwise) and args.precision != "int8":
-        parser.error("--calib_data and --int8_depthwise are for --precision int8")
+    elif args.precision != "int8":
+        for flag in ("calib_data", "calib_count", "data_set", "int8_depthwise"):
+            if getattr(args, flag) != parser.get_default(flag):
+                parser.error(f"--{flag} is for --precision int8")
+    args.calib_count, args.data_set = args.calib_count or CALIB_COUNT, args.data_set or "image_folder"
     return args
 
 

@@ -1,5 +1,6 @@
 """The table of results: a row for each network, engine, precision, resolution and batch, with its conditions."""
 
+import contextlib
 import csv
 import importlib.metadata
 import platform
@@ -22,7 +23,12 @@ COLUMNS = (
     "processor", "threads", "torch", "library", "date",
 )  # fmt: skip
 # The package that does the arithmetic, where that is not torch.
-LIBRARIES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
+# By engine, the packages that it comes in.
+LIBRARIES = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt",),
+}
 
 
 def statistics(seconds: Sequence[float], batch: int) -> dict[str, float]:
@@ -54,14 +60,20 @@ def _processor(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
+def _library(engine: str) -> str:
+    for package in LIBRARIES.get(engine, ("torch",)):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{package} {importlib.metadata.version(package)}"
+    return engine
+
+
 def conditions(engine: str, *, device: str, threads: int) -> dict[str, str | int]:
     """Where and with what a row is measured, today."""
-    package = LIBRARIES.get(engine, "torch")
     return {
         "processor": _processor(device),
         "threads": threads,
         "torch": torch.__version__,
-        "library": f"{package} {importlib.metadata.version(package)}",
+        "library": _library(engine),
         "date": datetime.now(UTC).date().isoformat(),
     }
 

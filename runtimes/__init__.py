@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .base import Calibration, Engine, FileEngine, Layer, Metadata, Runtime, set_tf32
+from .base import Calibration, Engine, FileEngine, Layer, Metadata, Runtime, device_type, set_tf32
 
 __all__ = [
     "ENGINES",
@@ -24,6 +24,7 @@ __all__ = [
     "Layer",
     "Metadata",
     "Runtime",
+    "device_type",
     "find",
     "load",
     "of_file",

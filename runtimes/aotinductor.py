@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .base import FileEngine, FixedBatch, Metadata, Runtime, check_precision, exported, in_precision
+from .base import FileEngine, FixedBatch, Metadata, Runtime, check_precision, exported, in_precision, set_tf32
 from .eager import operator_times
 from .memory import keep_freed_memory
 
@@ -43,6 +43,9 @@ class AOTInductor(FileEngine):
         profile=False,
     ) -> list[Path]:
         self.check(precision, device, calibration)
+        if precision == "int8" and torch.device(device).type == "cuda":
+            raise ValueError(f"int8 in {self.name} runs on the CPU only: use tensorrt or onnxruntime")
+        set_tf32(precision, device)
         # Only here, so that a package answers soon: what compiles it takes seconds to import.
         from torch._inductor import aot_compile
         from torch.export.pt2_archive._package import package_pt2
@@ -67,6 +70,7 @@ class AOTInductor(FileEngine):
         metadata = Metadata.from_strings(strings, path)
         precision = check_precision(metadata, precision, path)
         self.check_place(precision, device)
+        set_tf32(precision, device)
         kind = torch.device(device).type
         if strings["device"] != kind:
             raise ValueError(f"{path} was compiled for {strings['device']}, not for {kind}: export it anew")
@@ -85,7 +89,7 @@ class AOTInductor(FileEngine):
             raise ValueError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
 
         def package(images: torch.Tensor) -> torch.Tensor:
-            return loader.boxed_run([images])[0]
+            return loader.boxed_run([images.contiguous()])[0]  # the strides are compiled in, and not checked
 
         run = FixedBatch(package, int(strings["batch_size"]))
         return Runtime(
@@ -94,6 +98,7 @@ class AOTInductor(FileEngine):
             run,
             metadata=metadata,
             device=device,
+            size=(metadata.input_size,) * 2,
             profile=lambda batch: operator_times(run, batch),
         )
 

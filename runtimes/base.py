@@ -106,6 +106,7 @@ class Runtime:
         precision: that it computes in.
         metadata: of the file that it was read from, None for a network from memory.
         device: where the logits come out; images may lie on any device.
+        size: height and width of the images that it was made for; None takes any.
     """
 
     def __init__(
@@ -116,21 +117,30 @@ class Runtime:
         *,
         metadata: Metadata | None = None,
         device: str = "cpu",
+        size: tuple[int, int] | None = None,
         profile: Callable[[torch.Tensor], list[Layer]] | None = None,
     ):
         self.name, self.precision, self.metadata, self.device = name, precision, metadata, torch.device(device)
+        self.size = size
         self._run, self._profile = run, profile
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            return self._run(images.to(self.device, torch.float32))
+            return self._run(self._prepare(images))
+
+    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """Raises ValueError for another size, at which some engines would compute something else and not say so."""
+        if self.size not in (None, tuple(images.shape[-2:])):
+            found, own = ("x".join(map(str, size)) for size in (images.shape[-2:], self.size))
+            raise ValueError(f"the images have {found} px, this {self.name} network takes {own}: export one for them")
+        return images.to(self.device, torch.float32)
 
     def profile(self, images: torch.Tensor) -> list[Layer]:
         """The time of each layer in one call, by the engine's own clock. ValueError where it has none."""
         if self._profile is None:
             raise ValueError(f"{self.name} was not built to be profiled")
         with torch.inference_mode():
-            return self._profile(images.to(self.device, torch.float32))
+            return self._profile(self._prepare(images))
 
     def __repr__(self) -> str:
         return f"Runtime({self.name}, {self.precision})"
@@ -181,6 +191,14 @@ class FixedBatch:
 # -- engines
 
 
+def device_type(device: str) -> str:
+    """cpu or cuda. Raises ValueError for what is no device of torch."""
+    try:
+        return torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"--device {device} is none; say cpu, cuda or cuda:1") from error
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What int8 is made with.
@@ -215,7 +233,7 @@ class Engine(ABC):
         """Raise ValueError for a precision or device that this engine has not."""
         if precision not in self.precisions:
             raise ValueError(f"{self.name} computes in {', '.join(self.precisions)}, not in {precision}")
-        kind = torch.device(device).type
+        kind = device_type(device)
         if kind not in self.devices:
             raise ValueError(f"{self.name} runs on {', '.join(self.devices)}, not on {kind}")
         if kind == "cuda" and not torch.cuda.is_available():
@@ -299,7 +317,7 @@ class FileEngine(Engine):
                 profile=profile,
             )
             runtime = self.open(path, device=device, profile=profile)
-        runtime.metadata = None
+        runtime.metadata, runtime.size = None, tuple(images.shape[-2:])
         return runtime
 
 

@@ -8,7 +8,7 @@ import torch._inductor.config as inductor
 from torch import nn
 
 from . import pt2e
-from .base import DTYPES, Engine, FixedBatch, Form, Runtime, set_tf32
+from .base import DTYPES, Engine, FixedBatch, Form, Runtime, device_type, set_tf32
 from .eager import operator_times
 from .memory import keep_freed_memory
 from .plain import plain
@@ -21,7 +21,7 @@ def inductor_form(network: nn.Module, images: torch.Tensor, *, precision: str, c
     network = plain(network, images)
     if precision == "int8":
         return pt2e.quantize(network, images, calibration)
-    if precision == "fp32" and torch.device(device).type == "cpu" and slow_at_wide_convolutions():
+    if precision == "fp32" and device_type(device) == "cpu" and slow_at_wide_convolutions():
         network = split_wide(network, images)
     return Form(network, dtype=DTYPES[precision], layout=torch.channels_last, device=device)
 
@@ -42,10 +42,10 @@ class Compiled(Engine):
 
     def build(self, network: nn.Module, images, *, precision="fp32", calibration=None, device="cpu", profile=False):
         self.check(precision, device, calibration)
-        if precision == "int8" and torch.device(device).type != "cpu":
+        if precision == "int8" and device_type(device) != "cpu":
             raise ValueError("int8 in PyTorch is for x86 processors; on a GPU use tensorrt")
         set_tf32(precision, device)
-        if torch.device(device).type == "cpu":
+        if device_type(device) == "cpu":
             keep_freed_memory()
         form = inductor_form(network, images, precision=precision, calibration=calibration, device=device)
         # A code object can be compiled for a few sets of guards only, so every build has one of its own.

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .base import DTYPES, Engine, Form, Layer, Runtime, set_tf32
+from .base import DTYPES, Engine, Form, Layer, Runtime, device_type, set_tf32
 from .memory import keep_freed_memory
 
 
@@ -49,7 +49,7 @@ class ChannelsLast(Eager):
     layout = torch.channels_last
 
     def build(self, network: nn.Module, images, *, precision="fp32", calibration=None, device="cpu", profile=False):
-        if torch.device(device).type == "cpu":
+        if device_type(device) == "cpu":
             keep_freed_memory()
         return super().build(
             network, images, precision=precision, calibration=calibration, device=device, profile=profile

@@ -17,6 +17,7 @@ from .base import (
     Metadata,
     Runtime,
     check_precision,
+    device_type,
     exported,
     in_precision,
     quiet,
@@ -128,11 +129,14 @@ class OnnxRuntime(FileEngine):
         if profile:
             folder = tempfile.mkdtemp()
             options.profile_file_prefix = os.path.join(folder, "profile")
-        provider = "CUDAExecutionProvider" if torch.device(device).type == "cuda" else "CPUExecutionProvider"
+        provider, settings = "CPUExecutionProvider", {}
+        if device_type(device) == "cuda":
+            provider = "CUDAExecutionProvider"
+            settings = {"device_id": torch.device(device).index or 0, "use_tf32": 0}
         if provider not in ort.get_available_providers():
             raise ValueError(f"this onnxruntime has no {provider}: pip install onnxruntime-gpu")
         try:
-            session = ort.InferenceSession(str(path), options, providers=[provider])
+            session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
         except Exception as error:  # its exceptions have no common class
             raise ValueError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
         metadata = Metadata.from_strings(session.get_modelmeta().custom_metadata_map, path)
@@ -148,4 +152,12 @@ class OnnxRuntime(FileEngine):
             nodes = [event for event in events if event["ts"] >= begun and event["name"].endswith("_kernel_time")]
             return [Layer(event["name"], event["args"]["op_name"], event["dur"] / 1e3) for event in nodes]
 
-        return Runtime(self.name, precision, run, metadata=metadata, device=device, profile=layers if profile else None)
+        return Runtime(
+            self.name,
+            precision,
+            run,
+            metadata=metadata,
+            device=device,
+            size=(metadata.input_size,) * 2,
+            profile=layers if profile else None,
+        )

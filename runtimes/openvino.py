@@ -75,6 +75,7 @@ class OpenVINO(FileEngine):
         }
         metadata = Metadata.from_strings(strings, path)
         precision = precision or metadata.precision
+        self.check_place(precision, device)
         if "int8" in (precision, metadata.precision) and precision != metadata.precision:
             raise ValueError(f"{path} computes in {metadata.precision}, not in {precision}: export it anew")
         if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -105,7 +106,14 @@ class OpenVINO(FileEngine):
                 if i.status == i.Status.EXECUTED
             ]
 
-        return Runtime(self.name, precision, run, metadata=metadata, profile=layers if profile else None)
+        return Runtime(
+            self.name,
+            precision,
+            run,
+            metadata=metadata,
+            size=(metadata.input_size,) * 2,
+            profile=layers if profile else None,
+        )
 
     @staticmethod
     def _library():

@@ -299,7 +299,11 @@ def test_code_in_a_checkpoint_is_not_run(hostile, tmp_path, capsys):
         ("--report gone.csv", "gone.csv"),
         ("--report gone.csv --calls 3", "--calls"),
         ("--models vanillanet_5 --profile true --docs page.md", "--docs"),
+        ("--models vanillanet_5 --profile true --output out.csv", "--output"),
         ("--models vanillanet_5 --training true --runtimes eager", "--runtimes"),
+        ("--models vanillanet_5 --training true --precisions fp32 int8", "fp32 and bf16"),
+        ("--models a/checkpoint-last.pth b/checkpoint-last.pth", "both be called checkpoint-last"),
+        ("--models vanillanet_5 --device gpu", "--device gpu"),
     ],
 )
 def test_bad_requests(capsys, arguments, named):

@@ -133,6 +133,8 @@ def test_imagenet_names_by_a_models_name(photographs, capsys):
         (["MODEL", "MODEL"], "cannot read the image"),
         (["MODEL", "PHOTO", "--precision", "int8"], "--calib_data"),
         (["MODEL", "PHOTO", "--calib_data", "DIR"], "--precision int8"),
+        (["MODEL", "PHOTO", "--calib_count", "7"], "--precision int8"),
+        (["MODEL", "PHOTO", "--device", "gpu"], "--device gpu"),
         (["MODEL", "PHOTO", "--engine", "tensorrt"], "not on cpu"),
         (["gone.pth", "PHOTO"], "gone.pth does not exist"),
         (["gone.pt2", "PHOTO"], "gone.pt2 does not exist"),

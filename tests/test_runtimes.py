@@ -106,6 +106,32 @@ def check_engine(network, images, engine, precision):
     assert network.stem[0].weight.is_contiguous()
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino", pytest.param("aotinductor", marks=pytest.mark.slow)])
+def test_images_of_another_size_are_refused(network, images, tmp_path, engine):
+    """Some engines would compute something else, and not say so."""
+    skip_without(*PACKAGES.get(engine, ()))
+    found = runtimes.find(engine)
+    path = tmp_path / f"n{found.suffix}"
+    found.export(network, images[:1], path, metadata=METADATA)
+    for runtime in (runtimes.load(path), runtimes.load(network, engine=engine, images=images[:1])):
+        with pytest.raises(ValueError, match=rf"have 32x64 px, this {engine} network takes 64x64"):
+            runtime(images[:, :, :32])
+        with torch.no_grad():
+            expected = network(images)
+        assert difference(runtime(images.to(memory_format=torch.channels_last)), expected) < TOLERANCE["fp32"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"precision": "tf32"}, "not in tf32"), ({"device": "cuda"}, "not on cuda"), ({"device": "gpu"}, "--device gpu")],
+)
+def test_what_an_openvino_file_cannot_do_is_said(network, images, tmp_path, arguments, message):
+    skip_without(*PACKAGES["openvino"])
+    runtimes.find("openvino").export(network, images[:1], tmp_path / "n.xml", metadata=METADATA)
+    with pytest.raises(ValueError, match=message):
+        runtimes.load(tmp_path / "n.xml", **arguments)
+
+
 @pytest.mark.parametrize(("engine", "precision"), FAST)
 def test_an_engine_agrees_with_pytorch(network, images, engine, precision):
     check_engine(network, images, engine, precision)
