@@ -206,6 +206,12 @@ CURVES: Panels = (
     ("learning rate", ("lr",)),
     ("lambda", ("act_learn",)),
 )
+DETECTION_CURVES: Panels = (
+    ("loss", ("train_loss",)),
+    ("box AP", ("test_box_AP", "test_box_AP50", "ema_box_AP")),
+    ("mask AP", ("test_mask_AP", "test_mask_AP50", "ema_mask_AP")),
+    ("learning rate", ("lr",)),
+)
 
 
 def curve(rows: Iterable[Mapping[str, object]], column: str) -> list[tuple[int, float]]:

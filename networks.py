@@ -18,6 +18,7 @@ from models.vanillanet import VARIANTS
 from optim_factory import activation_slope
 
 __all__ = [
+    "Normalization",
     "check_input_size",
     "check_name",
     "create_pretrained",

@@ -522,7 +522,7 @@ def _explained(error: BaseException) -> str | None:
             "--auto_resume true"
         )
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return "out of memory: lower --batch_size (and raise --update_freq by as much), --input_size or --num_workers"
+        return "out of memory: lower --batch_size (and raise --update_freq by as much), the image size or --num_workers"
     if utils.lost_contact(error):
         first = str(error).strip().splitlines()[0].split(". ")[0]
         cause = re.sub(r"^\[\S+:\d+\] ", "", first)  # without the line of gloo's source

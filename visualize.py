@@ -101,7 +101,9 @@ def draw_curves(args: argparse.Namespace) -> None:
     if len(set(args.runs)) < len(args.runs):
         raise ValueError("the same run is named twice")
     runs = {name: _read_run(folder) for name, folder in zip(_run_names(args.runs), args.runs, strict=True)}
-    _save(metrics.curves_figure(runs), args.output)
+    classifies = any("act_learn" in rows[0] for rows in runs.values())
+    panels = metrics.CURVES if classifies else metrics.DETECTION_CURVES
+    _save(metrics.curves_figure(runs, panels), args.output)
 
 
 # -- the paper's figures

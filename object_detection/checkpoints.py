@@ -13,10 +13,11 @@ from object_detection.detectors import FRAMEWORKS, Detector, create_detector, lo
 __all__ = [
     "build_detector",
     "check_categories",
-    "describe_categories",
+    "describe",
     "load_classifier",
     "load_detector",
     "open_detector",
+    "set_normalization",
 ]
 
 
@@ -43,9 +44,19 @@ def build_detector(args: argparse.Namespace, num_classes: int) -> Detector:
     )
 
 
-def describe_categories(dataset: CocoDataset) -> dict[str, Any]:
-    """What a detector's checkpoint holds of them."""
-    return {"classes": list(dataset.classes), "category_ids": list(dataset.category_ids)}
+def describe(detector: Detector, dataset: CocoDataset) -> dict[str, Any]:
+    """What a detector's checkpoint holds of the categories, and of what images are normalized with."""
+    return {
+        "classes": list(dataset.classes),
+        "category_ids": list(dataset.category_ids),
+        "normalization": [list(values) for values in detector.normalization],
+    }
+
+
+def set_normalization(detector: Detector, checkpoint: Mapping[str, Any]) -> None:
+    """As the detector's checkpoint has it; one that does not say is of a detector with that of its network in timm."""
+    if "normalization" in checkpoint:
+        detector.normalization = checkpoint["normalization"]
 
 
 def check_categories(checkpoint: Mapping[str, Any], dataset: CocoDataset, *, path: str | Path) -> None:
@@ -66,11 +77,12 @@ def load_detector(args: argparse.Namespace, detector: Detector, dataset: CocoDat
     check_categories(checkpoint, dataset, path=path)
     weights = utils.checkpoint_weights(checkpoint, key=args.model_key, prefix=args.model_prefix, path=path)
     utils.load_weights(detector, weights, path=path)
+    set_normalization(detector, checkpoint)
     return checkpoint
 
 
 def load_classifier(args: argparse.Namespace, detector: Detector) -> None:
-    """Load --backbone_weights into the detector's network."""
+    """Load --backbone_weights into the detector's network, which gets images normalized as the classifier did."""
     path = args.backbone_weights
     checkpoint = utils.load_checkpoint(path)
     slope = networks.recorded_slope(checkpoint)
@@ -79,6 +91,7 @@ def load_classifier(args: argparse.Namespace, detector: Detector) -> None:
     load_backbone(
         detector, utils.checkpoint_weights(checkpoint, key=args.backbone_key, whole_file=True, path=path), path=path
     )
+    detector.normalization = networks.mean_and_std(detector.backbone.body, checkpoint)
 
 
 def open_detector(path: str | Path, *, key: str = "model_ema|model") -> tuple[Detector, tuple[str, ...]]:
@@ -97,4 +110,5 @@ def open_detector(path: str | Path, *, key: str = "model_ema|model") -> tuple[De
     recorded = recorded | {"deploy": bool(checkpoint.get("deploy", False))}
     detector = build_detector(argparse.Namespace(**recorded), len(checkpoint["classes"]) + 1)
     utils.load_weights(detector, utils.checkpoint_weights(checkpoint, key=key, path=path), path=path)
+    set_normalization(detector, checkpoint)
     return detector.eval(), tuple(checkpoint["classes"])

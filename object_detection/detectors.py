@@ -69,6 +69,19 @@ class Pyramid(nn.Module):
         return self.fpn(OrderedDict((str(i), maps[level]) for i, level in enumerate(self.levels)))
 
 
+def _in_float32(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """The output of a module in float32, whatever autocast computed it in; a hook.
+
+    torchvision makes anchors and boxes in the precision of the maps and of the heads' outputs. In bfloat16 a coordinate
+    beyond 512 px is a multiple of 4.
+    """
+    if isinstance(output, torch.Tensor):
+        return output.float()
+    if isinstance(output, Mapping):
+        return type(output)((name, _in_float32(module, inputs, value)) for name, value in output.items())
+    return type(output)(_in_float32(module, inputs, value) for value in output)
+
+
 class Detector(nn.Module):
     """What both detectors have beyond torchvision's: the network's form, and its layers for layer decay.
 
@@ -79,10 +92,12 @@ class Detector(nn.Module):
     Attributes:
         losses: names of the losses.
         has_masks: whether there are masks.
+        heads: the submodules whose outputs become boxes, classes and masks.
     """
 
     losses: tuple[str, ...]
     has_masks: bool
+    heads: tuple[str, ...]
     train_sizes: tuple[int, ...] = TRAIN_SIZES
     test_size: int = 800
 
@@ -105,6 +120,15 @@ class Detector(nn.Module):
     def deploy(self) -> bool:
         return getattr(self.network, "deploy", False)
 
+    @property
+    def normalization(self) -> networks.Normalization:
+        """Mean and std that images are normalized with, those of timm's configuration of the network if not set."""
+        return tuple(self.transform.image_mean), tuple(self.transform.image_std)
+
+    @normalization.setter
+    def normalization(self, value: networks.Normalization) -> None:
+        self.transform.image_mean, self.transform.image_std = map(list, value)
+
     def switch_to_deploy(self) -> None:
         """Fuse the network, in place. ValueError if it has no deploy form, or its lambda is below 1."""
         if not hasattr(self.network, "switch_to_deploy"):
@@ -126,11 +150,13 @@ class Detector(nn.Module):
 class RetinaNet(Detector, detection.RetinaNet):
     losses = ("classification", "bbox_regression")
     has_masks = False
+    heads = ("head",)
 
 
 class MaskRCNN(Detector, detection.MaskRCNN):
     losses = ("loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg")
     has_masks = True
+    heads = ("rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor")
 
 
 def _build_body(name: str, **kwargs: Any) -> nn.Module:
@@ -233,7 +259,10 @@ def create_detector(
             mask_predictor=MaskRCNNPredictor(mask_channels[-1], mask_channels[-1], num_classes),
             **{"max_size": max_size} | kwargs,
         )
+    detector.normalization = networks.mean_and_std(body, {})
     detector.train_sizes, detector.test_size = tuple(train_sizes), test_size
+    for part in ("backbone", *detector.heads):
+        detector.get_submodule(part).register_forward_hook(_in_float32)
     return detector.train()
 
 

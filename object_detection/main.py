@@ -32,9 +32,10 @@ from engine import Precision
 from object_detection.checkpoints import (
     build_detector,
     check_categories,
-    describe_categories,
+    describe,
     load_classifier,
     load_detector,
+    set_normalization,
 )
 from object_detection.coco import CocoDataset, collate
 from object_detection.comparing import largest_difference
@@ -171,7 +172,7 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
                 "model": fused.state_dict(),
                 "act_learn": 1.0,
                 "deploy": True,
-                **describe_categories(dataset),
+                **describe(fused, dataset),
                 "args": plain_args(args),
             },
             args.switch_to_deploy,
@@ -227,12 +228,7 @@ class Detection:
 class DetectionRun(Run):
     """Training a detector; lambda is 1 throughout."""
 
-    panels = (
-        ("loss", ("train_loss",)),
-        ("box AP", ("test_box_AP", "test_box_AP50", "ema_box_AP")),
-        ("mask AP", ("test_mask_AP", "test_mask_AP50", "ema_mask_AP")),
-        ("learning rate", ("lr",)),
-    )
+    panels = metrics.DETECTION_CURVES
     schedule_flags = (*Run.schedule_flags, "lr_steps", "lr_gamma")
 
     def build_data(self) -> None:
@@ -276,10 +272,12 @@ class DetectionRun(Run):
         return {f"train_{name}": sums[name] / sums["count"] for name in self.meter.names if name != "count"}
 
     def extra_state(self) -> dict[str, Any]:
-        return {"act_learn": 1.0, **describe_categories(self.dataset)}
+        return {"act_learn": 1.0, **describe(self.model, self.dataset)}
 
     def load_extra_state(self, checkpoint: dict[str, Any]) -> None:
         check_categories(checkpoint, self.dataset, path=self.args.resume or self.args.output_dir)
+        for detector in (self.model, *(ema.module for ema in self.emas)):
+            set_normalization(detector, checkpoint)
 
     def evaluate(self) -> dict[str, float] | None:
         if self.eval_dataset is None:

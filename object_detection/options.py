@@ -95,7 +95,7 @@ def _check(args: argparse.Namespace, needs: Requirements) -> None:
     exports = args.export_onnx is not None
     check_training_flags(args, needs, exports=exports)
     needs("backbone_key", args.backbone_weights, "add --backbone_weights")
-    needs("draw", args.eval, "add --eval true")
+    needs("draw", args.eval and args.switch_to_deploy is None, "it is for --eval true by itself")
     for flag in ("draw_images", "draw_threshold"):
         needs(flag, args.draw, "add --draw FILE")
     needs("lr_gamma", args.lr_steps, "--lr_steps is empty")

@@ -123,6 +123,16 @@ def test_a_backbone_to_begin_with(garments, tmp_path):
         assert found is None if name.startswith("cls") else torch.allclose(found, parameter, atol=1e-8)
 
 
+def test_images_are_normalized_as_those_of_the_classifier(garments, tmp_path):
+    classifier = timm.create_model("vanillanet_6", width_mult=1 / 64, act_num=1, num_classes=5)
+    recorded = {"imagenet_default_mean_and_std": False}
+    utils.save_checkpoint({"model": classifier.state_dict(), "args": recorded}, tmp_path / "w.pth")
+    run(garments, "--output_dir", tmp_path / "out", "--backbone_weights", tmp_path / "w.pth", *ONE_EPOCH)
+    last = tmp_path / "out" / "checkpoint-last.pth"
+    assert utils.load_checkpoint(last)["normalization"] == [[0.5] * 3, [0.5] * 3]
+    assert open_detector(last)[0].normalization == ((0.5,) * 3, (0.5,) * 3)
+
+
 def test_mixed_precision_and_channels_last(garments, tmp_path):
     flags = ["--use_amp", "true", "--amp_dtype", "bf16", "--channels_last", "true", "--head_norm", "true", *ONE_EPOCH]
     run(garments, "--output_dir", tmp_path, *flags)
@@ -344,6 +354,7 @@ def test_bad_input(garments, straight, tmp_path, capsys, monkeypatch, arguments,
         ("--draw_images 3", "--draw_images has no effect"),
         ("--backbone_key model", "--backbone_key has no effect"),
         ("--deploy true", "--deploy has no effect"),
+        ("--eval true --switch_to_deploy a --finetune b --draw c", "--draw has no effect"),
         ("--anchor_sizes 3", "5 arguments"),
     ],
 )

@@ -5,7 +5,9 @@ import copy
 import pytest
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import models
 import optim_factory
@@ -70,6 +72,37 @@ def lively(detector, randomized):
 
 
 # -- what they are
+
+
+@pytest.mark.parametrize("name", ["retinanet_vanillanet_6", "mask_rcnn_vanillanet_6"])
+def test_boxes_are_in_float32_under_autocast(name):
+    """Anchors, decoding and losses; in bfloat16 a coordinate beyond 512 px would be a multiple of 4."""
+    torch.manual_seed(0)
+    detector = tiny(name)
+    anchors, dtypes = [], {}
+    generator = detector.rpn.anchor_generator if detector.has_masks else detector.anchor_generator
+    generator.register_forward_hook(lambda _, __, output: anchors.append(torch.cat(output)))
+    for part in ("backbone.body", *detector.heads):
+        detector.get_submodule(part).register_forward_hook(
+            lambda _, __, output, part=part: dtypes.update({part: {value.dtype for value in tree_leaves(output)}})
+        )
+    images, targets = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = detector(images, targets)
+        [detection] = detector.eval()(images[:1])
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    assert detection["boxes"].dtype is torch.float32
+    assert dtypes.pop("backbone.body") == {torch.bfloat16}
+    assert all(found == {torch.float32} for found in dtypes.values())
+    detector(images[:1])
+    assert torch.equal(anchors[1], anchors[2])
+
+
+def test_images_are_normalized_as_the_network_wants_them():
+    assert tiny("retinanet_vanillanet_6").normalization == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    other = create_detector("retinanet_tf_mobilenetv3_small_minimal_100", num_classes=4, fpn_channels=8)
+    assert other.normalization == ((0.5,) * 3, (0.5,) * 3)
+    assert other.transform.image_mean == [0.5] * 3
 
 
 @pytest.mark.parametrize(("name", "form"), PAPER)
