@@ -10,7 +10,6 @@ import argparse
 import copy
 import functools
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -511,8 +510,7 @@ class ClassificationRun(Run):
         return found
 
     def scores(self, found: dict[str, float]) -> dict[str, float]:
-        averages = [value for name, value in found.items() if re.fullmatch(r"ema.*(?<!real)_acc1", name)]
-        return {"best": found["test_acc1"]} | ({"best-ema": max(averages)} if averages else {})
+        return {"best": found["test_acc1"], **self.ema_scores(found, "acc1")}
 
 
 def train(args: argparse.Namespace, world: utils.World) -> None:
@@ -529,8 +527,7 @@ def train(args: argparse.Namespace, world: utils.World) -> None:
     )
     run.run()
     if "best" in run.best:
-        ema = f", of an EMA {run.best['best-ema']:.3f}" if "best-ema" in run.best else ""
-        logger.info("best top-1 %.3f%s", run.best["best"], ema)
+        logger.info("best top-1: %s", ", ".join(f"{score:.3f} ({name})" for name, score in run.best.items()))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -487,13 +487,21 @@ class Run(ABC):
                 names.append(name)
         return row | (found or {}), names
 
+    def ema_prefixes(self) -> list[str]:
+        """What the averages' metrics begin with: the first `ema`, further ones with their decay."""
+        return ["ema" if i == 0 else f"ema_{ema.decay}" for i, ema in enumerate(self.emas)]
+
+    def ema_scores(self, found: dict[str, float], metric: str) -> dict[str, float]:
+        """By name of the checkpoint, which is that of the average: `best-ema`, `best-ema-0.99`."""
+        scores = {f"best-{prefix}".replace("_", "-"): f"{prefix}_{metric}" for prefix in self.ema_prefixes()}
+        return {name: found[column] for name, column in scores.items() if column in found}
+
     def networks_to_evaluate(self) -> Iterator[tuple[str, nn.Module]]:
         """The network, as `test`, and with --model_ema_eval its averages, each with the prefix of its metrics."""
         yield "test", self.model
-        for i, ema in enumerate(self.emas if self.args.model_ema_eval else []):
+        for prefix, ema in zip(self.ema_prefixes(), self.emas, strict=True) if self.args.model_ema_eval else ():
             moved = self.args.model_ema_force_cpu
-            network = copy.deepcopy(ema.module).to(self.world.device) if moved else ema.module
-            yield "ema" if i == 0 else f"ema_{ema.decay}", network
+            yield prefix, copy.deepcopy(ema.module).to(self.world.device) if moved else ema.module
 
     def leave(self) -> None:
         """End after a signal; the state has been saved."""

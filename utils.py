@@ -537,7 +537,7 @@ def load_weights(
 
 
 class CheckpointFolder:
-    """The checkpoints of a run: the newest `keep` by number, and the names `last`, `best` and `best-ema`.
+    """The checkpoints of a run: the newest `keep` by number, and `last`, `best` and, of averages, `best-ema...`.
 
     `checkpoint-7.pth` was written after epoch 7, `checkpoint-7-120.pth` after 120 optimizer steps of epoch 7. `last`
     and `best` are further names of such files, so they cost no space while both exist.
@@ -571,7 +571,7 @@ class CheckpointFolder:
         """Write the state after `step` optimizer steps of `epoch` (step 0: after the epoch `epoch` - 1 as a whole).
 
         Args:
-            names: further names, of `best` and `best-ema`; `last` is always given.
+            names: further names, such as `best` and `best-ema`; `last` is always given.
         """
         path = self.folder / (f"checkpoint-{epoch}-{step}.pth" if step else f"checkpoint-{epoch - 1}.pth")
         save_checkpoint(checkpoint, path)
@@ -595,7 +595,7 @@ class CheckpointFolder:
 
     def newest_valid(self) -> Path | None:
         """The newest checkpoint that can be read, to resume from; damaged ones are named in a warning and left where
-        they are. Where no numbered one can be read, `best` or `best-ema`, of an earlier epoch, is better than none.
+        they are. Where no numbered one can be read, one of the best, of an earlier epoch, is better than none.
 
         Returns:
             None if there is no checkpoint at all.
@@ -603,7 +603,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: there are some, and none can be read.
         """
-        best = [path for name in ("best", "best-ema") if (path := self.folder / f"checkpoint-{name}.pth").exists()]
+        best = self.folder.glob("checkpoint-best*.pth")
         candidates = [*self.numbered(), *sorted(best, key=lambda path: path.stat().st_mtime_ns, reverse=True)]
         for path in candidates:
             try:

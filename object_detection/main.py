@@ -292,9 +292,8 @@ class DetectionRun(Run):
 
     def scores(self, found: dict[str, float]) -> dict[str, float]:
         """By the AP of boxes, which both detectors have."""
-        averages = [value for name, value in found.items() if name.startswith("ema") and name.endswith("_box_AP")]
         best = {"best": found["test_box_AP"]} if "test_box_AP" in found else {}  # without objects there is none
-        return best | ({"best-ema": max(averages)} if averages else {})
+        return best | self.ema_scores(found, "box_AP")
 
 
 def train(args: argparse.Namespace, world: utils.World) -> None:

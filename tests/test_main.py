@@ -56,6 +56,11 @@ def test_outputs(straight):
     assert (state["epoch"], state["step"], state["updates"], state["act_learn"]) == (3, 0, 32, 0.6)
     assert type(state["args"]) is dict
     assert not list(straight.glob("*.tmp"))
+    # Each average has its own best checkpoint, of the epoch in which it was at its best.
+    for name, column in {"best": "test_acc1", "best-ema": "ema_acc1", "best-ema-0.5": "ema_0.5_acc1"}.items():
+        scores = [float(row[column]) for row in summary]
+        best = utils.load_checkpoint(straight / f"checkpoint-{name}.pth")
+        assert (best["epoch"], best["best"][name]) == (scores.index(max(scores)), max(scores))
 
 
 def test_a_learning_rate_of_each_step(straight):
