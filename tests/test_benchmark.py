@@ -14,7 +14,8 @@ from benchmarking import report, results
 from benchmarking.limit import PRODUCTS, best_product
 from benchmarking.worker import Spec, Worker, WorkerError, closing, prepare
 
-SMALL = shlex.split("--width_mult 0.03125 --resolutions 32 --calls 6 --threads 1")
+TINY = shlex.split("--width_mult 0.03125 --resolutions 32 --threads 1")
+SMALL = [*TINY, "--calls", "6"]
 
 
 def run(*arguments):
@@ -154,7 +155,7 @@ def test_a_network_that_an_engine_cannot_run_is_named_and_left_out(capsys):
 
 
 def test_profile(capsys):
-    run("--models", "vanillanet_5", "--runtimes", "eager", "--precisions", "fp32", "--profile", "true", *SMALL)
+    run("--models", "vanillanet_5", "--runtimes", "eager", "--precisions", "fp32", "--profile", "true", *TINY)
     printed = capsys.readouterr().out
     assert "convolution" in printed
     shares = [float(line.split("|")[3]) for line in printed.splitlines() if line.startswith("| aten")]
