@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -181,7 +182,7 @@ def export(network, images, path, precision="fp32"):
         path,
         precision=precision,
         calibration=runtimes.Calibration([images, images]),
-        metadata=METADATA,
+        metadata=replace(METADATA, input_size=images.shape[-1]),
     )
 
 
@@ -493,7 +494,8 @@ def test_openvino_is_given_split_convolutions_in_float32(narrow, monkeypatch, tm
     monkeypatch.setattr("runtimes.openvino.slow_at_wide_convolutions", lambda: True)
     network, images = Wide().eval(), torch.randn(2, 3, 9, 9)
     path = tmp_path / "wide.xml"
-    runtimes.find("openvino").export(network, images, path, precision=precision, metadata=METADATA)
+    metadata = replace(METADATA, input_size=9)
+    runtimes.find("openvino").export(network, images, path, precision=precision, metadata=metadata)
     found = [node.get_type_name() for node in openvino.Core().read_model(path).get_ops()]
     assert sum(name in ("Convolution", "GroupConvolution") for name in found) == count
     if precision == "fp32":
