@@ -70,13 +70,13 @@ class Pyramid(nn.Module):
 
 
 def _in_float32(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """The output of a module in float32, whatever autocast computed it in; a hook.
+    """The output of a module in float32 where autocast computed it in half precision; a hook.
 
     torchvision makes anchors and boxes in the precision of the maps and of the heads' outputs. In bfloat16 a coordinate
     beyond 512 px is a multiple of 4.
     """
     if isinstance(output, torch.Tensor):
-        return output.float()
+        return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
     if isinstance(output, Mapping):
         return type(output)((name, _in_float32(module, inputs, value)) for name, value in output.items())
     return type(output)(_in_float32(module, inputs, value) for value in output)
