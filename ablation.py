@@ -196,7 +196,7 @@ def markdown(experiment: Experiment) -> str:
         rows.append([name, f"{mean(top1):.2f}", spread, str(len(top1)), *([f"{paper[name]:.2f}"] if paper else [])])
     missing = [name for name in experiment.variants if name not in results]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, *(["", f"Not run yet: {', '.join(missing)}."] if missing else [])])
+    return "\n".join([*lines, *(["", f"Not run yet: {'; '.join(missing)}."] if missing else [])])
 
 
 def write_page(text: str) -> str:
