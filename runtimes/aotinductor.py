@@ -98,7 +98,6 @@ class AOTInductor(FileEngine):
             run,
             metadata=metadata,
             device=device,
-            size=(metadata.input_size,) * 2,
             profile=lambda batch: operator_times(run, batch),
         )
 

@@ -106,7 +106,7 @@ class Runtime:
         precision: that it computes in.
         metadata: of the file that it was read from, None for a network from memory.
         device: where the logits come out; images may lie on any device.
-        size: height and width of the images that it was made for; None takes any.
+        size: height and width of the images that it was made for, as its file says; None takes any.
     """
 
     def __init__(
@@ -117,11 +117,10 @@ class Runtime:
         *,
         metadata: Metadata | None = None,
         device: str = "cpu",
-        size: tuple[int, int] | None = None,
         profile: Callable[[torch.Tensor], list[Layer]] | None = None,
     ):
         self.name, self.precision, self.metadata, self.device = name, precision, metadata, torch.device(device)
-        self.size = size
+        self.size = (metadata.input_size,) * 2 if metadata else None
         self._run, self._profile = run, profile
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

@@ -152,12 +152,4 @@ class OnnxRuntime(FileEngine):
             nodes = [event for event in events if event["ts"] >= begun and event["name"].endswith("_kernel_time")]
             return [Layer(event["name"], event["args"]["op_name"], event["dur"] / 1e3) for event in nodes]
 
-        return Runtime(
-            self.name,
-            precision,
-            run,
-            metadata=metadata,
-            device=device,
-            size=(metadata.input_size,) * 2,
-            profile=layers if profile else None,
-        )
+        return Runtime(self.name, precision, run, metadata=metadata, device=device, profile=layers if profile else None)

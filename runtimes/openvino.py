@@ -106,14 +106,7 @@ class OpenVINO(FileEngine):
                 if i.status == i.Status.EXECUTED
             ]
 
-        return Runtime(
-            self.name,
-            precision,
-            run,
-            metadata=metadata,
-            size=(metadata.input_size,) * 2,
-            profile=layers if profile else None,
-        )
+        return Runtime(self.name, precision, run, metadata=metadata, profile=layers if profile else None)
 
     @staticmethod
     def _library():

@@ -84,5 +84,4 @@ class TensorRT(FileEngine):
                 raise RuntimeError("TensorRT could not run the network; its log says why")
             return logits
 
-        size = (metadata.input_size,) * 2
-        return Runtime(self.name, precision, run, metadata=metadata, device=device, size=size)
+        return Runtime(self.name, precision, run, metadata=metadata, device=device)
