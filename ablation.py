@@ -139,7 +139,9 @@ EXPERIMENTS = {
         },
     ),
     "act_num": Experiment("n", {str(n): replace(SHORT, act_num=n) for n in range(5)}),
-    "ramp": Experiment("epochs to lambda 1, of 5", {str(n): replace(SHORT, decay_epochs=n) for n in (0, 1, 2, 4)}),
+    "ramp": Experiment(
+        "epochs to lambda 1, of 5", {str(n): replace(SHORT, decay_epochs=n) for n in (0, 1, 2, 4)}, seeds=3
+    ),
     "schedule": Experiment(
         "learning rate, epochs, deep training",
         {
