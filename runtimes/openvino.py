@@ -1,5 +1,6 @@
 """OpenVINO, quantized by NNCF."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -10,6 +11,19 @@ from .processor import slow_at_wide_convolutions, sums_saturate
 
 SECTION = "vanillanet"  # in the file's rt_info
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # what int8 leaves runs in bfloat16, where there is any
+
+
+@functools.cache
+def _core(openvino):
+    """The one `Core` of the process, with its CPU plugin loaded, which stays.
+
+    A plugin gives its thread a stack for signals, and takes it back when it goes, with the last use of its `Core`. With
+    two, of which the first goes first, the thread is left with a stack that is gone, and the next signal, such as that
+    of a child process that ends, kills the process.
+    """
+    core = openvino.Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")
+    return core
 
 
 class OpenVINO(FileEngine):
@@ -62,8 +76,7 @@ class OpenVINO(FileEngine):
         )
 
     def open(self, path: Path, *, precision=None, device="cpu", profile=False) -> Runtime:
-        openvino = self._library()
-        core = openvino.Core()
+        core = _core(self._library())
         try:
             model = core.read_model(path)
         except RuntimeError as error:
@@ -112,4 +125,6 @@ class OpenVINO(FileEngine):
     def _library():
         # Its telemetry would look for a network.
         os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
-        return require("openvino", "openvino", "openvino")
+        openvino = require("openvino", "openvino", "openvino")
+        _core(openvino)  # before NNCF, or whoever else, makes one
+        return openvino

@@ -503,7 +503,29 @@ def test_openvino_is_given_split_convolutions_in_float32(narrow, monkeypatch, tm
             torch.testing.assert_close(runtimes.load(path)(images), network(images), rtol=1e-4, atol=1e-5)
 
 
-# -- memory
+# -- signals and memory
+
+
+# A handler of Python's runs on the stack that faulthandler has given the thread; DataLoader leaves one for SIGCHLD.
+SIGNALS = """
+import faulthandler, signal, subprocess, sys
+import runtimes
+faulthandler.enable()
+signal.signal(signal.SIGCHLD, lambda *_: None)
+loaded = [runtimes.load(sys.argv[1]) for _ in range(2)]
+while loaded:
+    del loaded[0]  # the first goes first
+    print(subprocess.run(["true"]).returncode, flush=True)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs signal stacks")
+def test_signals_are_survived_after_openvino(network, images, tmp_path):
+    skip_without("openvino")
+    runtimes.find("openvino").export(network, images[:1], tmp_path / "n.xml", metadata=METADATA)
+    command = [sys.executable, "-c", SIGNALS, tmp_path / "n.xml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "0\n0\n"), done.stderr
 
 
 # 64 MiB are beyond what glibc's own threshold, which adapts to a program, rises to.
