@@ -8,6 +8,7 @@ An interrupted run goes on where it was; one whose CSV file is in results/ablati
 
 import argparse
 import csv
+import math
 import os
 import shutil
 import subprocess
@@ -139,9 +140,8 @@ EXPERIMENTS = {
         },
     ),
     "act_num": Experiment("n", {str(n): replace(SHORT, act_num=n) for n in range(5)}),
-    "ramp": Experiment(
-        "epochs to lambda 1, of 5", {str(n): replace(SHORT, decay_epochs=n) for n in (0, 1, 2, 4)}, seeds=3
-    ),
+    "ramp": Experiment("epochs to lambda 1, of 5", {str(n): replace(SHORT, decay_epochs=n) for n in (0, 1, 2, 4)}),
+    "short": Experiment("deep training, 5 epochs", {"without": PLAIN, "with": SHORT}, seeds=3),
     "schedule": Experiment(
         "learning rate, epochs, deep training",
         {
@@ -219,18 +219,26 @@ def write_page(text: str) -> str:
 def draw(path: Path) -> None:
     """One panel an experiment: top-1 by variant, mean and standard deviation over the seeds."""
     experiments = {name: experiment for name, experiment in EXPERIMENTS.items() if experiment.results()}
-    figure = Figure(figsize=(4 * len(experiments), 3.6), layout="constrained")
+    if not experiments:
+        raise ValueError(f"there are no runs in {RECORDS}: start some without --report")
+    columns = min(3, len(experiments))
+    rows = math.ceil(len(experiments) / columns)
+    figure = Figure(figsize=(4.4 * columns, 3.6 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, experiment) in zip(
-        figure.subplots(1, len(experiments), squeeze=False)[0], experiments.items(), strict=True
-    ):
+    panels = iter(figure.subplots(rows, columns, squeeze=False).flat)
+    for (name, experiment), axes in zip(experiments.items(), panels, strict=False):
         results = experiment.results()
         spread = [stdev(top1) if len(top1) > 1 else 0 for top1 in results.values()]
         axes.errorbar(list(results), [mean(top1) for top1 in results.values()], spread, fmt="o", capsize=4)
         axes.set(title=name, xlabel=experiment.varied, ylabel="top-1 (%), Fashion-MNIST")
-        axes.tick_params(axis="x", rotation=20 if any(len(variant) > 4 for variant in results) else 0)
+        if any(len(variant) > 4 for variant in results):
+            axes.tick_params(axis="x", rotation=30)
+            for label in axes.get_xticklabels():
+                label.set(horizontalalignment="right", rotation_mode="anchor")
         axes.margins(x=0.15)
         axes.grid(alpha=0.3)
+    for axes in panels:  # the last row need not be full
+        axes.remove()
     figure.savefig(path, dpi=90)
 
 

@@ -50,9 +50,10 @@ def test_a_run_shared_by_experiments_is_done_once():
         "depth",
         "act_num",
         "ramp",
+        "short",
         "schedule",
     ]
-    assert len({trial.name for trial in all_trials()}) == len(all_trials()) == 12 + 8 + 9 + 4 + (3 + 8) + 6
+    assert len({trial.name for trial in all_trials()}) == len(all_trials()) == 12 + 8 + 9 + 4 + 3 + 4 + 6
 
 
 def record(trial, top1):
