@@ -219,8 +219,6 @@ def write_page(text: str) -> str:
 def draw(path: Path) -> None:
     """One panel an experiment: top-1 by variant, mean and standard deviation over the seeds."""
     experiments = {name: experiment for name, experiment in EXPERIMENTS.items() if experiment.results()}
-    if not experiments:
-        raise ValueError(f"there are no runs in {RECORDS}: start some without --report")
     columns = min(3, len(experiments))
     rows = math.ceil(len(experiments) / columns)
     figure = Figure(figsize=(4.4 * columns, 3.6 * rows), layout="constrained")
@@ -243,6 +241,8 @@ def draw(path: Path) -> None:
 
 
 def report() -> None:
+    if not any(experiment.results() for experiment in EXPERIMENTS.values()):  # the page would lose what it has
+        raise ValueError(f"there are no runs in {RECORDS}: start some without --report")
     PAGE.write_text(write_page(PAGE.read_text()))
     draw(FIGURE)
 

@@ -132,6 +132,20 @@ def test_a_failing_run_is_one_line(tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "file") in line
 
 
+def test_a_report_of_no_run_is_one_line_and_leaves_the_page(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "RESULTS.md"
+    page.write_bytes(ablation.PAGE.read_bytes())
+    monkeypatch.setattr(ablation, "PAGE", page)
+    monkeypatch.setattr(ablation, "RECORDS", tmp_path / "results")
+    code, line = failure(capsys, "--report")
+    assert (code, line) == (
+        1,
+        f"ablation.py: error: there are no runs in {tmp_path / 'results'}: start some without --report",
+    )
+    monkeypatch.undo()
+    assert page.read_bytes() == ablation.PAGE.read_bytes()
+
+
 def test_missing_or_damaged_data_end_it_before_any_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "RECORDS", tmp_path / "results")
     for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"):
