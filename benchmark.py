@@ -19,9 +19,8 @@ import timm
 import torch
 
 import metrics
-import profiling
 import runtimes
-from benchmarking import report, results
+from benchmarking import profiling, report, results
 from benchmarking.subjects import PAPER_PEERS, create, deployed, is_vanillanet
 from benchmarking.worker import Spec, Worker, WorkerError, closing, prepare
 from options import COUNT, POSITIVE, Parser, boolean, canonical

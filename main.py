@@ -23,9 +23,9 @@ import deployment
 import metrics
 import models  # noqa: F401  registers the variants
 import networks
-import profiling
 import runtimes
 import utils
+from benchmarking import profiling
 from engine import Classification, Distiller, EvalResult, Precision, build_criterion, evaluate, train_meter
 from optim_factory import activation_slope, cosine_schedule
 from options import parse_args, plain_args

@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import metrics
-import profiling
 import utils
+from benchmarking import profiling
 from object_detection.detectors import Detector, create_detector
 from options import COUNT, WHOLE, Parser, boolean, canonical
 

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 import metrics
-import profiling
 import runtimes
 import utils
+from benchmarking import profiling
 from engine import Precision
 from object_detection.checkpoints import (
     build_detector,

@@ -9,8 +9,7 @@ import pytest
 import torchvision
 
 import benchmark
-import profiling
-from benchmarking import report, results
+from benchmarking import profiling, report, results
 from benchmarking.limit import PRODUCTS, best_product
 from benchmarking.worker import Spec, Worker, WorkerError, closing, prepare
 

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 import models
 import optim_factory
-import profiling
 import utils
+from benchmarking import profiling
 from object_detection import benchmark, detectors
 from object_detection.comparing import largest_difference, largest_gap
 from object_detection.detectors import TRAIN_SIZES, create_detector, load_backbone

@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import models
-import profiling
+from benchmarking import profiling
 from models import VanillaNet
 from models.vanillanet import VARIANTS, Block, FadingReLU, SeriesActivation
 
