@@ -26,7 +26,6 @@ import utils
 from engine import FiniteGuard, NonFiniteError, Objective, Precision, Progress, train_one_epoch
 from optim_factory import build_optimizer, set_hyperparameters
 from options import plain_args, save_args
-from runtimes.memory import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ class Run(ABC):
     def __init__(self, args: argparse.Namespace, world: utils.World, stop: utils.StopRequest):
         self.args, self.world, self.stop = args, world, stop
         if world.device.type == "cpu":  # a step's activations are larger than what glibc keeps: a fifth of its time
-            keep_freed_memory()
+            utils.keep_freed_memory()
         self.precision = build_precision(args, world.device)
         self.build_data()
         if args.save_ckpt_steps and not self.loader.resumable:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import gc
 import logging
@@ -27,6 +28,8 @@ import torch.distributed as dist
 from torch import nn
 
 logger = logging.getLogger(__name__)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+LARGEST_KEPT = 1 << 30  # bytes
 
 
 # -- processes
@@ -284,6 +287,25 @@ def setup_logging(rank: int) -> None:
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler], force=True)
     logging.captureWarnings(True)
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to serve blocks of up to 1 GiB from its heap, and to give none of that back to the system.
+
+    By default glibc maps large blocks on their own and unmaps them when they are freed, or trims the heap. An
+    activation of 6 MB then costs 1500 page faults in each call, which in PyTorch is up to half of the time of a forward
+    pass on the CPU. The price is that the process keeps its largest size. It holds for the whole process, from now on.
+
+    Returns:
+        Whether it was done; False where the C library is not glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    # mallopt takes an int for the value and returns 1 on success.
+    return bool(library.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and library.mallopt(M_TRIM_THRESHOLD, LARGEST_KEPT))
 
 
 # -- random numbers

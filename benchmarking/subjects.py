@@ -13,7 +13,7 @@ import deployment
 import models
 import networks
 from runtimes import Calibration
-from runtimes.memory import keep_freed_memory
+from utils import keep_freed_memory
 
 if TYPE_CHECKING:
     from benchmarking.worker import Spec

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from utils import keep_freed_memory
+
 from .base import FileEngine, FixedBatch, Metadata, Runtime, check_precision, exported, in_precision, set_tf32
 from .eager import operator_times
-from .memory import keep_freed_memory
 
 METADATA = "metadata.json"
 

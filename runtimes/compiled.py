@@ -7,10 +7,11 @@ import torch
 import torch._inductor.config as inductor
 from torch import nn
 
+from utils import keep_freed_memory
+
 from . import pt2e
 from .base import DTYPES, Engine, FixedBatch, Form, Runtime, device_type, set_tf32
 from .eager import operator_times
-from .memory import keep_freed_memory
 from .plain import plain
 from .processor import slow_at_wide_convolutions
 from .wide import split_wide

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
+from utils import keep_freed_memory
+
 from .base import DTYPES, Engine, Form, Layer, Runtime, device_type, set_tf32
-from .memory import keep_freed_memory
 
 
 def operator_times(run, images: torch.Tensor) -> list[Layer]:

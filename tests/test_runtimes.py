@@ -531,7 +531,7 @@ def test_signals_are_survived_after_openvino(network, images, tmp_path):
 # 64 MiB are beyond what glibc's own threshold, which adapts to a program, rises to.
 FAULTS = """
 import resource, torch
-from runtimes.memory import keep_freed_memory
+from utils import keep_freed_memory
 def faults(calls=4):
     for _ in range(20):  # the heap grows until freed blocks, aligned as they are, hold a new one
         torch.ones(1 << 24)
