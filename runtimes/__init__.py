@@ -35,7 +35,7 @@ __all__ = [
 ENGINES = {
     "eager": ("eager", "Eager"),
     "channels_last": ("eager", "ChannelsLast"),
-    "compile": ("compiled", "Compiled"),
+    "compile": ("compile", "Compiled"),
     "cuda_graphs": ("cuda_graphs", "CudaGraphs"),
     "aotinductor": ("aotinductor", "AOTInductor"),
     "onnxruntime": ("onnxruntime", "OnnxRuntime"),
@@ -52,7 +52,7 @@ def find(name: str) -> Engine:
     if name not in ENGINES:
         raise ValueError(f"there is no engine {name}; there are {', '.join(ENGINES)}")
     module, kind = ENGINES[name]
-    return getattr(import_module(f".{module}", __name__), kind)()
+    return getattr(import_module(f".engines.{module}", __name__), kind)()
 
 
 def of_file(path: str | Path) -> str | None:

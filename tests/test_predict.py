@@ -180,7 +180,7 @@ def test_a_package_answers_without_what_made_it(package):
 
 
 def test_a_package_for_another_processor_is_refused(package, photographs, capsys, monkeypatch):
-    monkeypatch.setattr("runtimes.aotinductor.instructions", lambda: "NEON")
+    monkeypatch.setattr("runtimes.engines.aotinductor.instructions", lambda: "NEON")
     with pytest.raises(SystemExit) as ended:
         predict.main([str(package), str(photographs)])
     assert ended.value.code == 2

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 import models
 import runtimes
 from processors import openvino_has_bfloat16
-from runtimes import compiled, pt2e, wide
+from runtimes import pt2e, wide
 from runtimes.adaptive_pool import AxisMaxPool, _as_strided_pool, fix_adaptive_pools, windows
 from runtimes.base import FixedBatch
+from runtimes.engines import compile as compiled
 from runtimes.plain import plain
 
 ROOT = Path(__file__).parents[1]
@@ -455,7 +456,7 @@ def narrow(monkeypatch):
     """As on a processor without AVX-512, and with 3 channels or 2x2 places as the most that are fast."""
     monkeypatch.setattr(wide, "WIDEST", 3)
     monkeypatch.setattr(wide, "LARGEST", 4)
-    monkeypatch.setattr("runtimes.compiled.slow_at_wide_convolutions", lambda: True)
+    monkeypatch.setattr("runtimes.engines.compile.slow_at_wide_convolutions", lambda: True)
 
 
 def test_wide_convolutions_are_split(narrow):
@@ -491,7 +492,7 @@ def test_inductor_is_given_split_convolutions_in_float32(narrow, precision, coun
 @pytest.mark.parametrize(("precision", "count"), [("fp32", 6 + 2), ("bf16", 6)])
 def test_openvino_is_given_split_convolutions_in_float32(narrow, monkeypatch, tmp_path, precision, count):
     openvino = pytest.importorskip("openvino")
-    monkeypatch.setattr("runtimes.openvino.slow_at_wide_convolutions", lambda: True)
+    monkeypatch.setattr("runtimes.engines.openvino.slow_at_wide_convolutions", lambda: True)
     network, images = Wide().eval(), torch.randn(2, 3, 9, 9)
     path = tmp_path / "wide.xml"
     metadata = replace(METADATA, input_size=9)

@@ -9,7 +9,7 @@ from torch import nn
 
 from utils import keep_freed_memory
 
-from .base import FileEngine, FixedBatch, Metadata, Runtime, check_precision, exported, in_precision, set_tf32
+from ..base import FileEngine, FixedBatch, Metadata, Runtime, check_precision, exported, in_precision, set_tf32
 from .eager import operator_times
 
 METADATA = "metadata.json"
@@ -51,7 +51,7 @@ class AOTInductor(FileEngine):
         from torch._inductor import aot_compile
         from torch.export.pt2_archive._package import package_pt2
 
-        from .compiled import inductor_form, inductor_settings
+        from .compile import inductor_form, inductor_settings
 
         form = inductor_form(network, images, precision=precision, calibration=calibration, device=device)
         program = exported(form, images.to(device, torch.float32), dynamic_batch=False)

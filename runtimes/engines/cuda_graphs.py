@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .base import DTYPES, Engine, FixedBatch, Form, Runtime, set_tf32
+from ..base import DTYPES, Engine, FixedBatch, Form, Runtime, set_tf32
 
 WARM_UP = 3  # calls before the capture, in which cuDNN chooses its algorithms
 

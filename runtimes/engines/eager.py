@@ -5,7 +5,7 @@ from torch import nn
 
 from utils import keep_freed_memory
 
-from .base import DTYPES, Engine, Form, Layer, Runtime, device_type, set_tf32
+from ..base import DTYPES, Engine, Form, Layer, Runtime, device_type, set_tf32
 
 
 def operator_times(run, images: torch.Tensor) -> list[Layer]:

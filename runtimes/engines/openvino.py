@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from .base import Calibration, FileEngine, Form, Layer, Metadata, Runtime, exported, in_precision, quiet, require
-from .processor import slow_at_wide_convolutions, sums_saturate
+from ..base import Calibration, FileEngine, Form, Layer, Metadata, Runtime, exported, in_precision, quiet, require
+from ..processor import slow_at_wide_convolutions, sums_saturate
 
 SECTION = "vanillanet"  # in the file's rt_info
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # what int8 leaves runs in bfloat16, where there is any
@@ -39,8 +39,8 @@ class OpenVINO(FileEngine):
         self.check(precision, device, calibration)
         from models.vanillanet import SeriesActivation
 
-        from .plain import plain
-        from .wide import split_wide
+        from ..plain import plain
+        from ..wide import split_wide
 
         openvino = self._library()
         layers = plain(network, images)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .base import (
+from ..base import (
     DTYPES,
     Calibration,
     FileEngine,
@@ -23,7 +23,7 @@ from .base import (
     quiet,
     require,
 )
-from .processor import sums_saturate
+from ..processor import sums_saturate
 
 INPUT, OUTPUT = "images", "logits"
 OPSET = 20
@@ -78,7 +78,7 @@ def write_onnx(
         require(module, package, "ONNX")
     import onnx
 
-    from .plain import plain
+    from ..plain import plain
 
     network = plain(network, images)
     form = Form(network, dtype=DTYPES.get(precision, torch.float32))

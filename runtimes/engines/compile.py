@@ -9,12 +9,12 @@ from torch import nn
 
 from utils import keep_freed_memory
 
-from . import pt2e
-from .base import DTYPES, Engine, FixedBatch, Form, Runtime, device_type, set_tf32
+from .. import pt2e
+from ..base import DTYPES, Engine, FixedBatch, Form, Runtime, device_type, set_tf32
+from ..plain import plain
+from ..processor import slow_at_wide_convolutions
+from ..wide import split_wide
 from .eager import operator_times
-from .plain import plain
-from .processor import slow_at_wide_convolutions
-from .wide import split_wide
 
 
 def inductor_form(network: nn.Module, images: torch.Tensor, *, precision: str, calibration, device: str) -> nn.Module:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .base import FileEngine, Metadata, Runtime, check_precision, in_precision, require
+from ..base import FileEngine, Metadata, Runtime, check_precision, in_precision, require
 from .onnxruntime import INPUT, OUTPUT, write_onnx
 
 LARGEST_BATCH = 256
