@@ -13,21 +13,27 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean, stdev
-
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from statistics import mean, stdev, variance
+from textwrap import fill
 
 import datasets
+from pictures import style
+from pictures.seeds import seeds_figure
 
 ROOT = Path(__file__).resolve().parent
 RECORDS = ROOT / "results" / "ablation"
+DECAYED = ROOT / "results" / "ablation_decayed"  # of trainings that decayed biases and BatchNorms
 PAGE = ROOT / "docs" / "RESULTS.md"
 FIGURE = ROOT / "docs" / "ablation.png"
+SEEDS = 3
+STUDENT = 2.776  # t of a 95 % interval for the difference of two means, over three seeds each: 4 degrees of freedom
+
+
+# -- what is run
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,12 @@ class Trial:
             f"--decay_epochs {self.decay_epochs} --seed {self.seed}"
         ).split() + (["--epochs", str(self.epochs)] if self.epochs else [])
 
-    @property
-    def record(self) -> Path:
-        return RECORDS / f"{self.name}.csv"
+    def record(self, folder: Path) -> Path:
+        return folder / f"{self.name}.csv"
 
-    @property
-    def top1(self) -> float:
+    def top1(self, folder: Path) -> float:
         """Of the last epoch, in percent: nothing is selected on the test images."""
-        with self.record.open(newline="") as file:
+        with self.record(folder).open(newline="") as file:
             return float(list(csv.DictReader(file))[-1]["test_acc1"])
 
 
@@ -76,28 +80,31 @@ class Experiment:
     """One thing varied, all else equal.
 
     Attributes:
+        title: of its panel in the figure.
         varied: heading of the table's first column.
         variants: by name, the trial of seed 0.
-        seeds: how many runs of each.
         paper: the paper's ImageNet top-1 by variant, in percent, where it has the comparison.
     """
 
+    title: str
     varied: str
     variants: dict[str, Trial]
-    seeds: int = 3
-    paper: dict[str, float] | None = None
+    paper: dict[str, float] = field(default_factory=dict)
 
     def trials(self) -> list[Trial]:
         """All runs: every variant with one seed before any with the next."""
-        return [replace(trial, seed=seed) for seed in range(self.seeds) for trial in self.variants.values()]
+        return [replace(trial, seed=seed) for seed in range(SEEDS) for trial in self.variants.values()]
 
-    def results(self) -> dict[str, list[float]]:
-        """Top-1 of the finished runs, by variant."""
-        found = {
-            name: [trial.top1 for seed in range(self.seeds) if (trial := replace(first, seed=seed)).record.exists()]
+    def scores(self, folder: Path) -> dict[str, list[float]]:
+        """Top-1 of the finished runs of each variant, in percent."""
+        return {
+            name: [
+                trial.top1(folder)
+                for seed in range(SEEDS)
+                if (trial := replace(first, seed=seed)).record(folder).exists()
+            ]
             for name, first in self.variants.items()
         }
-        return {name: top1 for name, top1 in found.items() if top1}
 
 
 SHORT = Trial(recipe="ablation_short", decay_epochs=2)
@@ -107,6 +114,7 @@ LONG = Trial(epochs=20, decay_epochs=8)
 # (VanillaNet-6) and of its main table.
 EXPERIMENTS = {
     "claims": Experiment(
+        "The paper's two ideas, 10 epochs",
         "trained with",
         {
             "neither": Trial(decay_epochs=0, act_num=0),
@@ -116,14 +124,36 @@ EXPERIMENTS = {
         },
         paper={"neither": 59.58, "deep training": 60.53, "series activation": 75.23, "both": 76.36},
     ),
-    "act_num": Experiment("n", {str(n): replace(SHORT, act_num=n) for n in range(5)}),
+    "act_num": Experiment(
+        "Reach of the series activation, 5 epochs", "n", {str(n): replace(SHORT, act_num=n) for n in range(5)}
+    ),
     "depth": Experiment(
+        "Depth, 5 epochs",
         "layers",
         {str(depth): replace(SHORT, depth=depth) for depth in (5, 6, 9, 13)},
         paper={"5": 72.49, "6": 76.36, "9": 79.87, "13": 82.05},
     ),
-    "long": Experiment("trained with", {"series activation": replace(LONG, decay_epochs=0), "both": LONG}),
+    "long": Experiment(
+        "Deep training, 20 epochs", "trained with", {"series activation": replace(LONG, decay_epochs=0), "both": LONG}
+    ),
 }
+
+# What the page compares: the statement, and the variants of an experiment with and without it.
+COMPARISONS = (
+    ("series activation, without deep training", "claims", "series activation", "neither"),
+    ("series activation, with deep training", "claims", "both", "deep training"),
+    ("deep training, without series activation", "claims", "deep training", "neither"),
+    ("deep training, with series activation, 10 epochs", "claims", "both", "series activation"),
+    ("deep training, with series activation, 20 epochs", "long", "both", "series activation"),
+    *((f"n of {n} instead of {n - 1}", "act_num", str(n), str(n - 1)) for n in range(1, 5)),
+    *(
+        (f"{more} layers instead of {less}", "depth", more, less)
+        for less, more in (("5", "6"), ("6", "9"), ("9", "13"))
+    ),
+)
+
+
+# -- running
 
 
 def run(trial: Trial, data_path: str, output_dir: Path, threads: int) -> None:
@@ -151,73 +181,13 @@ def run(trial: Trial, data_path: str, output_dir: Path, threads: int) -> None:
     if done.returncode:
         raise RuntimeError(f"{trial.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     RECORDS.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "summary.csv", trial.record)
-    print(f"{trial.name}: top-1 {trial.top1:.2f}", flush=True)
-
-
-def markdown(experiment: Experiment) -> str:
-    """The table of what is finished; the paper's numbers have a column of their own."""
-    results = experiment.results()
-    paper = experiment.paper
-    rows = [[experiment.varied, "top-1 (%)", "std", "runs", *(["paper: ImageNet top-1 (%)"] if paper else [])]]
-    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
-    for name, top1 in results.items():
-        spread = f"{stdev(top1):.2f}" if len(top1) > 1 else ""
-        rows.append([name, f"{mean(top1):.2f}", spread, str(len(top1)), *([f"{paper[name]:.2f}"] if paper else [])])
-    missing = [name for name in experiment.variants if name not in results]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, *(["", f"Not run yet: {'; '.join(missing)}."] if missing else [])])
-
-
-def write_page(text: str) -> str:
-    """The page with each table between its marks made anew.
-
-    Raises:
-        ValueError: the page lacks the marks of an experiment.
-    """
-    for name, experiment in EXPERIMENTS.items():
-        before, mark, rest = text.partition(f"<!-- table: {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        if not (mark and end):
-            raise ValueError(f"{PAGE.name} has no place for the table {name}: put the marks around it back")
-        text = f"{before}{mark}\n{markdown(experiment)}\n\n{end}{after}"
-    return text
-
-
-def draw(path: Path) -> None:
-    """One panel an experiment: top-1 by variant, mean and standard deviation over the seeds."""
-    experiments = {name: experiment for name, experiment in EXPERIMENTS.items() if experiment.results()}
-    columns = min(3, len(experiments))
-    rows = math.ceil(len(experiments) / columns)
-    figure = Figure(figsize=(4.4 * columns, 3.6 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = iter(figure.subplots(rows, columns, squeeze=False).flat)
-    for (name, experiment), axes in zip(experiments.items(), panels, strict=False):
-        results = experiment.results()
-        spread = [stdev(top1) if len(top1) > 1 else 0 for top1 in results.values()]
-        axes.errorbar(list(results), [mean(top1) for top1 in results.values()], spread, fmt="o", capsize=4)
-        axes.set(title=name, xlabel=experiment.varied, ylabel="top-1 (%), Fashion-MNIST")
-        if any(len(variant) > 4 for variant in results):
-            axes.tick_params(axis="x", rotation=30)
-            for label in axes.get_xticklabels():
-                label.set(horizontalalignment="right", rotation_mode="anchor")
-        axes.margins(x=0.15)
-        axes.grid(alpha=0.3)
-    for axes in panels:  # the last row need not be full
-        axes.remove()
-    figure.savefig(path, dpi=90)
-
-
-def report() -> None:
-    if not any(experiment.results() for experiment in EXPERIMENTS.values()):  # the page would lose what it has
-        raise ValueError(f"there are no runs in {RECORDS}: start some without --report")
-    PAGE.write_text(write_page(PAGE.read_text()))
-    draw(FIGURE)
+    shutil.copyfile(folder / "summary.csv", trial.record(RECORDS))
+    print(f"{trial.name}: top-1 {trial.top1(RECORDS):.2f}", flush=True)
 
 
 def run_all(names: Iterable[str], data_path: str, output_dir: Path, jobs: int) -> None:
     wanted = dict.fromkeys(trial for name in names for trial in EXPERIMENTS[name].trials())
-    missing = [trial for trial in wanted if not trial.record.exists()]
+    missing = [trial for trial in wanted if not trial.record(RECORDS).exists()]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     if missing:
         for train in (True, False):  # runs beside each other would all download them, into the same files
@@ -230,6 +200,132 @@ def run_all(names: Iterable[str], data_path: str, output_dir: Path, jobs: int) -
                 future.result()
         finally:  # after an error the runs that have begun are finished, and no other is begun
             pool.shutdown(cancel_futures=True)
+
+
+# -- the page
+
+
+def difference(on: Sequence[float], off: Sequence[float]) -> tuple[float, float] | None:
+    """Of two means, in points, and half its 95 % interval by Student's t; None while seeds are missing."""
+    if len(on) < SEEDS or len(off) < SEEDS:
+        return None
+    return mean(on) - mean(off), STUDENT * math.sqrt((variance(on) + variance(off)) / SEEDS)
+
+
+def verdict(found: tuple[float, float] | None) -> str:
+    if found is None:
+        return "not measured yet"
+    points, margin = found
+    return "gain" if points > margin else "loss" if points < -margin else "no more than the seeds"
+
+
+def _table(*rows: Sequence[str]) -> str:
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))
+
+
+def _points(found: tuple[float, float] | None) -> str:
+    return "" if found is None else f"{found[0]:+.2f} ± {found[1]:.2f}"
+
+
+def _scores(top1: Sequence[float]) -> list[str]:
+    """Mean and standard deviation; a mean of fewer seeds than the others would be no row of the same table."""
+    if len(top1) < SEEDS:
+        return [f"not measured yet ({len(top1)} of {SEEDS} seeds)" if top1 else "not measured yet", ""]
+    return [f"{mean(top1):.2f}", f"{stdev(top1):.2f}"]
+
+
+def scores_table(experiment: Experiment) -> str:
+    """A row a variant; the paper's numbers have a column of their own."""
+    paper = experiment.paper
+    header = [experiment.varied, "top-1 (%)", "std", *(["paper: ImageNet top-1 (%)"] if paper else [])]
+    rows = [
+        [name, *_scores(top1), *([f"{paper[name]:.2f}"] if paper else [])]
+        for name, top1 in experiment.scores(RECORDS).items()
+    ]
+    return _table(header, *rows)
+
+
+def comparisons() -> str:
+    """The table of what each part brings, under the sentences that follow from it."""
+    sentences = {
+        "gain": "These gains of the paper reproduce, beyond what seeds do: {}.",
+        "no more than the seeds": "These do not show at this scale, where the seeds do as much: {}.",
+        "loss": "These are losses here: {}.",
+        "not measured yet": "Not measured yet: {}.",
+    }
+    said = {kind: [] for kind in sentences}
+    rows = []
+    for statement, name, on, off in COMPARISONS:
+        experiment = EXPERIMENTS[name]
+        scores, paper = experiment.scores(RECORDS), experiment.paper
+        found = difference(scores[on], scores[off])
+        published = f"{paper[on] - paper[off]:+.2f}" if paper else ""
+        rows.append([statement, _points(found), verdict(found), published])
+        if paper:  # all of which the paper gains by
+            said[verdict(found)].append(statement)
+    text = " ".join(sentences[kind].format("; ".join(found)) for kind, found in said.items() if found)
+    header = ["what is added", "here (points)", "verdict", "paper, ImageNet (points)"]
+    return f"{fill(text, 120, break_on_hyphens=False)}\n\n{_table(header, *rows)}"
+
+
+def decay_table() -> str:
+    """The claims with the fault and without it."""
+    earlier, now = (EXPERIMENTS["claims"].scores(folder) for folder in (DECAYED, RECORDS))
+    rows = []
+    for name, top1 in earlier.items():
+        found = difference(now[name], top1)
+        rows.append([name, *_scores(top1), *_scores(now[name]), _points(found), verdict(found)])
+    header = ["trained with", "with the fault (%)", "std", "without (%)", "std", "difference (points)", "verdict"]
+    return _table(header, *rows)
+
+
+def write_page(text: str) -> str:
+    """The page with each part between its marks made anew.
+
+    Raises:
+        ValueError: the page lacks the marks of a part.
+    """
+    parts = {name: scores_table(experiment) for name, experiment in EXPERIMENTS.items()}
+    parts |= {"comparisons": comparisons(), "decay": decay_table()}
+    parts["figure"] = (
+        f"![The tables below]({FIGURE.name})" if measured() else "The figure follows with the first table."
+    )
+    for name, part in parts.items():
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not (mark and end):
+            raise ValueError(f"{PAGE.name} has no place for the part {name}: put the marks around it back")
+        text = f"{before}{mark}\n{part}\n\n{end}{after}"
+    return text
+
+
+def measured() -> dict[str, dict[str, list[float]]]:
+    """By experiment and variant, the top-1 of those that have all seeds."""
+    found = {
+        name: {variant: top1 for variant, top1 in experiment.scores(RECORDS).items() if len(top1) == SEEDS}
+        for name, experiment in EXPERIMENTS.items()
+    }
+    return {name: variants for name, variants in found.items() if variants}
+
+
+def report() -> None:
+    found = measured()
+    if not found:  # the page would lose what it has
+        raise ValueError(f"no row has its {SEEDS} seeds in {RECORDS}: run without --report")
+    PAGE.write_text(write_page(PAGE.read_text()))
+    panels = {name: (EXPERIMENTS[name].title, EXPERIMENTS[name].varied, scores) for name, scores in found.items()}
+    rows = [[panels[name] for name in row if name in panels] for row in (("claims", "long"), ("act_num", "depth"))]
+    figure = seeds_figure(
+        [row for row in rows if row],
+        title="What each part of VanillaNet adds on Fashion-MNIST",
+        conditions="Accuracy on the 10,000 test images after the last epoch. A dot is a run, a bar the mean of three.",
+        ylabel="top-1 (%)",
+    )
+    style.save(figure, FIGURE)
+
+
+# -- the command line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

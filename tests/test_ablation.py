@@ -6,6 +6,8 @@ from dataclasses import replace
 from statistics import mean, stdev
 
 import pytest
+from PIL import Image
+from scipy.stats import ttest_ind
 
 import ablation
 from ablation import EXPERIMENTS, Experiment, Trial
@@ -34,7 +36,7 @@ def test_each_run_is_a_command_and_differs_in_one_thing():
     combinations = {name: (one.act_num, one.decay_epochs) for name, one in EXPERIMENTS["claims"].variants.items()}
     assert combinations == SWITCHES
     assert list(EXPERIMENTS) == ["claims", "act_num", "depth", "long"]  # the most valuable first
-    assert {experiment.seeds for experiment in EXPERIMENTS.values()} == {3}
+    assert ablation.SEEDS == 3
     longer = [(one.act_num, one.decay_epochs, one.epochs) for one in EXPERIMENTS["long"].variants.values()]
     assert longer == [(3, 0, 20), (3, 8, 20)]
     assert list(EXPERIMENTS["claims"].paper.values()) == [59.58, 60.53, 75.23, 76.36]
@@ -47,64 +49,104 @@ def test_a_run_shared_by_experiments_is_done_once():
     assert len({trial.name for trial in all_trials()}) == len(all_trials()) == 3 * (4 + 5 + 3 + 2)
 
 
-def record(trial, top1):
-    trial.record.parent.mkdir(parents=True, exist_ok=True)
-    trial.record.write_text(f"epoch,test_acc1\n0,99.0\n1,{top1}\n")
+def record(folder, trial, *top1):
+    """The files of finished runs, with these accuracies, of the seeds from 0 on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, value in enumerate(top1):
+        replace(trial, seed=seed).record(folder).write_text(f"epoch,test_acc1\n0,99.0\n1,{value}\n")
 
 
 def test_the_table_holds_mean_and_deviation_of_what_was_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "RECORDS", tmp_path / "results")
+    monkeypatch.setattr(ablation, "RECORDS", tmp_path)
     on, off = Trial(), Trial(decay_epochs=0)
-    experiment = Experiment("trained with", {"on": on, "off": off, "later": Trial(depth=9)}, seeds=3, paper={"on": 1.5})
-    experiment.paper["off"] = 2.0
-    for seed, top1 in enumerate((80.0, 81.0, 85.0)):
-        record(replace(on, seed=seed), top1)
-    record(replace(off, seed=1), 70.25)
-    assert experiment.results() == {"on": [80.0, 81.0, 85.0], "off": [70.25]}
-    assert ablation.markdown(experiment).splitlines() == [
-        "| trained with | top-1 (%) | std | runs | paper: ImageNet top-1 (%) |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        f"| on | {mean((80, 81, 85)):.2f} | {stdev((80, 81, 85)):.2f} | 3 | 1.50 |",
-        "| off | 70.25 |  | 1 | 2.00 |",
-        "",
-        "Not run yet: later.",
+    experiment = Experiment("title", "trained with", {"on": on, "off": off, "later": Trial(depth=9)})
+    record(tmp_path, on, 80.0, 81.0, 85.0)
+    record(tmp_path, off, 70.25)
+    assert experiment.scores(tmp_path) == {"on": [80.0, 81.0, 85.0], "off": [70.25], "later": []}
+    experiment.paper.update(on=1.5, off=2.0, later=3.0)
+    assert ablation.scores_table(experiment).splitlines() == [
+        "| trained with | top-1 (%) | std | paper: ImageNet top-1 (%) |",
+        "| --- | ---: | ---: | ---: |",
+        f"| on | {mean((80, 81, 85)):.2f} | {stdev((80, 81, 85)):.2f} | 1.50 |",
+        "| off | not measured yet (1 of 3 seeds) |  | 2.00 |",
+        "| later | not measured yet |  | 3.00 |",
     ]
+
+
+def test_the_interval_is_students():
+    """As scipy has it, which comes with grad-cam."""
+    one, other = (80.1, 81.0, 85.2), (79.0, 78.5, 79.9)
+    interval = ttest_ind(one, other).confidence_interval(0.95)
+    points, margin = ablation.difference(one, other)
+    assert (points - margin, points + margin) == pytest.approx((interval.low, interval.high), rel=1e-3)
+    assert ablation.difference(one, other[:2]) is None
+
+
+def test_what_the_page_says_follows_from_the_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "RECORDS", tmp_path)
+    claims = EXPERIMENTS["claims"].variants
+    record(tmp_path, claims["neither"], 78.0, 78.1, 78.2)
+    record(tmp_path, claims["deep training"], 77.0, 77.1, 77.2)
+    record(tmp_path, claims["series activation"], 85.0, 86.0, 85.5)
+    record(tmp_path, claims["both"], 85.2, 86.1, 85.7)
+    said, table = ablation.comparisons().split("\n\n")
+    gains, none, losses, missing = said.replace("\n", " ").split(". ")
+    assert gains.endswith("series activation, without deep training; series activation, with deep training")
+    assert none.endswith("seeds do as much: deep training, with series activation, 10 epochs")
+    assert losses == "These are losses here: deep training, without series activation"
+    assert missing.startswith("Not measured yet: 6 layers instead of 5;")
+    assert "| deep training, without series activation | -1.00 ± 0.23 | loss | +0.95 |" in table
+    assert "| n of 1 instead of 0 |  | not measured yet |  |" in table
+    assert ablation.decay_table().splitlines()[2].startswith("| neither | 78.16 | 0.14 | 78.10 | 0.10 | -0.06 ± ")
 
 
 def test_the_committed_page_is_made_from_the_committed_files():
     text = ablation.PAGE.read_text()
     assert ablation.write_page(text) == text
-    assert "<!-- table: claims -->" in text
-    with pytest.raises(ValueError, match=r"RESULTS.md has no place for the table depth"):
-        ablation.write_page(text.replace("<!-- table: depth -->", ""))
+    with pytest.raises(ValueError, match=r"RESULTS.md has no place for the part depth"):
+        ablation.write_page(text.replace("<!-- depth -->", ""))
 
 
 def test_the_committed_files_are_of_finished_runs():
     for trial in all_trials():
-        if trial.record.exists():
-            with trial.record.open(newline="") as file:
+        path = trial.record(ablation.RECORDS)
+        if path.exists():
+            with path.open(newline="") as file:
                 rows = list(csv.DictReader(file))
             args = command(trial)
             assert [int(row["epoch"]) for row in rows] == list(range(args.epochs)), trial.name
             ramp = [min(1.0, epoch / args.decay_epochs) if args.decay_epochs else 1.0 for epoch in range(args.epochs)]
             assert [float(row["act_learn"]) for row in rows] == pytest.approx(ramp), trial.name
-    known = {trial.record.name for trial in all_trials()}
-    assert {path.name for path in ablation.RECORDS.glob("*.csv")} <= known
+    known = {trial.record(ablation.RECORDS) for trial in all_trials()}
+    assert set(ablation.RECORDS.glob("*.csv")) <= known
 
 
 def test_a_run_ends_in_the_records_and_is_not_repeated(tiny_fmnist, tmp_path, monkeypatch, capsys):
     """Through main.py, on 60 images."""
-    monkeypatch.setattr(ablation, "RECORDS", tmp_path / "results")
-    monkeypatch.setattr(ablation, "EXPERIMENTS", {"one": Experiment("n", {"0": Trial(act_num=0)}, seeds=1)})
-    ablation.run_all(["one"], str(tiny_fmnist), tmp_path / "runs", 1)
+    folder = tmp_path / "results"
+    monkeypatch.setattr(ablation, "RECORDS", folder)
+    monkeypatch.setattr(ablation, "SEEDS", 1)
+    monkeypatch.setattr(ablation, "EXPERIMENTS", {"claims": Experiment("title", "n", {"0": Trial(act_num=0)})})
+    ablation.run_all(["claims"], str(tiny_fmnist), tmp_path / "runs", 1)
     trial = Trial(act_num=0)
-    assert capsys.readouterr().out.splitlines()[1] == f"{trial.name}: top-1 {trial.top1:.2f}"
-    with trial.record.open(newline="") as file:
+    assert capsys.readouterr().out.splitlines()[1] == f"{trial.name}: top-1 {trial.top1(folder):.2f}"
+    with trial.record(folder).open(newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == [str(epoch) for epoch in range(10)]
-    ablation.run_all(["one"], "not there any more", tmp_path / "runs", 1)
+    ablation.run_all(["claims"], "not there any more", tmp_path / "runs", 1)
     assert capsys.readouterr().out.startswith("0 of 1 runs to do")
-    ablation.draw(tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_a_report_writes_the_page_and_the_figure(tmp_path, monkeypatch):
+    page, figure = tmp_path / "RESULTS.md", tmp_path / "ablation.png"
+    page.write_bytes(ablation.PAGE.read_bytes())
+    for name, value in {"PAGE": page, "FIGURE": figure, "RECORDS": ablation.DECAYED}.items():
+        monkeypatch.setattr(ablation, name, value)
+    ablation.main(["--report"])
+    assert "| both | 85.98 | 0.47 | 76.36 |" in page.read_text()
+    assert "](ablation.png)" in page.read_text()
+    with Image.open(figure) as image:
+        assert image.getpixel((0, 0))[3] == 0  # transparent, for white pages and dark ones
+        assert image.getcolors(1 << 24)[1:]
 
 
 def failure(capsys, *argv):
@@ -131,7 +173,7 @@ def test_a_report_of_no_run_is_one_line_and_leaves_the_page(tmp_path, monkeypatc
     code, line = failure(capsys, "--report")
     assert (code, line) == (
         1,
-        f"ablation.py: error: there are no runs in {tmp_path / 'results'}: start some without --report",
+        f"ablation.py: error: no row has its 3 seeds in {tmp_path / 'results'}: run without --report",
     )
     monkeypatch.undo()
     assert page.read_bytes() == ablation.PAGE.read_bytes()

@@ -1,0 +1,37 @@
+"""Experiments over several seeds: each run as a dot, the mean as a bar."""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+
+from matplotlib.figure import Figure
+
+from pictures import style
+
+__all__ = ["seeds_figure"]
+
+
+Panel = tuple[str, str, Mapping[str, Sequence[float]]]
+
+
+@style.styled
+def seeds_figure(rows: Sequence[Sequence[Panel]], *, title: str, conditions: str, ylabel: str) -> Figure:
+    """Rows of at most two panels; those of a row are to be compared, and have the same range.
+
+    Args:
+        rows: of each panel, its title, the name of what is varied, and the scores of the runs by its value.
+    """
+    figure = style.new_figure(9, 3.2 * len(rows) + 0.8)
+    grid = figure.subplots(len(rows), 2, sharey="row", squeeze=False)
+    for line, panels in zip(grid, rows, strict=True):
+        for axes, (heading, varied, scores) in zip(line, panels, strict=False):
+            for position, runs in enumerate(scores.values()):
+                axes.plot([position] * len(runs), runs, "o", color=style.PEER, alpha=0.8, zorder=3)
+                axes.hlines(mean(runs), position - 0.22, position + 0.22, color=style.ACCENT, linewidth=3)
+            axes.set_xticks(range(len(scores)), [name.replace(" ", "\n", 1) for name in scores])
+            axes.set(title=heading, xlabel=varied, xlim=(-0.6, len(scores) - 0.4))
+            axes.grid(visible=False, axis="x")
+        line[0].set_ylabel(ylabel)
+        for axes in line[len(panels) :]:
+            axes.remove()
+    style.caption(figure, title, conditions)
+    return figure

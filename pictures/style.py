@@ -1,0 +1,131 @@
+"""The look of every figure: one font, one strong colour for what a figure is about, grey for what it is compared with.
+
+Figures have no background, and their inks are chosen so that white pages and dark ones both show them.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+__all__ = ["ACCENT", "COLOURS", "INK", "PEER", "caption", "name_points", "new_figure", "plain_log", "save", "styled"]
+
+INK = "#737b85"  # text and axes: a contrast of at least 4 both on white and on a page that is almost black
+ACCENT = "#e8590c"  # VanillaNet, or what else the figure is about
+PEER = "#8b949e"  # what it is compared with
+# For series of equal rank, told apart by colour-blind readers too: Okabe and Ito's, without black and yellow.
+COLOURS = ("#0080c6", ACCENT, "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+
+_SETTINGS = {
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.titlecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.2,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.frameon": False,
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+}
+# Decorates a function that draws: what it makes takes the settings above, and no other figure does.
+styled = matplotlib.rc_context(_SETTINGS)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, which makes room for all of its texts by itself."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def caption(figure: Figure, title: str, conditions: str) -> None:
+    """What one should see, above the figure, and in small print below it what it holds for."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure.supxlabel(conditions, x=0.01, ha="left", fontsize=8)
+
+
+def plain_log(axis: Axis) -> None:
+    """Make an axis logarithmic with plain numbers on it: 20, 50, 100, not 10^2."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 4 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def name_points(
+    axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], *, colours: Sequence[str], size: float = 8
+) -> None:
+    """Write each point's name beside it, where it covers no point, line or other name, and stays inside the axes.
+
+    The places around a point are tried from near to far, and the one that covers least is taken; a name that had to
+    go far is joined to its point by a thin line. Call it last: the limits of the axes must not change any more.
+    """
+    figure = axes.figure.figure
+    figure.draw_without_rendering()  # the layout gives the axes their place
+    renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
+    dots = axes.transData.transform(points)
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in dots]
+    for line in axes.lines:
+        if line.get_linestyle() != "None":  # as a chain of small boxes
+            ends = axes.transData.transform(line.get_xydata())
+            for one, other in pairwise(ends):
+                steps = np.linspace(one, other, 2 + int(np.hypot(*(other - one)) // 5))
+                taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in steps]
+    for name, point, (x, y), colour in zip(names, points, dots, colours, strict=True):
+        text = axes.annotate(name, point, textcoords="offset points", fontsize=size, color=colour, va="center")
+        extent = text.get_window_extent(renderer)
+        best = None
+        for distance in (8, 16, 26, 38):
+            for dx, dy in ((1, 0), (-1, 0), (0.7, -0.7), (-0.7, 0.7), (0.7, 0.7), (-0.7, -0.7), (0, 1), (0, -1)):
+                # A horizontal text hangs on its left edge right of the point, on its middle above it.
+                align = 0.5 - 0.5 * (dx > 0) + 0.5 * (dx < 0)
+                left, bottom = x + dx * distance - align * extent.width, y + dy * distance - extent.height / 2
+                box = (left, bottom, left + extent.width, bottom + extent.height)
+                cost = sum(_overlap(box, other) for other in taken) + distance / 100
+                cost += 10 * (extent.width * extent.height - _overlap(box, frame.extents))
+                if best is None or cost < best[0]:
+                    best = cost, box, (dx * distance, dy * distance), align, distance
+        _, box, shift, align, distance = best
+        taken.append(box)
+        text.set(
+            position=[value * 72 / figure.dpi for value in shift], ha=("left", "center", "right")[round(2 * align)]
+        )
+        if distance > 16:
+            axes.plot(*zip(point, axes.transData.inverted().transform((x + shift[0], y + shift[1])), strict=True),
+                      color=colour, linewidth=0.6, alpha=0.6, zorder=1)  # fmt: skip
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
+    """Of two boxes (left, bottom, right, top), the area that they share."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, width) * max(0.0, height)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, with its folder; the background is transparent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140, transparent=True)
