@@ -16,6 +16,8 @@ from torch import nn
 import datasets
 import models  # noqa: F401  registers the variants
 import networks
+from loading import transforms
+from loading.images import list_images, read_image
 from runtimes import Metadata
 
 __all__ = ["class_names", "describe", "load", "real_images", "sample_folder", "spread", "transform"]
@@ -62,12 +64,12 @@ def describe(
     recorded, config = networks.recorded_args(checkpoint), resolve_model_data_config(network)
     mean, std = networks.mean_and_std(network, checkpoint)
     size = input_size or recorded.get("input_size") or config["input_size"][-1]
-    if datasets.keeps_native_size(recorded.get("data_set", ""), size):
+    if transforms.keeps_native_size(recorded.get("data_set", ""), size):
         if crop_pct is not None:
             raise ValueError(f"--crop_pct has no effect on images that are not resized (up to {size} px)")
     else:
         recorded_crop = recorded["crop_pct"] if "crop_pct" in recorded else config["crop_pct"]
-        crop_pct = crop_pct or recorded_crop or datasets.default_crop_pct(size)
+        crop_pct = crop_pct or recorded_crop or transforms.default_crop_pct(size)
     return Metadata(
         model=name,
         classes=class_names(checkpoint, network.num_classes),
@@ -128,9 +130,9 @@ def load(
 # -- images
 
 
-def transform(metadata: Metadata) -> datasets.Transform:
+def transform(metadata: Metadata) -> transforms.Transform:
     """From an RGB image to the network's input, (3, input_size, input_size)."""
-    return datasets.build_eval_transform(
+    return transforms.build_eval_transform(
         metadata.input_size,
         mean=metadata.mean,
         std=metadata.std,
@@ -150,8 +152,8 @@ def sample_folder(folder: str | Path, metadata: Metadata, count: int) -> torch.T
     Raises:
         ValueError: the folder cannot be read or has no image, or one is broken.
     """
-    paths, prepare = datasets.list_images([os.fspath(folder)]), transform(metadata)
-    images = [prepare(datasets.read_image(paths[place])) for place in spread(len(paths), count)]
+    paths, prepare = list_images([os.fspath(folder)]), transform(metadata)
+    images = [prepare(read_image(paths[place])) for place in spread(len(paths), count)]
     return torch.stack(images)
 
 

@@ -27,6 +27,8 @@ import runtimes
 import utils
 from benchmarking import profiling
 from engine import Classification, Distiller, EvalResult, Precision, build_criterion, evaluate, train_meter
+from loading import loaders, transforms
+from loading.streams import StreamDataset
 from optim_factory import activation_slope, cosine_schedule
 from options import parse_args, plain_args
 from training import Run, broken_count, build_precision, launch, layout_of, meet, until_stopped
@@ -42,15 +44,15 @@ CALIBRATION_IMAGES = 300
 
 
 def build_transform(args: argparse.Namespace, *, train: bool):
-    mean, std = datasets.mean_and_std(args.imagenet_default_mean_and_std)
+    mean, std = transforms.mean_and_std(args.imagenet_default_mean_and_std)
     shared = {
         "mean": mean,
         "std": std,
-        "small": datasets.keeps_native_size(args.data_set, args.input_size),
+        "small": transforms.keeps_native_size(args.data_set, args.input_size),
     }
     if not train:
-        return datasets.build_eval_transform(args.input_size, crop_pct=args.crop_pct, **shared)
-    return datasets.build_train_transform(
+        return transforms.build_eval_transform(args.input_size, crop_pct=args.crop_pct, **shared)
+    return transforms.build_train_transform(
         args.input_size,
         color_jitter=args.color_jitter,
         aa=args.aa,
@@ -81,7 +83,7 @@ def build_dataset(args: argparse.Namespace, world: utils.World, *, train: bool, 
 def build_eval_loader(args: argparse.Namespace, dataset, world: utils.World):
     """The validation loader, and ReaL's labels by index if there are any."""
     rank, size = (world.rank, world.size) if args.dist_eval else (0, 1)
-    loader = datasets.build_eval_loader(
+    loader = loaders.build_eval_loader(
         dataset,
         batch_size=args.batch_size,
         rank=rank,
@@ -170,7 +172,7 @@ def build_teacher(args: argparse.Namespace, classes: Sequence[str] | None, num_c
     networks.check_input_size(teacher, args.input_size, f"--teacher {args.teacher}")
     return networks.renormalized(
         teacher.requires_grad_(False),
-        given=datasets.mean_and_std(args.imagenet_default_mean_and_std),
+        given=transforms.mean_and_std(args.imagenet_default_mean_and_std),
         wanted=networks.mean_and_std(teacher, checkpoint),
     )
 
@@ -253,7 +255,7 @@ class _Deployed(nn.Module):
 def calibrate(args: argparse.Namespace, world: utils.World) -> runtimes.Calibration:
     """Training images, evenly spread, as they are prepared for evaluation."""
     dataset = build_dataset(args, world, train=True, transform=build_transform(args, train=False))
-    if isinstance(dataset, datasets.StreamDataset):
+    if isinstance(dataset, StreamDataset):
         raise ValueError(
             f"int8 cannot be calibrated on a stream (--data_set {args.data_set}): use export.py --calib_data"
         )
@@ -399,8 +401,8 @@ class ClassificationRun(Run):
         if not args.disable_eval:
             datasets.check_same_classes(train_dataset, eval_dataset)
         self.num_classes, self.classes = class_count(args, train_dataset), train_dataset.classes
-        self.loader = datasets.build_train_loader(train_dataset, **self.loading())
-        self.mixup = datasets.build_mixup(
+        self.loader = loaders.build_train_loader(train_dataset, **self.loading())
+        self.mixup = transforms.build_mixup(
             args.batch_size,
             self.num_classes,
             mixup=args.mixup,

@@ -12,8 +12,8 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.func import functional_call
 
-import datasets
 import utils
+from loading import transforms
 from models.vanillanet import VARIANTS
 from optim_factory import activation_slope
 
@@ -87,7 +87,7 @@ def mean_and_std(network: nn.Module, checkpoint: Mapping[str, Any]) -> Normaliza
     """What the network's images are normalized with: as its checkpoint's run did it, else as timm has it."""
     recorded = recorded_args(checkpoint)
     if "imagenet_default_mean_and_std" in recorded:
-        return datasets.mean_and_std(recorded["imagenet_default_mean_and_std"])
+        return transforms.mean_and_std(recorded["imagenet_default_mean_and_std"])
     config = resolve_model_data_config(network)
     return tuple(config["mean"]), tuple(config["std"])
 

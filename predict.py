@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-import datasets
 import deployment
 import runtimes
 from export import CALIB_COUNT, add_network_flags, open_network
+from loading.images import list_images, read_image
 from options import COUNT, Parser, canonical
 from utils import mistakes_end
 
@@ -79,13 +79,13 @@ def predict(runtime: runtimes.Runtime, paths: Sequence[str], top: int) -> Iterat
     """For each file its path, and its likeliest classes with their softmax probabilities, best first."""
     classes, prepare = runtime.metadata.classes, deployment.transform(runtime.metadata)
     for path in paths:
-        logits = runtime(prepare(datasets.read_image(path))[None])
+        logits = runtime(prepare(read_image(path))[None])
         chances, indices = logits[0].softmax(0).topk(min(top, len(classes)))
         yield path, [(classes[index], chance) for index, chance in zip(indices.tolist(), chances.tolist(), strict=True)]
 
 
 def run(args: argparse.Namespace) -> None:
-    paths = datasets.list_images(args.images)
+    paths = list_images(args.images)
     for path, found in predict(open_runtime(args), paths, args.top):
         print(path)
         for name, chance in found:

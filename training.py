@@ -185,7 +185,7 @@ class Run(ABC):
         return model
 
     def loading(self) -> dict[str, Any]:
-        """How this rank's training batches are loaded, for `datasets.build_train_loader`."""
+        """How this rank's training batches are loaded, for `loaders.build_train_loader`."""
         args, world = self.args, self.world
         return {
             "batch_size": args.batch_size,

@@ -28,7 +28,8 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from torchvision.transforms.functional import hflip, to_tensor
 
-from datasets import BrokenImageError, ImageDataset, decode_image
+from datasets import ImageDataset
+from loading.images import BrokenImageError, decode_image
 
 __all__ = ["CocoDataset", "collate", "index_annotations", "read_annotations"]
 

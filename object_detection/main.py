@@ -23,12 +23,13 @@ from torch import nn
 # Started as a file, Python looks for modules in this folder, where `options` is another one.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import datasets
 import metrics
 import runtimes
 import utils
 from benchmarking import profiling
 from engine import Precision
+from loading import loaders
+from loading.images import BrokenImageError
 from object_detection.checkpoints import (
     build_detector,
     check_categories,
@@ -67,10 +68,10 @@ def build_dataset(args: argparse.Namespace, *, train: bool) -> CocoDataset:
     )
 
 
-def build_eval_loader(args: argparse.Namespace, dataset: CocoDataset, world: utils.World) -> datasets.EvalLoader:
+def build_eval_loader(args: argparse.Namespace, dataset: CocoDataset, world: utils.World) -> loaders.EvalLoader:
     """Image by image: in a batch, what is found in an image would depend a little on the others, which pad it, and so
     AP on the number of processes."""
-    return datasets.build_eval_loader(
+    return loaders.build_eval_loader(
         dataset,
         batch_size=1,
         rank=world.rank,
@@ -86,7 +87,7 @@ def first_images(dataset: CocoDataset, count: int) -> list[torch.Tensor]:
     """The first images (3, H, W) that can be read. ValueError if none can."""
     found: list[torch.Tensor] = []
     for index in range(len(dataset)):
-        with contextlib.suppress(datasets.BrokenImageError):  # evaluation tells of them
+        with contextlib.suppress(BrokenImageError):  # evaluation tells of them
             found.append(dataset[index][0])
         if len(found) == count:
             break
@@ -99,7 +100,7 @@ def first_images(dataset: CocoDataset, count: int) -> list[torch.Tensor]:
 
 
 def evaluate(
-    detector: Detector, loader: datasets.EvalLoader, dataset: CocoDataset, world: utils.World, precision: Precision,
+    detector: Detector, loader: loaders.EvalLoader, dataset: CocoDataset, world: utils.World, precision: Precision,
     name: str, stop: utils.StopRequest | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """AP on all images, each of which one rank sees. Known to rank 0, empty on the others; all ranks call it.
@@ -131,7 +132,7 @@ def prepare_eval(args: argparse.Namespace, world: utils.World):
     return loader, dataset, detector.to(world.device, memory_format=layout_of(args)).eval(), checkpoint
 
 
-def report_broken(world: utils.World, loader: datasets.EvalLoader) -> None:
+def report_broken(world: utils.World, loader: loaders.EvalLoader) -> None:
     broken = broken_count(world, loader)
     if broken:
         logger.warning("%d broken images: what is in them counts as missed", broken)
@@ -234,7 +235,7 @@ class DetectionRun(Run):
     def build_data(self) -> None:
         args, world = self.args, self.world
         self.dataset = build_dataset(args, train=True)
-        self.loader = datasets.build_train_loader(self.dataset, **self.loading(), collate=collate)
+        self.loader = loaders.build_train_loader(self.dataset, **self.loading(), collate=collate)
         self.eval_dataset = None
         if not args.disable_eval:
             self.eval_dataset = build_dataset(args, train=False)

@@ -13,6 +13,8 @@ from torch import nn
 import datasets
 import deployment
 import networks
+from loading import transforms
+from loading.images import list_images, read_image
 from runtimes import Metadata
 
 __all__ = ["Network", "open_network", "read_images"]
@@ -35,7 +37,7 @@ class Network:
     bce: bool
 
     @property
-    def transform(self) -> datasets.Transform:
+    def transform(self) -> transforms.Transform:
         """From an RGB image to (3, H, W), normalized."""
         return deployment.transform(self.metadata)
 
@@ -96,9 +98,7 @@ def read_images(paths: Sequence[str], limit: int) -> tuple[list[str], list[Image
         if path.removesuffix(".gz").endswith("idx3-ubyte"):
             sources += [(f"image {index}", array) for index, array in enumerate(datasets.read_idx(path))]
         else:
-            sources += [(Path(name).name, name) for name in datasets.list_images([path])]
+            sources += [(Path(name).name, name) for name in list_images([path])]
     names, chosen = zip(*sources[:limit], strict=True)
-    images = [
-        datasets.read_image(item) if isinstance(item, str) else Image.fromarray(item).convert("RGB") for item in chosen
-    ]
+    images = [read_image(item) if isinstance(item, str) else Image.fromarray(item).convert("RGB") for item in chosen]
     return list(names), images, len(sources)

@@ -27,6 +27,10 @@ from PIL import Image
 from timm.data import auto_augment
 
 import datasets
+from loading import loaders, transforms
+from loading.hugging_face import hugging_face
+from loading.images import BrokenImageError, decode_image
+from loading.order import EpochSampler, seed_all
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "data" / "fashion-mnist"
@@ -51,7 +55,7 @@ def fmnist(train=True, transform=to_tensor, path=EMBEDDED, **kwargs):
 
 
 def train_loader(dataset, batch_size=4, rank=0, world_size=1, seed=0, num_workers=0):
-    return datasets.build_train_loader(
+    return loaders.build_train_loader(
         dataset,
         batch_size=batch_size,
         rank=rank,
@@ -63,7 +67,7 @@ def train_loader(dataset, batch_size=4, rank=0, world_size=1, seed=0, num_worker
 
 
 def eval_loader(dataset, batch_size=4, rank=0, world_size=1, num_workers=0, **kwargs):
-    return datasets.build_eval_loader(
+    return loaders.build_eval_loader(
         dataset,
         batch_size=batch_size,
         rank=rank,
@@ -218,7 +222,7 @@ def encoded(image, kind, **kwargs):
 
 
 def pixels(source):
-    image = datasets.decode_image(source)
+    image = decode_image(source)
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -237,8 +241,8 @@ def test_16_bit_pgm_is_scaled():
 
 def test_pixels_of_unknown_range_are_refused():
     for values in (np.full((2, 2), 0.5, np.float32), np.full((2, 2), 70_000, np.int32)):
-        with pytest.raises(datasets.BrokenImageError, match="no known range"):
-            datasets.decode_image(encoded(Image.fromarray(values), "TIFF"))
+        with pytest.raises(BrokenImageError, match="no known range"):
+            decode_image(encoded(Image.fromarray(values), "TIFF"))
 
 
 @pytest.mark.filterwarnings("error")
@@ -266,10 +270,10 @@ def test_cmyk_jpeg():
 
 
 def test_content_decides_not_the_name(tmp_path):
-    assert datasets.decode_image(save(tmp_path / "x.png").rename(tmp_path / "x.JPEG")).getpixel((0, 0)) == (10, 20, 30)
+    assert decode_image(save(tmp_path / "x.png").rename(tmp_path / "x.JPEG")).getpixel((0, 0)) == (10, 20, 30)
     (tmp_path / "eps.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n")
-    with pytest.raises(datasets.BrokenImageError, match="unknown format"):
-        datasets.decode_image(tmp_path / "eps.jpg")
+    with pytest.raises(BrokenImageError, match="unknown format"):
+        decode_image(tmp_path / "eps.jpg")
 
 
 # -- folders
@@ -399,7 +403,7 @@ def plant(folder):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_broken_training_images_are_counted_once(folder, caplog, num_workers):
     broken = plant(folder)
-    transform = datasets.build_train_transform(16, **NORM)
+    transform = transforms.build_train_transform(16, **NORM)
     dataset = open_folder(folder, transform=transform)
     assert len(dataset) == 6 + 8 + 5
     loader = train_loader(dataset, num_workers=num_workers)
@@ -415,7 +419,7 @@ def test_broken_training_images_are_counted_once(folder, caplog, num_workers):
 
 def test_replacements_do_not_hang_on_the_workers(folder):
     plant(folder)
-    dataset = open_folder(folder, transform=datasets.build_train_transform(16, **NORM))
+    dataset = open_folder(folder, transform=transforms.build_train_transform(16, **NORM))
     first, second = (list(train_loader(dataset, num_workers=n)) for n in (0, 2))
     for (images, targets), (other_images, other_targets) in zip(first, second, strict=True):
         assert torch.equal(images, other_images)
@@ -486,14 +490,14 @@ def test_lack_of_resources_is_no_broken_image(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(OSError, match="Too many open files"):
-        datasets.decode_image(path)
+        decode_image(path)
 
 
 # -- order
 
 
 def sampler(length, **kwargs):
-    return datasets.EpochSampler(length, **{"batch_size": 3, "rank": 0, "world_size": 1, "seed": 5, **kwargs})
+    return EpochSampler(length, **{"batch_size": 3, "rank": 0, "world_size": 1, "seed": 5, **kwargs})
 
 
 def global_order(length, world_size, epoch=0, start_sample=0, **kwargs):
@@ -580,7 +584,7 @@ def assert_equal_batches(first, second):
 
 
 def test_samples_hang_on_seed_epoch_and_index_only():
-    transform = datasets.build_train_transform(
+    transform = transforms.build_train_transform(
         32, **NORM, small=True, aa="rand-m9-mstd0.5-inc1", interpolation="random", reprob=0.5, recount=2
     )
     dataset = fmnist(False, transform)
@@ -603,8 +607,8 @@ def test_samples_hang_on_seed_epoch_and_index_only():
 
 
 def test_loaders_leave_the_global_generators_alone():
-    dataset = indexed(20, datasets.build_train_transform(32, **NORM))
-    val = indexed(20, datasets.build_eval_transform(32, **NORM))
+    dataset = indexed(20, transforms.build_train_transform(32, **NORM))
+    val = indexed(20, transforms.build_eval_transform(32, **NORM))
     before = states()
     for num_workers in (0, 1):
         batches_of(train_loader(dataset, num_workers=num_workers), 0)
@@ -703,13 +707,13 @@ def test_evaluation_crops_and_does_not_warp():
     image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (500, 750, 3), dtype=np.uint8))
     resize, crop, bicubic = torchvision.transforms.Resize, torchvision.transforms.CenterCrop, Image.BICUBIC
     for input_size, crop_pct, side in ((224, None, 256), (224, 0.95, 235), (384, None, 384), (384, 0.9, 426)):
-        found = datasets.build_eval_transform(input_size, **NORM, crop_pct=crop_pct)(image)
+        found = transforms.build_eval_transform(input_size, **NORM, crop_pct=crop_pct)(image)
         assert found.shape == (3, input_size, input_size)
         expected = crop(input_size)(image.resize((int(side * 750 / 500), side), bicubic))
         assert torch.equal(found, (to_tensor(expected) - 0.5) / 0.5)
     # At 384 px a disc stays a disc: its width in the middle row is its height in the middle column.
     disc = np.hypot(*np.mgrid[-250:250, -375:375]) < 200
-    found = datasets.build_eval_transform(384, **NORM)(Image.fromarray(disc).convert("RGB"))[0] > 0
+    found = transforms.build_eval_transform(384, **NORM)(Image.fromarray(disc).convert("RGB"))[0] > 0
     assert abs(int(found[192].sum()) - int(found[:, 192].sum())) <= 1
     assert resize(384)(image).size == (576, 384)
 
@@ -717,19 +721,19 @@ def test_evaluation_crops_and_does_not_warp():
 def test_extreme_aspect_ratio_is_cut_before_it_is_resized():
     image = Image.new("RGB", (20_000, 1), (0, 0, 0))
     image.paste((255, 255, 255), (9_998, 0, 10_002, 1))
-    found = datasets.build_eval_transform(224, **NORM)(image)
+    found = transforms.build_eval_transform(224, **NORM)(image)
     assert found.shape == (3, 224, 224)
     assert torch.equal(found, torch.ones(3, 224, 224))  # 4 white px in the middle, each 256 px wide now
-    assert datasets.build_eval_transform(224, **NORM)(Image.new("RGB", (1, 1))).shape == (3, 224, 224)
+    assert transforms.build_eval_transform(224, **NORM)(Image.new("RGB", (1, 1))).shape == (3, 224, 224)
 
 
 def test_small_images_keep_their_size():
     image = Image.new("L", (28, 28), 255).convert("RGB")
-    found = datasets.build_eval_transform(32, **NORM, small=True)(image)[0]
+    found = transforms.build_eval_transform(32, **NORM, small=True)(image)[0]
     assert (found[2:30, 2:30] == 1).all()
     assert int((found == 1).sum()) == 28 * 28
     plain = {"aa": None, "color_jitter": 0, "reprob": 0, "hflip": 0}
-    transform = datasets.build_train_transform(32, **NORM, small=True, **plain)
+    transform = transforms.build_train_transform(32, **NORM, small=True, **plain)
     torch.manual_seed(0)
     places = set()
     for _ in range(200):
@@ -737,11 +741,11 @@ def test_small_images_keep_their_size():
         assert len(rows) == 28 * 28  # moved as a whole, never resized
         places.add((int(rows[0]), int(columns[0])))
     assert places == {(i, j) for i in range(5) for j in range(5)}
-    assert datasets.keeps_native_size("FMNIST", 32)
-    assert not datasets.keeps_native_size("FMNIST", 33)
-    assert not datasets.keeps_native_size("image_folder", 32)
+    assert transforms.keeps_native_size("FMNIST", 32)
+    assert not transforms.keeps_native_size("FMNIST", 33)
+    assert not transforms.keeps_native_size("image_folder", 32)
     with pytest.raises(ValueError, match="--crop_pct has no effect"):
-        datasets.build_eval_transform(32, **NORM, small=True, crop_pct=0.9)
+        transforms.build_eval_transform(32, **NORM, small=True, crop_pct=0.9)
 
 
 def test_every_augmentation_setting_has_an_effect():
@@ -749,8 +753,8 @@ def test_every_augmentation_setting_has_an_effect():
     off = {"aa": "none", "color_jitter": 0, "reprob": 0, "hflip": 0}
 
     def view(**kwargs):
-        datasets.seed_all(1, 2, 3)
-        return datasets.build_train_transform(48, **NORM, **{**off, **kwargs})(image)
+        seed_all(1, 2, 3)
+        return transforms.build_train_transform(48, **NORM, **{**off, **kwargs})(image)
 
     base = view()
     assert base.shape == (3, 48, 48)
@@ -771,19 +775,19 @@ def test_every_augmentation_setting_has_an_effect():
 )
 def test_train_transform_refuses(wrong):
     with pytest.raises(ValueError, match=r"^timm cannot augment by --aa .*$"):
-        datasets.build_train_transform(32, **NORM, **wrong)
+        transforms.build_train_transform(32, **NORM, **wrong)
 
 
 @pytest.mark.parametrize("crop_pct", [0, -1, 1.1])
 def test_crop_pct_out_of_range(crop_pct):
     with pytest.raises(ValueError, match="--crop_pct must be above 0"):
-        datasets.build_eval_transform(224, **NORM, crop_pct=crop_pct)
+        transforms.build_eval_transform(224, **NORM, crop_pct=crop_pct)
 
 
 @pytest.mark.parametrize("aa", ["rand-m10-inc1", "v0", "augmix-m5"])
 def test_posterizing_to_no_bits_gives_black(aa):
     """timm's policies come to it at magnitude 10, which m9-mstd0.5 draws in 2 of 100 cases."""
-    transform = datasets.build_train_transform(32, **NORM, aa=aa)
+    transform = transforms.build_train_transform(32, **NORM, aa=aa)
     policy = next(step for step in transform.transforms if type(step).__module__ == auto_augment.__name__)
     ops = policy.ops if hasattr(policy, "ops") else [op for pair in policy.policy for op in pair]
     found = [op for op in ops if op.name.startswith("Posterize")]
@@ -800,25 +804,25 @@ def test_posterizing_to_no_bits_gives_black(aa):
 
 
 def test_mixup():
-    assert datasets.build_mixup(5, 10, mixup=0, cutmix=0) is None
+    assert transforms.build_mixup(5, 10, mixup=0, cutmix=0) is None
     with pytest.raises(ValueError, match="even --batch_size, not 5"):
-        datasets.build_mixup(5, 10)
+        transforms.build_mixup(5, 10)
     with pytest.raises(ValueError, match="--cutmix_minmax"):
-        datasets.build_mixup(4, 10, cutmix_minmax=(0.5, 0.2))
+        transforms.build_mixup(4, 10, cutmix_minmax=(0.5, 0.2))
     with pytest.raises(ValueError, match="--mixup_mode"):
-        datasets.build_mixup(4, 10, mixup_mode="half")
-    mixup = datasets.build_mixup(4, 10, mixup=0.8, cutmix=0, smoothing=0)
+        transforms.build_mixup(4, 10, mixup_mode="half")
+    mixup = transforms.build_mixup(4, 10, mixup=0.8, cutmix=0, smoothing=0)
     np.random.seed(0)
     images, targets = mixup(torch.arange(4.0).reshape(4, 1, 1, 1).repeat(1, 3, 2, 2), torch.tensor([0, 1, 2, 3]))
     share = targets[0, 0]
     assert 0 < share < 1
     assert torch.allclose(targets[0, 3], 1 - share)
     assert torch.allclose(images[0], (1 - share) * 3 * torch.ones(3, 2, 2))
-    cut = datasets.build_mixup(2, 3, mixup=0, cutmix=0, cutmix_minmax=(0.3, 0.6), smoothing=0.3)
+    cut = transforms.build_mixup(2, 3, mixup=0, cutmix=0, cutmix_minmax=(0.3, 0.6), smoothing=0.3)
     images, targets = cut(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1).repeat(1, 3, 32, 32), torch.tensor([0, 1]))
     share = images[0, 0].mean()
     assert torch.allclose(targets[0], torch.tensor([0.8 - 0.7 * share, 0.1 + 0.7 * share, 0.1]))
-    assert datasets.build_mixup(4, 10, mixup_prob=0.3, mixup_switch_prob=0.7, mixup_mode="pair").switch_prob == 0.7
+    assert transforms.build_mixup(4, 10, mixup_prob=0.3, mixup_switch_prob=0.7, mixup_mode="pair").switch_prob == 0.7
 
 
 # -- ReaL
@@ -899,7 +903,7 @@ needs_webdataset = pytest.mark.skipif(not has_webdataset, reason="needs webdatas
 
 def has_hugging_face():
     try:
-        with datasets._hugging_face():
+        with hugging_face():
             return True
     except ValueError:
         return False

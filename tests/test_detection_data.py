@@ -14,7 +14,8 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import datasets
+from loading import loaders
+from loading.images import BrokenImageError
 from object_detection import make_garments
 from object_detection.coco import CocoDataset, collate, encode_segment, read_annotations
 from object_detection.draw import colour, draw_detections, save_picture
@@ -121,11 +122,11 @@ def test_flipping(tmp_path):
 def test_loaders_keep_images_of_different_sizes_apart(tmp_path):
     data = CocoDataset(*write(tmp_path, quirks()), train=True, masks=True)
     options = {"batch_size": 3, "world_size": 1, "rank": 0, "num_workers": 0, "pin_memory": False, "collate": collate}
-    train = datasets.build_train_loader(data, seed=0, **options)
+    train = loaders.build_train_loader(data, seed=0, **options)
     images, targets = next(iter(train))
     assert [tuple(image.shape) for image in images] == [(3, 40, 60)] * 3
     assert all(set(target) == {"boxes", "labels", "masks"} for target in targets)
-    again = next(iter(datasets.build_train_loader(data, seed=0, **options)))
+    again = next(iter(loaders.build_train_loader(data, seed=0, **options)))
     assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(targets, again[1], strict=True))
 
 
@@ -165,7 +166,7 @@ def test_broken_files(tmp_path):
     with pytest.raises(ValueError, match=r"cut\.json is no JSON"):
         read_annotations(tmp_path / "cut.json")
     Image.new("RGB", (40, 60)).save(images / "polygon.png")
-    with pytest.raises(datasets.BrokenImageError, match="it has 40x60 px, the annotations say 60x40"):
+    with pytest.raises(BrokenImageError, match="it has 40x60 px, the annotations say 60x40"):
         CocoDataset(file, images, train=False, masks=True).load(0)
 
 

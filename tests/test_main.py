@@ -18,6 +18,7 @@ import main
 import models
 import networks
 import utils
+from loading import loaders
 from optim_factory import cosine_schedule
 from runs import BASE, EMBEDDED, ROOT, rows, torchrun
 
@@ -153,7 +154,7 @@ def test_new_schedules_bring_new_settings_of_the_optimizer(tiny_fmnist, straight
 
 
 def test_a_run_on_a_stream_saves_only_whole_epochs(tiny_fmnist, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.TrainLoader, "resumable", False)
+    monkeypatch.setattr(loaders.TrainLoader, "resumable", False)
     begun = run_of(tiny_fmnist, "--output_dir", tmp_path)
     begun.save(finished_epoch=False)
     assert not list(tmp_path.glob("*.pth"))

@@ -12,13 +12,13 @@ import timm
 import torch
 from PIL import Image
 
-import datasets
 import deployment
 import export
 import main
 import predict
 import runtimes
 import utils
+from loading.images import decode_image
 from processors import openvino_has_bfloat16
 
 ROOT = Path(main.__file__).parent
@@ -68,7 +68,7 @@ def test_photographs_by_a_checkpoint(checkpoint, photographs, capsys):
     network, metadata = deployment.load(checkpoint)
     assert (metadata.input_size, metadata.crop_pct) == (64, 0.875)
     for path, pairs in found.items():
-        image = deployment.transform(metadata)(datasets.decode_image(path))
+        image = deployment.transform(metadata)(decode_image(path))
         with torch.no_grad():
             chances = network(image[None])[0].softmax(0)
         best = chances.topk(5)

@@ -15,6 +15,7 @@ import engine
 import models
 import utils
 from engine import Classification, FiniteGuard, NonFiniteError, Precision, Progress, train_one_epoch
+from loading import loaders, transforms
 
 STEPS, WINDOW = 3, 2  # of batches
 
@@ -113,13 +114,13 @@ def evaluate_all_sizes(arguments: list[str]) -> None:
     images = draw.integers(0, 256, (largest, 16, 16, 3), dtype=np.uint8)
     targets = draw.integers(0, 10, largest)
     real = [sorted(set(draw.integers(0, 10, draw.integers(0, 4)).tolist())) for _ in range(largest)]
-    transform = datasets.build_eval_transform(16, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
+    transform = transforms.build_eval_transform(16, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
     results = []
     for count in range(1, largest + 1):
         dataset = datasets.ArrayDataset(
             images[:count], targets[:count], classes=[str(c) for c in range(10)], transform=transform, name="drawn"
         )
-        loader = datasets.build_eval_loader(
+        loader = loaders.build_eval_loader(
             dataset, batch_size=3, rank=world.rank, world_size=world.size, num_workers=0, pin_memory=False
         )
         found = engine.evaluate(

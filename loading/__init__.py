@@ -1,0 +1,1 @@
+"""From files to batches: decoding images, transforms, order and randomness, loaders, streams."""

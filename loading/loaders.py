@@ -1,0 +1,259 @@
+"""Batches of a data set that is read by index, or of a stream.
+
+All randomness of a training sample is a function of (seed, epoch, index), and the order of an epoch one of (seed,
+epoch). So a run that was interrupted goes on bit by bit, whatever the number of loader processes, and an epoch's first
+n samples are the same set for any number of ranks.
+"""
+
+import logging
+import random
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from loading.images import BrokenImageError
+from loading.order import EpochSampler, kept_random_states, seed_all
+from loading.processes import Collate, Sample, iterate, make_loader
+from loading.streams import StreamDataset, StreamEvalLoader, StreamTrainLoader
+
+logger = logging.getLogger(__name__)
+
+MAX_TRIES = 100  # distinct training images tried for one place in a batch
+
+
+class _TrainSamples(Dataset):
+    """Training samples by (epoch, index). A broken image's place is taken by another one, and a note tells of it."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
+        # By the batch, because keeping numpy's state takes as long as a quarter of the work on a small image.
+        with kept_random_states():
+            return [self._sample(*key) for key in keys]
+
+    def _sample(self, epoch: int, index: int) -> Sample:
+        seed_all(self.seed, epoch, index)
+        notes = []
+        for candidate in self._candidates(index):
+            try:
+                image, target = self.dataset.load(candidate)
+            except BrokenImageError as error:
+                notes.append((candidate, str(error)))
+                continue
+            return *self.dataset.apply(image, target), candidate, notes
+        return None, -1, index, notes
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        yield index
+        length = len(self.dataset)
+        for other in random.sample(range(length), min(length, MAX_TRIES)):
+            if other != index:
+                yield other
+
+
+class _EvalSamples(Dataset):
+    """Validation samples by index. A broken image has a note instead of pixels."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Sample:
+        try:
+            image, target = self.dataset.load(index)
+        except BrokenImageError as error:
+            return None, -1, index, [(index, str(error))]
+        return *self.dataset.apply(image, target), index, ()
+
+
+class TrainLoader:
+    """Batches of one rank: images (B, 3, H, W), float32, and classes (B,), int64; all of the same size.
+
+    Attributes:
+        broken: indices of the images that this rank found broken so far. Each is logged once.
+        resumable: whether an epoch can begin elsewhere than at its start.
+    """
+
+    resumable = True
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        sampler: EpochSampler,
+        seed: int,
+        num_workers: int,
+        pin_memory: bool,
+        collate: Collate = default_collate,
+    ):
+        self.broken: set[int] = set()
+        self._dataset = dataset
+        self._sampler = sampler
+        self._loader = make_loader(
+            _TrainSamples(dataset, seed),
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            collate=collate,
+            persistent_workers=num_workers > 0,
+        )
+
+    def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
+        """Choose what the next iteration gives; see `EpochSampler.set_epoch`."""
+        self._sampler.set_epoch(epoch, start_sample)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return self._sampler.num_batches
+
+    @property
+    def remaining_batches(self) -> int:
+        """Batches that the next iteration gives."""
+        return self._sampler.remaining_batches
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Raises ValueError if no readable image is found for a place in a batch."""
+        for images, targets, _, notes in iterate(self._loader):
+            _note_broken(notes, self.broken, self._dataset)
+            if images is None or len(images) < self._sampler.batch_size:
+                index, reason = notes[-1]
+                raise ValueError(
+                    f"no readable training image in {min(len(self._dataset), MAX_TRIES)} tries, the last was "
+                    f"{self._dataset.describe(index)}: {reason}; replace such files"
+                )
+            yield images, targets
+
+
+def _note_broken(notes: list[tuple[int, str]], broken: set[int], dataset: Dataset) -> None:
+    for index, reason in notes:
+        if index not in broken:
+            broken.add(index)
+            logger.warning("left out a broken image, %s: %s (%d so far)", dataset.describe(index), reason, len(broken))
+
+
+class EvalLoader:
+    """Validation batches of one rank: images (B, 3, H, W), float32, classes (B,) and indices (B,), int64.
+
+    Over all ranks each image comes exactly once; the last batch may be smaller, and so is one with broken images.
+
+    Attributes:
+        broken: indices of the images that this rank found broken and left out. Each is logged once.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        pin_memory: bool,
+        skip_broken: bool,
+        collate: Collate = default_collate,
+    ):
+        self.broken: set[int] = set()
+        self._dataset = dataset
+        self._skip_broken = skip_broken
+        # The loader processes end with each evaluation, to leave their memory to training.
+        self._loader = make_loader(
+            _EvalSamples(dataset),
+            sampler=range(rank, len(dataset), world_size),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            collate=collate,
+        )
+
+    def __len__(self) -> int:
+        """Batches, with those that come to nothing because all of their images are broken."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Raises ValueError for a broken image, unless it may be left out."""
+        for images, targets, indices, notes in iterate(self._loader):
+            if notes and not self._skip_broken:
+                index, reason = notes[0]
+                raise ValueError(
+                    f"cannot read the validation image {self._dataset.describe(index)}: {reason}; replace it, or leave "
+                    "such images out by --skip_broken_eval true"
+                )
+            _note_broken(notes, self.broken, self._dataset)
+            if images is not None:
+                yield images, targets, indices
+
+
+def build_train_loader(
+    dataset: Dataset | StreamDataset,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    num_workers: int,
+    pin_memory: bool,
+    collate: Collate = default_collate,
+) -> TrainLoader | StreamTrainLoader:
+    """The training batches of one rank.
+
+    Args:
+        batch_size: of one rank.
+        num_workers: loader processes; they live as long as the loader. 0 loads in this process.
+        pin_memory: put batches in page-locked memory, for a GPU.
+        collate: batches (image, target, index), not those of a stream.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if isinstance(dataset, StreamDataset):
+        return StreamTrainLoader(
+            dataset,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
+    sampler = EpochSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed)
+    return TrainLoader(
+        dataset, sampler=sampler, seed=seed, num_workers=num_workers, pin_memory=pin_memory, collate=collate
+    )
+
+
+def build_eval_loader(
+    dataset: Dataset | StreamDataset,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    skip_broken: bool = False,
+    collate: Collate = default_collate,
+) -> EvalLoader | StreamEvalLoader:
+    """The validation batches of one rank: images rank, rank + world_size, ...
+
+    Args:
+        batch_size: of one rank.
+        num_workers: loader processes, for the time of an iteration. 0 loads in this process.
+        pin_memory: put batches in page-locked memory, for a GPU.
+        skip_broken: leave broken images out and count them, instead of raising ValueError.
+        collate: batches (image, target, index), not those of a stream.
+    """
+    if isinstance(dataset, StreamDataset):
+        kind = StreamEvalLoader
+    else:
+        kind = partial(EvalLoader, collate=collate)
+    return kind(
+        dataset,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        skip_broken=skip_broken,
+    )

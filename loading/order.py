@@ -1,0 +1,98 @@
+"""Order and randomness: which samples come when, and what their random numbers are."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def kept_random_states() -> Iterator[None]:
+    """Put the states of `random`, numpy and torch's CPU generator back after the block."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def seed_all(*key: int) -> None:
+    """Seed `random`, numpy and torch's CPU generator from non-negative integers of any size."""
+    words = np.random.SeedSequence(key).generate_state(3, np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(words[1:2].view(np.uint32))
+    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed would seed the GPUs as well
+
+
+class EpochSampler:
+    """The batches of one rank: each an epoch's part of a permutation of all samples, as pairs (epoch, index).
+
+    The order is a function of (seed, epoch) and the same on all ranks. A global batch is the next `batch_size *
+    world_size` samples of it, and rank r takes its r-th part, so that the samples up to any position are one set for
+    any number of ranks. The last global batch is filled up from the start of the same order, several times if need be.
+
+    Args:
+        length: samples in the data set.
+        batch_size: of one rank.
+        rank, world_size: 0 <= rank < world_size.
+        seed: not negative.
+        shuffle: False keeps the data set's order in every epoch.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(self, length: int, *, batch_size: int, rank: int, world_size: int, seed: int, shuffle: bool = True):
+        if length < 1 or batch_size < 1:
+            raise ValueError(f"there must be samples and a batch size of 1 or more, not {length} and {batch_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not among {world_size} processes")
+        if seed < 0:
+            raise ValueError(f"--seed must not be negative, it is {seed}")
+        self.length = length
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
+        """Choose the epoch, and how many samples of its order, over all ranks, to leave out at its beginning."""
+        if epoch < 0 or start_sample < 0:
+            raise ValueError(f"epoch and start_sample must not be negative, they are {epoch} and {start_sample}")
+        self.epoch = epoch
+        self.start_sample = start_sample
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of a whole epoch."""
+        return self._batches(self.length)
+
+    @property
+    def remaining_batches(self) -> int:
+        """Batches from `start_sample` to the end of the epoch."""
+        return self._batches(max(0, self.length - self.start_sample))
+
+    def _batches(self, samples: int) -> int:
+        return -(-samples // (self.batch_size * self.world_size))
+
+    def _order(self) -> np.ndarray:
+        """(length,), the indices in this epoch's order."""
+        if not self.shuffle:
+            return np.arange(self.length)
+        # RandomState because its stream, unlike that of numpy's and torch's generators, is promised never to change.
+        bits = np.random.MT19937(np.random.SeedSequence((self.seed, self.epoch)))
+        return np.random.RandomState(bits).permutation(self.length)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = self.epoch, self._order()
+        first = self.start_sample + self.rank * self.batch_size
+        for batch in range(self.remaining_batches):
+            start = first + batch * self.batch_size * self.world_size
+            indices = order[np.arange(start, start + self.batch_size) % self.length]
+            yield [(epoch, index) for index in indices.tolist()]

@@ -1,0 +1,106 @@
+"""Loader processes: how they start, answer signals and end, and what they send."""
+
+import atexit
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import c_bool
+from functools import cache, partial
+from multiprocessing.sharedctypes import RawValue
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+# Signals that reach a whole group of processes, and that the main process answers.
+GROUP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+# What a loader process sends for each image: (image or None, class, index, notes), the notes for the main process.
+Sample = tuple[torch.Tensor | None, Any, int, Sequence]
+# Batches (image, target, index): by default (B, 3, H, W), (B,), (B,).
+Collate = Callable[[list[tuple]], Sequence]
+
+
+def _collate(samples: list[Sample], batch: Collate) -> tuple[Any, Any, Any, list]:
+    """Batch the samples that have an image, and the notes of all."""
+    notes = [note for sample in samples for note in sample[3]]
+    kept = [sample[:3] for sample in samples if sample[0] is not None]
+    images, targets, indices = batch(kept) if kept else (None, None, None)
+    return images, targets, indices, notes
+
+
+@cache
+def _exiting() -> Any:
+    """A flag, shared with the loader processes, that is set when this process begins to exit."""
+    flag = RawValue(c_bool, False)
+    atexit.register(setattr, flag, "value", True)
+    return flag
+
+
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """Hold signals back, here and in processes that are started in the block, until the latter are ready for them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where no signal goes to a group
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(exiting: Any, worker_id: int) -> None:
+    """Leave signals to the main process, which needs its loader processes to end the step that is running.
+
+    A terminal, `timeout` and SLURM send them to the whole group. But when the main process exits, Python ends the
+    loader processes that are left by SIGTERM and waits for them.
+    """
+
+    def terminate(number: int, frame: Any) -> None:
+        if exiting.value:
+            os._exit(0)
+
+    for number in GROUP_SIGNALS:
+        signal.signal(number, terminate if number == signal.SIGTERM else signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
+
+
+def make_loader(
+    dataset: Dataset,
+    *,
+    num_workers: int,
+    pin_memory: bool,
+    seed: int = 0,
+    collate: Collate = default_collate,
+    **options,
+) -> DataLoader:
+    """A DataLoader that draws from a generator of its own: iterating must not move the global one."""
+    return DataLoader(
+        dataset,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=partial(_collate, batch=collate),
+        worker_init_fn=partial(_start_worker, _exiting()),
+        generator=torch.Generator().manual_seed(seed),
+        **options,
+    )
+
+
+def iterate(loader: DataLoader) -> Iterator[tuple]:
+    """The batches of the loader. Raises RuntimeError, by torch's handler of SIGCHLD, if a loader process dies."""
+    with _held_signals():
+        iterator = iter(loader)  # starts the loader processes
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError) as error:
+            # It died while it was sending. The signal that names it is on its way, and its handler raises here.
+            time.sleep(5)
+            raise RuntimeError("DataLoader worker (pid unknown) has ended while it was sending a batch") from error
+        yield batch

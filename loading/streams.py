@@ -1,0 +1,295 @@
+"""Data sets that can only be read from their beginning, by timm's readers, and their batches."""
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import IterableDataset, get_worker_info
+
+from loading.hugging_face import hugging_face
+from loading.images import first_line, to_rgb
+from loading.order import kept_random_states, seed_all
+from loading.processes import Sample, iterate, make_loader
+from loading.transforms import Transform
+
+# The prefixes of timm's data set names, with the package that each needs.
+TIMM_PACKAGES = {
+    "hfds": "datasets",
+    "hfids": "datasets",
+    "tfds": "tensorflow_datasets",
+    "wds": "webdataset",
+    "torch": "",
+}
+EVAL_SPLITS = ("validation", "val", "test")  # by the first name that a data set of timm's has
+
+
+def names_of(data_set: str):
+    """The block in which a data set of timm's may be opened and read."""
+    return hugging_face() if data_set.lower().startswith(("hfds/", "hfids/")) else nullcontext()
+
+
+def open_timm(data_set: str, root: Path | None, *, train: bool, download: bool = False, **options) -> Any:
+    """Open a data set by timm's `create_dataset`. Raises ValueError, also for a package that is missing."""
+    prefix = data_set.partition("/")[0].lower()
+    package = TIMM_PACKAGES[prefix]
+    if package not in ("", "datasets") and importlib.util.find_spec(package) is None:
+        raise ValueError(f"--data_set {data_set} needs the package {package}: pip install {package}")
+    if root is None and prefix in ("wds", "torch"):
+        raise ValueError(f"--data_set {data_set} needs --data_path, the folder that holds it")
+    splits = ("train",) if train else EVAL_SPLITS
+    for split in splits:
+        try:
+            with names_of(data_set):
+                return create_dataset(
+                    data_set,
+                    root=None if root is None else str(root),
+                    split=split,
+                    is_training=train,
+                    download=download and prefix != "hfids",  # which would store what is meant to be streamed
+                    **options,
+                )
+        except Exception as error:  # the libraries behind it raise anything, for a wrong name as for a missing network
+            if split == splits[-1] or not re.search("split|length is unknown", str(error), re.IGNORECASE):
+                raise ValueError(f"cannot open --data_set {data_set}: {first_line(error)}") from error
+
+
+def timm_classes(source: Any) -> tuple[str, ...] | None:
+    class_to_idx = getattr(getattr(source, "reader", source), "class_to_idx", None)
+    return tuple(sorted(class_to_idx, key=class_to_idx.get)) if class_to_idx else None
+
+
+class StreamDataset:
+    """A data set of timm's that can only be read from its beginning: wds/, tfds/ and hfids/.
+
+    It has no index: there are no file names, and training cannot be resumed in the middle of an epoch. For the
+    arguments see `build_dataset`.
+
+    Attributes:
+        classes: names by class index; None where the data set does not say.
+        transform: from an RGB image to (3, H, W).
+        train: which of the two splits it is.
+    """
+
+    def __init__(self, data_set: str, root: Path | None, *, train: bool, transform: Transform, download: bool = False):
+        self.name = data_set
+        self.train = train
+        self.transform = transform
+        self._root = root
+        source = open_timm(data_set, root, train=train, download=download)
+        self.classes = timm_classes(source)
+        self._length = int(source.reader.num_samples)
+
+    def __len__(self) -> int:
+        """The number of images that the data set's description promises; 0 where it does not say."""
+        return self._length
+
+    def open(self, *, batch_size: int, seed: int, rank: int, world_size: int, num_workers: int) -> IterableDataset:
+        """A stream of (image, class) of this rank; for training each loader process gives whole batches of it."""
+        # Only tfds needs to be told the mode, to give images at all; elsewhere `to_rgb` knows better.
+        mode = "RGB" if self.name.lower().startswith("tfds") else ""
+        source = open_timm(
+            self.name, self._root, train=self.train, batch_size=batch_size, seed=seed, input_img_mode=mode
+        )
+        source.reader.dist_rank, source.reader.dist_num_replicas = rank, world_size
+        source.set_loader_cfg(num_workers=num_workers)
+        return source
+
+
+def _stream(name: str, source: IterableDataset) -> Iterator[tuple[Image.Image, int]]:
+    """The RGB images and classes of a stream of timm's."""
+    iterator = iter(source)
+    while True:
+        with names_of(name):  # not around the loop: it must not hold while the consumer works
+            try:
+                image, target = next(iterator)
+            except StopIteration:
+                return
+            image = to_rgb(image)
+        yield image, int(target)
+
+
+class _TrainStream(IterableDataset):
+    """One rank's and epoch's training samples of a stream; all randomness is a function of `key` and the position."""
+
+    def __init__(self, name: str, source: IterableDataset, *, transform: Transform, key: tuple[int, ...]):
+        self.name = name
+        self.source = source
+        self.transform = transform
+        self.key = key
+
+    def __iter__(self) -> Iterator[Sample]:
+        info = get_worker_info()
+        worker = 0 if info is None else info.id
+        for position, (image, target) in enumerate(_stream(self.name, self.source)):
+            with kept_random_states():
+                seed_all(*self.key, worker, position)
+                view = self.transform(image)
+            yield view, target, position, ()
+
+
+class _EvalStream(IterableDataset):
+    """One rank's part of a validation stream; its last sample is a note of how many images all ranks' parts had.
+
+    Every rank reads the whole stream and keeps each `world_size`-th image. The readers' own split over ranks repeats
+    images or leaves some out.
+    """
+
+    def __init__(self, name: str, source: IterableDataset, *, transform: Transform, rank: int, world_size: int):
+        self.name = name
+        self.source = source
+        self.transform = transform
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        count = 0
+        for image, target in _stream(self.name, self.source):
+            if count % self.world_size == self.rank:
+                yield self.transform(image), target, count * workers + number, ()
+            count += 1
+        yield None, -1, -1, [count]
+
+
+class _StreamLoader:
+    """What the loaders of a stream share; for the arguments see `build_train_loader`."""
+
+    def __init__(
+        self,
+        dataset: StreamDataset,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        pin_memory: bool,
+    ):
+        self.broken: set[int] = set()
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._rank = rank
+        self._world_size = world_size
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
+
+    def _batches(self, samples: IterableDataset, *, seed: int = 0) -> Iterator[tuple]:
+        loader = make_loader(
+            samples,
+            batch_size=self._batch_size,
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
+            seed=seed,
+        )
+        return iterate(loader)
+
+
+class StreamTrainLoader(_StreamLoader):
+    """As `TrainLoader`, from a stream. Its order is a function of (seed, epoch), of rank, ranks and loader processes.
+
+    timm reads ahead of us: it logs and leaves out what is broken in wds/, without a count, and other streams stop.
+    """
+
+    resumable = False
+
+    def __init__(self, dataset: StreamDataset, *, seed: int, **shared: Any):
+        super().__init__(dataset, **shared)
+        self._seed = seed
+        self._epoch = 0
+        self._length = len(self._open(seed)) // self._batch_size
+
+    def _open(self, seed: int) -> IterableDataset:
+        return self._dataset.open(
+            batch_size=self._batch_size,
+            seed=seed,
+            rank=self._rank,
+            world_size=self._world_size,
+            num_workers=self._num_workers,
+        )
+
+    def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
+        """Choose the epoch. Raises ValueError if it is to begin elsewhere than at its start."""
+        if start_sample:
+            raise ValueError(
+                f"--data_set {self._dataset.name} is a stream and cannot be resumed in the middle of an epoch: resume "
+                "from a checkpoint of an epoch's end"
+            )
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, the same on all ranks."""
+        return self._length
+
+    @property
+    def remaining_batches(self) -> int:
+        """Batches that the next iteration gives."""
+        return self._length
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Raises ValueError if the stream ends before the epoch."""
+        # A new reader for each epoch, because readers carry the state of their shuffling from one to the next.
+        words = np.random.SeedSequence((self._seed, self._epoch)).generate_state(2, np.uint32).tolist()
+        samples = _TrainStream(
+            self._dataset.name,
+            self._open(words[0] >> 1),
+            transform=self._dataset.transform,
+            key=(self._seed, self._epoch, self._rank),
+        )
+        count = 0
+        for images, targets, _, _ in self._batches(samples, seed=words[1] + self._rank):
+            count += 1
+            yield images, targets
+        if count < self._length:
+            raise ValueError(
+                f"--data_set {self._dataset.name} ended after {count} of {self._length} batches: it needs a shard for "
+                f"each of {self._world_size} x {max(1, self._num_workers)} loader processes, lower --num_workers"
+            )
+
+
+class StreamEvalLoader(_StreamLoader):
+    """As `EvalLoader`, from a stream. Indices are unique over all ranks, but tell nothing else.
+
+    Attributes:
+        broken: an index for each image that is missing from the stream, the same on all ranks: which they are is not
+            known, since timm leaves them out (and logs them) before we see them.
+    """
+
+    def __init__(self, dataset: StreamDataset, *, skip_broken: bool, **shared: Any):
+        super().__init__(dataset, **shared)
+        self._skip_broken = skip_broken
+
+    def __len__(self) -> int:
+        """Batches, if the data set's description is right and each loader process has as many images."""
+        return -(-len(self._dataset) // (self._batch_size * self._world_size))
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Raises ValueError at the end if there were less images than the description says, unless that may be."""
+        source = self._dataset.open(
+            batch_size=self._batch_size, seed=0, rank=0, world_size=1, num_workers=self._num_workers
+        )
+        samples = _EvalStream(
+            self._dataset.name,
+            source,
+            transform=self._dataset.transform,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+        count = 0
+        for images, targets, indices, notes in self._batches(samples):
+            count += sum(notes)
+            if images is not None:
+                yield images, targets, indices
+        promised = len(self._dataset)
+        if count < promised and not self._skip_broken:
+            raise ValueError(
+                f"{promised - count} of the {promised} validation images of --data_set {self._dataset.name} are broken "
+                "or missing; replace them, or leave such images out by --skip_broken_eval true"
+            )
+        self.broken = set(range(count, promised))

@@ -1,0 +1,219 @@
+"""Transforms of a training and of a validation image, and mixup of a batch."""
+
+import re
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+    Mixup,
+    auto_augment,
+    create_transform,
+)
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from loading.images import first_line
+
+Transform = Callable[[Image.Image], torch.Tensor]
+
+NATIVE_SIZE = 32  # px; up to here the images of CIFAR and FMNIST are not resized
+MAX_ASPECT = 4  # of an image to be resized for evaluation
+
+
+def mean_and_std(imagenet: bool) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """What images are normalized with, (mean, std) of each channel in [0, 1]: ImageNet's, or else 0.5 for all."""
+    if imagenet:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+
+
+def keeps_native_size(data_set: str, input_size: int) -> bool:
+    """Whether images are so small that they are padded and cropped instead of resized: `small` of the transforms."""
+    return data_set in ("CIFAR", "FMNIST") and input_size <= NATIVE_SIZE
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """As timm's, for 0 bits too: its policies come to that at their largest magnitude, and newer Pillow refuses it."""
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
+
+
+def _mend_posterize(policy: Any) -> None:
+    """Put `_posterize` into a policy of timm's, in place."""
+    for op in getattr(policy, "ops", None) or chain.from_iterable(policy.policy):
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = _posterize
+
+
+def build_train_transform(
+    input_size: int,
+    *,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    small: bool = False,
+    color_jitter: float = 0.4,
+    aa: str | None = "rand-m9-mstd0.5-inc1",
+    interpolation: str = "bicubic",
+    reprob: float = 0.25,
+    remode: str = "pixel",
+    recount: int = 1,
+    hflip: float = 0.5,
+) -> Transform:
+    """From an RGB image to a random view of it, float32, (3, input_size, input_size), by timm's `create_transform`.
+
+    Args:
+        input_size: px.
+        mean, std: of each channel, in [0, 1].
+        small: crop from the image padded by 4 px, instead of resizing a random part of it.
+        color_jitter: strength; timm leaves it out where `aa` is on, unless that is a "3a" policy.
+        aa: timm's auto-augment policy; None, "" and "none" are off.
+        interpolation: "random" (bilinear or bicubic), or one of Pillow's by name.
+        reprob, remode, recount: random erasing: probability, what fills the area, the largest number of areas.
+        hflip: probability of a horizontal flip.
+
+    Raises:
+        ValueError: timm does not know the policy, the interpolation or the mode.
+    """
+    policy = None if aa in (None, "", "none") else aa
+    try:
+        unknown = [part for part in (policy or "").split("-")[1:] if not re.search(r"\d|^t", part)]
+        if unknown:  # timm passes over them
+            raise ValueError(f"unknown section {unknown[0]}")
+        transform = create_transform(
+            input_size,
+            is_training=True,
+            hflip=hflip,
+            color_jitter=color_jitter or None,
+            auto_augment=policy,
+            interpolation=interpolation,
+            mean=mean,
+            std=std,
+            re_prob=reprob,
+            re_mode=remode,
+            re_count=recount,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"timm cannot augment by --aa {aa} --train_interpolation {interpolation} --remode {remode}: "
+            f"{first_line(error)}"
+        ) from error
+    for step in transform.transforms:
+        if isinstance(step, auto_augment.RandAugment | auto_augment.AutoAugment | auto_augment.AugMixAugment):
+            _mend_posterize(step)
+    if small:
+        transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
+    return transform
+
+
+class _LimitAspect:
+    """Crop the middle of an image that is more than `MAX_ASPECT` times as long as wide.
+
+    The centre crop that follows sees less than that, and to resize the shorter side of 20,000 x 1 px to 256 px would
+    take 4 GB.
+    """
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        limit = MAX_ASPECT * min(image.size)
+        if max(image.size) <= limit:
+            return image
+        width, height = (min(side, limit) for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
+
+
+def default_crop_pct(input_size: int) -> float:
+    """The part of the resized shorter side that is kept: 0.875 below 384 px and 1 from there on."""
+    return 0.875 if input_size < 384 else 1.0
+
+
+def build_eval_transform(
+    input_size: int,
+    *,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    small: bool = False,
+    crop_pct: float | None = None,
+) -> Transform:
+    """From an RGB image to its middle, float32, (3, input_size, input_size). The aspect ratio is kept.
+
+    The shorter side is resized (bicubic) to int(input_size / crop_pct), then the centre is cropped.
+
+    Args:
+        input_size: px.
+        mean, std: of each channel, in [0, 1].
+        small: do not resize; an image smaller than input_size gets a black border.
+        crop_pct: in (0, 1]; None is `default_crop_pct`.
+
+    Raises:
+        ValueError: crop_pct is out of range, or given with `small`, where it has no effect.
+    """
+    resize = []
+    if small:
+        if crop_pct is not None:
+            raise ValueError(f"--crop_pct has no effect on images that are not resized (up to {NATIVE_SIZE} px)")
+    else:
+        if crop_pct is None:
+            crop_pct = default_crop_pct(input_size)
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"--crop_pct must be above 0 and at most 1, not {crop_pct}")
+        resize = [_LimitAspect(), transforms.Resize(int(input_size / crop_pct), InterpolationMode.BICUBIC)]
+    return transforms.Compose(
+        [*resize, transforms.CenterCrop(input_size), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    )
+
+
+def build_mixup(
+    batch_size: int,
+    num_classes: int,
+    *,
+    mixup: float = 0.8,
+    cutmix: float = 1.0,
+    cutmix_minmax: tuple[float, float] | None = None,
+    mixup_prob: float = 1.0,
+    mixup_switch_prob: float = 0.5,
+    mixup_mode: str = "batch",
+    smoothing: float = 0.1,
+) -> Mixup | None:
+    """timm's mixup and cutmix of a batch: (B, 3, H, W) and classes (B,) -> mixed images and soft targets (B, classes).
+
+    Args:
+        batch_size: of one rank; every batch must have it.
+        mixup, cutmix: alpha of either one's beta distribution; 0 is off.
+        cutmix_minmax: least and largest side of the cut, as a share of the image's; turns cutmix on.
+        mixup_prob: of mixing at all.
+        mixup_switch_prob: of cutmix instead of mixup where both are on.
+        mixup_mode: draw for each "batch", "pair" or "elem".
+        smoothing: of the labels.
+
+    Returns:
+        None if both are off.
+
+    Raises:
+        ValueError: the batch size is odd, or the bounds are out of order.
+    """
+    if mixup <= 0 and cutmix <= 0 and cutmix_minmax is None:
+        return None
+    if batch_size % 2:
+        raise ValueError(
+            f"mixup and cutmix mix pairs and need an even --batch_size, not {batch_size}; or set --mixup 0 --cutmix 0"
+        )
+    if cutmix_minmax is not None and not 0 <= cutmix_minmax[0] < cutmix_minmax[1] <= 1:
+        raise ValueError(f"--cutmix_minmax must be two ascending shares of 1, not {cutmix_minmax}")
+    if mixup_mode not in ("batch", "pair", "elem"):
+        raise ValueError(f"--mixup_mode must be batch, pair or elem, not {mixup_mode}")
+    return Mixup(
+        mixup_alpha=mixup,
+        cutmix_alpha=cutmix,
+        cutmix_minmax=cutmix_minmax,
+        prob=mixup_prob,
+        switch_prob=mixup_switch_prob,
+        mode=mixup_mode,
+        label_smoothing=smoothing,
+        num_classes=num_classes,
+    )
