@@ -24,7 +24,7 @@ from benchmarking import profiling, report, results
 from benchmarking.subjects import PAPER_PEERS, create, deployed, is_vanillanet
 from benchmarking.worker import Spec, Worker, WorkerError, closing, prepare
 from options import COUNT, POSITIVE, Parser, boolean, canonical
-from utils import mistakes_end
+from records.files import mistakes_end
 
 TRAINING_ENGINES = ("plain", "channels_last", "compile")
 TRAINING_PRECISIONS = ("fp32", "bf16")

@@ -20,9 +20,10 @@ from timm.data import ImageDataset as TimmImageDataset
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from loading.images import decode_image, find_images, first_line, folder_identity, reading, to_rgb
+from loading.images import decode_image, find_images, folder_identity, reading, to_rgb
 from loading.streams import TIMM_PACKAGES, StreamDataset, names_of, open_timm, timm_classes
 from loading.transforms import Transform
+from records.files import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ import deployment
 import metrics
 import runtimes
 from options import COUNT, NONNEGATIVE, Parser, boolean, canonical, number
+from records.files import mistakes_end
 from runtimes.layer_errors import layer_errors
-from utils import mistakes_end
 
 # The largest difference from PyTorch in float32, relative to the largest logit. A file beyond it is not written.
 TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2, "int8": 2.5e-1}

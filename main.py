@@ -31,6 +31,7 @@ from loading import loaders, transforms
 from loading.streams import StreamDataset
 from optim_factory import activation_slope, cosine_schedule
 from options import parse_args, plain_args
+from records.checkpoints import checkpoint_weights, load_checkpoint, load_weights, save_checkpoint
 from training import Run, broken_count, build_precision, launch, layout_of, meet, until_stopped
 
 logger = logging.getLogger("main")
@@ -124,15 +125,15 @@ def build_model(args: argparse.Namespace, num_classes: int, *, deploy: bool = Fa
 def load_network(args: argparse.Namespace, model: nn.Module, *, fine_tuning: bool) -> tuple[float, dict[str, Any]]:
     """Load --finetune into `model`. Returns the checkpoint's lambda, to which the model is set, and the checkpoint."""
     path = args.finetune or args.resume
-    checkpoint = utils.load_checkpoint(path)
-    weights = utils.checkpoint_weights(
+    checkpoint = load_checkpoint(path)
+    weights = checkpoint_weights(
         checkpoint,
         key=args.model_key,
         whole_file="model_key" not in args.given,
         prefix=args.model_prefix,
         path=path,
     )
-    skipped = utils.load_weights(model, weights, path=path, allow_other_classes=fine_tuning)
+    skipped = load_weights(model, weights, path=path, allow_other_classes=fine_tuning)
     if skipped:
         logger.info("%s has other classes: its classifier (%d tensors) is not loaded", path, len(skipped))
     slope = networks.recorded_slope(checkpoint)
@@ -338,7 +339,7 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
         )
     target = Path(args.switch_to_deploy)
     if world.is_main:
-        utils.save_checkpoint(
+        save_checkpoint(
             {
                 "model": fused.state_dict(),
                 "act_learn": 1.0,
@@ -355,7 +356,7 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
     for key in checkpoint:
         if (key == "model" or key.startswith("model_ema")) and key != used and isinstance(checkpoint[key], dict):
             other = copy.deepcopy(model)
-            utils.load_weights(other, utils.checkpoint_weights(checkpoint, key=key), path=args.finetune)
+            load_weights(other, checkpoint_weights(checkpoint, key=key), path=args.finetune)
             forms[f"train form, {key}"] = other
     forms[f"deploy form of {used}" if used else "deploy form"] = fused
     precision = build_precision(args, world.device)

@@ -18,7 +18,7 @@ import torch
 from terminaltables import AsciiTable
 from tqdm import tqdm
 
-from utils import cannot_write, replacing
+from records.files import cannot_write, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

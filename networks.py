@@ -12,10 +12,11 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.func import functional_call
 
-import utils
 from loading import transforms
 from models.vanillanet import VARIANTS
 from optim_factory import activation_slope
+from records.checkpoints import checkpoint_weights, load_checkpoint, load_weights
+from records.files import first_line
 
 __all__ = [
     "Normalization",
@@ -50,7 +51,7 @@ def check_input_size(network: nn.Module, size: int, what: str) -> None:
         with torch.no_grad():
             functional_call(network.eval(), {name: tensor.to("meta") for name, tensor in tensors}, (image,))
     except (RuntimeError, AssertionError, ValueError) as error:
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cause = first_line(error)
         if "meta" not in cause:  # a network that mixes devices cannot be tried so
             raise ValueError(f"{what} cannot take --input_size {size}: {cause}") from error
     finally:
@@ -176,17 +177,17 @@ def create_trained(
     Raises:
         ValueError: the model's name is unknown, or the checkpoint cannot be read or does not fit.
     """
-    checkpoint = utils.load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     name = name or recorded_args(checkpoint).get("model")
     if name is None:
         raise ValueError(f"{path} does not record which model it is of: name one by {flag}")
     check_name(name, flag)
-    weights = utils.checkpoint_weights(checkpoint, key=key, whole_file=whole_file, path=path)
+    weights = checkpoint_weights(checkpoint, key=key, whole_file=whole_file, path=path)
     arguments = shape_arguments(name, weights)
     if num_classes is not None:
         arguments["num_classes"] = num_classes
     model = timm.create_model(name, **arguments)
-    utils.load_weights(model, weights, path=path)
+    load_weights(model, weights, path=path)
     set_slope(recorded_slope(checkpoint), model)
     return name, model.eval(), checkpoint
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
+from records.files import cannot_write, one_line
 from runtimes import ENGINES, PRECISIONS
-from utils import cannot_write, one_line
 
 __all__ = [
     "COUNT",

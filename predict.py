@@ -15,7 +15,7 @@ import runtimes
 from export import CALIB_COUNT, add_network_flags, open_network
 from loading.images import list_images, read_image
 from options import COUNT, Parser, canonical
-from utils import mistakes_end
+from records.files import mistakes_end
 
 # Flags that choose or prepare a network, which an exported file settles itself.
 NETWORK_FLAGS = (

@@ -26,6 +26,8 @@ import utils
 from engine import FiniteGuard, NonFiniteError, Objective, Precision, Progress, train_one_epoch
 from optim_factory import build_optimizer, set_hyperparameters
 from options import plain_args, save_args
+from records.checkpoints import CheckpointError, CheckpointFolder, checkpoint_weights, load_checkpoint, load_weights
+from records.files import first_line, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ class Run(ABC):
         self.meter = self.build_meter()
         self.best: dict[str, float] = {}  # by name of the checkpoint that is the best, its score
         utils.seed_everything(args.seed + world.rank)  # dropout and mixup differ between ranks
-        self.checkpoints = utils.CheckpointFolder(args.output_dir, args.save_ckpt_num) if args.output_dir else None
+        self.checkpoints = CheckpointFolder(args.output_dir, args.save_ckpt_num) if args.output_dir else None
         self.restore()
         asked = args.resume_new_sched if args.resume else not args.auto_resume  # a finished run may be called again
         if asked and self.progress.epoch >= self.last_epoch:
@@ -322,7 +324,7 @@ class Run(ABC):
                     "add --auto_resume true to go on with it, or choose another --output_dir"
                 )
         if path:
-            checkpoint = utils.load_checkpoint(path)
+            checkpoint = load_checkpoint(path)
             self.load(checkpoint, path)
             place = self.progress.epoch, checkpoint.get("step", 0)
             newer = [file for where, file in existing if where > place] if args.resume and args.save_ckpt else []
@@ -337,17 +339,17 @@ class Run(ABC):
         emas = list(zip(self.ema_names(), self.emas, strict=True))
         absent = [key for key in ("model", "optimizer", "epoch", *(name for name, _ in emas)) if key not in checkpoint]
         if absent:
-            raise utils.CheckpointError(
+            raise CheckpointError(
                 f"cannot resume from {path}: it has no {', '.join(absent)}; use --finetune for weights"
             )
-        utils.load_weights(self.model, utils.checkpoint_weights(checkpoint, key="model", path=path), path=path)
+        load_weights(self.model, checkpoint_weights(checkpoint, key="model", path=path), path=path)
         for name, ema in emas:
-            utils.load_weights(ema.module, utils.checkpoint_weights(checkpoint, key=name, path=path), path=path)
+            load_weights(ema.module, checkpoint_weights(checkpoint, key=name, path=path), path=path)
         own = [{key: group[key] for key in GROUP_SETTINGS if key in group} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except (ValueError, KeyError) as error:
-            raise utils.CheckpointError(f"cannot resume from {path}: its optimizer differs ({error})") from None
+            raise CheckpointError(f"cannot resume from {path}: its optimizer differs ({error})") from None
         if self.args.resume_new_sched:
             for group, settings in zip(self.optimizer.param_groups, own, strict=True):
                 group.update(settings)
@@ -523,7 +525,7 @@ def _explained(error: BaseException) -> str | None:
     if isinstance(error, NonFiniteError):
         return str(error)
     if re.search(r"DataLoader worker \(pid", str(error)):
-        worker = str(error).splitlines()[0].rstrip(" .")
+        worker = first_line(error).rstrip(" .")
         return (
             f"{worker}. Most often the memory is full: lower --num_workers and start again, a training run with "
             "--auto_resume true"
@@ -531,7 +533,7 @@ def _explained(error: BaseException) -> str | None:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory: lower --batch_size (and raise --update_freq by as much), the image size or --num_workers"
     if utils.lost_contact(error):
-        first = str(error).strip().splitlines()[0].split(". ")[0]
+        first = first_line(error).split(". ")[0]
         cause = re.sub(r"^\[\S+:\d+\] ", "", first)  # without the line of gloo's source
         return (
             f"another process of the run has ended or cannot be reached ({cause}). Look at what it wrote last, then "
@@ -595,5 +597,5 @@ def launch(
         held.close()
     if failure:
         code, message = failure
-        sys.stderr.write(f"{prog}: error: {utils.one_line(message)}\n")
+        sys.stderr.write(f"{prog}: error: {one_line(message)}\n")
         raise SystemExit(code)

@@ -23,7 +23,7 @@ from options import COUNT, FRACTION, WHOLE, Parser, canonical
 from pictures.cam import View, activation_maps, cam_figure
 from pictures.figures import read_results, results_figures
 from pictures.subjects import Network, open_network, read_images
-from utils import mistakes_end
+from records.files import mistakes_end
 
 PAPER_RESULTS = Path(__file__).parent / "docs" / "paper_results.csv"
 

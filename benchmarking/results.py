@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import replacing
+from records.files import replacing
 
 __all__ = ["COLUMNS", "conditions", "read", "statistics", "write"]
 

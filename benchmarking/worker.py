@@ -19,6 +19,7 @@ from typing import IO, Any
 import torch
 
 import runtimes
+from records.files import first_line
 
 START_TIMEOUT = 900  # seconds; compiling a network for training takes minutes
 
@@ -174,8 +175,8 @@ def _prepare_all(specs: Sequence[Spec], folder: Path) -> dict[str, str]:
 
 
 def _one_line(error: BaseException) -> str:
-    line = next(iter(str(error).strip().splitlines()), "")
-    return line if isinstance(error, ValueError) and line else f"{type(error).__name__}: {line}"
+    line = first_line(error)
+    return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
 
 
 def _answers(job: dict[str, Any]) -> Iterator[Any]:

@@ -14,10 +14,11 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from loading.hugging_face import hugging_face
-from loading.images import first_line, to_rgb
+from loading.images import to_rgb
 from loading.order import kept_random_states, seed_all
 from loading.processes import Sample, iterate, make_loader
 from loading.transforms import Transform
+from records.files import first_line
 
 # The prefixes of timm's data set names, with the package that each needs.
 TIMM_PACKAGES = {

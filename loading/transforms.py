@@ -19,7 +19,7 @@ from timm.data import (
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from loading.images import first_line
+from records.files import first_line
 
 Transform = Callable[[Image.Image], torch.Tensor]
 

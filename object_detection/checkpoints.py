@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import networks
-import utils
 from object_detection.coco import CocoDataset
 from object_detection.detectors import FRAMEWORKS, Detector, create_detector, load_backbone
+from records.checkpoints import CheckpointError, checkpoint_weights, load_checkpoint, load_weights
 
 __all__ = [
     "build_detector",
@@ -64,7 +64,7 @@ def check_categories(checkpoint: Mapping[str, Any], dataset: CocoDataset, *, pat
     theirs = checkpoint.get("classes")
     if theirs is not None and list(theirs) != list(dataset.classes):
         odd = sorted(set(theirs) ^ set(dataset.classes)) or ["their order"]
-        raise utils.CheckpointError(
+        raise CheckpointError(
             f"{path} is of {len(theirs)} categories, {dataset.path} has {len(dataset.classes)}; what differs: "
             + ", ".join(odd[:5])
         )
@@ -73,10 +73,10 @@ def check_categories(checkpoint: Mapping[str, Any], dataset: CocoDataset, *, pat
 def load_detector(args: argparse.Namespace, detector: Detector, dataset: CocoDataset) -> dict[str, Any]:
     """Load --finetune or --resume into the detector. Returns the checkpoint."""
     path = args.finetune or args.resume
-    checkpoint = utils.load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     check_categories(checkpoint, dataset, path=path)
-    weights = utils.checkpoint_weights(checkpoint, key=args.model_key, prefix=args.model_prefix, path=path)
-    utils.load_weights(detector, weights, path=path)
+    weights = checkpoint_weights(checkpoint, key=args.model_key, prefix=args.model_prefix, path=path)
+    load_weights(detector, weights, path=path)
     set_normalization(detector, checkpoint)
     return checkpoint
 
@@ -84,12 +84,12 @@ def load_detector(args: argparse.Namespace, detector: Detector, dataset: CocoDat
 def load_classifier(args: argparse.Namespace, detector: Detector) -> None:
     """Load --backbone_weights into the detector's network, which gets images normalized as the classifier did."""
     path = args.backbone_weights
-    checkpoint = utils.load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     slope = networks.recorded_slope(checkpoint)
     if slope != 1.0:
-        raise utils.CheckpointError(f"{path} is from within deep training, at lambda {slope}: train it to its end")
+        raise CheckpointError(f"{path} is from within deep training, at lambda {slope}: train it to its end")
     load_backbone(
-        detector, utils.checkpoint_weights(checkpoint, key=args.backbone_key, whole_file=True, path=path), path=path
+        detector, checkpoint_weights(checkpoint, key=args.backbone_key, whole_file=True, path=path), path=path
     )
     detector.normalization = networks.mean_and_std(detector.backbone.body, checkpoint)
 
@@ -103,12 +103,12 @@ def open_detector(path: str | Path, *, key: str = "model_ema|model") -> tuple[De
     Raises:
         ValueError: it cannot be read, or is not of a detector.
     """
-    checkpoint = utils.load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     recorded = networks.recorded_args(checkpoint)
     if "classes" not in checkpoint or not str(recorded.get("model")).startswith(FRAMEWORKS):
-        raise utils.CheckpointError(f"{path} is not the checkpoint of a detector")
+        raise CheckpointError(f"{path} is not the checkpoint of a detector")
     recorded = recorded | {"deploy": bool(checkpoint.get("deploy", False))}
     detector = build_detector(argparse.Namespace(**recorded), len(checkpoint["classes"]) + 1)
-    utils.load_weights(detector, utils.checkpoint_weights(checkpoint, key=key, path=path), path=path)
+    load_weights(detector, checkpoint_weights(checkpoint, key=key, path=path), path=path)
     set_normalization(detector, checkpoint)
     return detector.eval(), tuple(checkpoint["classes"])

@@ -23,8 +23,8 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 
 import models  # noqa: F401  registers the variants
 import networks
-import utils
 from models.vanillanet import SeriesActivation
+from records.checkpoints import load_weights
 
 __all__ = [
     "ANCHOR_SIZES",
@@ -285,7 +285,7 @@ def load_backbone(
             margin = (module.kernel_size[0] - weights[kernel].shape[-1]) // 2
             if margin > 0:
                 weights[kernel] = F.pad(weights[kernel], (margin,) * 4)
-    utils.load_weights(detector.network, weights, path=path)
+    load_weights(detector.network, weights, path=path)
 
 
 def retinanet_vanillanet_11(*, num_classes: int, **kwargs: Any) -> Detector:

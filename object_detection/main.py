@@ -46,6 +46,7 @@ from object_detection.evaluation import KINDS, STATISTICS, average_precision, de
 from object_detection.options import parse_args
 from optim_factory import step_schedule
 from options import plain_args
+from records.checkpoints import save_checkpoint
 from training import Run, broken_count, build_precision, launch, layout_of, until_stopped
 
 logger = logging.getLogger("object_detection")
@@ -168,7 +169,7 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
             f"the fused detections differ by {difference:.2e}, more than {DEPLOY_TOLERANCE:.0e}; nothing written"
         )
     if world.is_main:
-        utils.save_checkpoint(
+        save_checkpoint(
             {
                 "model": fused.state_dict(),
                 "act_learn": 1.0,

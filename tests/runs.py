@@ -16,6 +16,7 @@ import torch
 
 import datasets
 import utils
+from records.checkpoints import load_checkpoint
 
 ROOT = Path(utils.__file__).parent
 EMBEDDED = ROOT / "data" / "fashion-mnist"
@@ -90,7 +91,7 @@ def count_values(state: Any) -> int:
 
 def final_state(folder: Path) -> dict[str, Any]:
     """The last checkpoint of a run, without the flags in which a run and its repetition differ."""
-    state = utils.load_checkpoint(folder / "checkpoint-last.pth")
+    state = load_checkpoint(folder / "checkpoint-last.pth")
     for flag in FREE_FLAGS:
         state["args"].pop(flag)
     return state

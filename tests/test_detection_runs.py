@@ -23,6 +23,7 @@ from object_detection.comparing import largest_difference
 from object_detection.evaluation import average_precision, detect
 from object_detection.options import parse_args
 from optim_factory import step_schedule
+from records.checkpoints import load_checkpoint, save_checkpoint
 from runs import assert_same_run, rows
 
 ROOT = Path(main.__file__).parents[1]
@@ -75,7 +76,7 @@ def test_outputs(straight):
     total = sum(float(value) for name, value in summary[1].items() if name.startswith("train_loss_"))
     assert total == pytest.approx(float(summary[1]["train_loss"]), rel=1e-4)
     assert {"test_box_AP", "test_mask_AP50", "ema_box_AP", "ema_mask_AP75"} <= set(summary[0])
-    state = utils.load_checkpoint(straight / "checkpoint-last.pth")
+    state = load_checkpoint(straight / "checkpoint-last.pth")
     assert state["classes"] == ["top", "trousers", "dress", "shoe", "bag", "boot"]
     assert state["category_ids"] == [1, 2, 4, 5, 8, 9]
     assert (state["act_learn"], state["updates"]) == (1.0, 12)
@@ -87,10 +88,10 @@ def test_outputs(straight):
 def test_a_resumed_run_equals_a_straight_one(garments, straight, tmp_path, workers):
     """Bit by bit, interrupted at the end of an epoch and within one."""
     run(garments, "--output_dir", tmp_path, "--early_stop_epochs", 1)
-    middle = utils.load_checkpoint(straight / "checkpoint-1-2.pth")
+    middle = load_checkpoint(straight / "checkpoint-1-2.pth")
     assert middle["step"] == 2
     middle["args"]["output_dir"] = str(tmp_path)
-    utils.save_checkpoint(middle, tmp_path / "checkpoint-1-2.pth")
+    save_checkpoint(middle, tmp_path / "checkpoint-1-2.pth")
     # The log of the steps before, which came from the straight run.
     lines = (straight / "log.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "log.jsonl").write_text("".join(lines[:5]))
@@ -114,10 +115,10 @@ def test_a_step_schedule():
 def test_a_backbone_to_begin_with(garments, tmp_path):
     """It is loaded, less its classifier, before the first step."""
     classifier = timm.create_model("vanillanet_6", width_mult=1 / 64, act_num=1, num_classes=5)
-    utils.save_checkpoint({"model_ema": classifier.state_dict(), "act_learn": 1.0}, tmp_path / "w.pth")
+    save_checkpoint({"model_ema": classifier.state_dict(), "act_learn": 1.0}, tmp_path / "w.pth")
     arguments = [*ONE_EPOCH, "--lr", "1e-12", "--weight_decay", "0", "--disable_eval", "true"]
     run(garments, "--output_dir", tmp_path / "out", "--backbone_weights", tmp_path / "w.pth", *arguments)
-    after = utils.load_checkpoint(tmp_path / "out" / "checkpoint-last.pth")["model"]
+    after = load_checkpoint(tmp_path / "out" / "checkpoint-last.pth")["model"]
     for name, parameter in classifier.named_parameters():
         found = after.get(f"backbone.body.model.{name}")
         assert found is None if name.startswith("cls") else torch.allclose(found, parameter, atol=1e-8)
@@ -126,10 +127,10 @@ def test_a_backbone_to_begin_with(garments, tmp_path):
 def test_images_are_normalized_as_those_of_the_classifier(garments, tmp_path):
     classifier = timm.create_model("vanillanet_6", width_mult=1 / 64, act_num=1, num_classes=5)
     recorded = {"imagenet_default_mean_and_std": False}
-    utils.save_checkpoint({"model": classifier.state_dict(), "args": recorded}, tmp_path / "w.pth")
+    save_checkpoint({"model": classifier.state_dict(), "args": recorded}, tmp_path / "w.pth")
     run(garments, "--output_dir", tmp_path / "out", "--backbone_weights", tmp_path / "w.pth", *ONE_EPOCH)
     last = tmp_path / "out" / "checkpoint-last.pth"
-    assert utils.load_checkpoint(last)["normalization"] == [[0.5] * 3, [0.5] * 3]
+    assert load_checkpoint(last)["normalization"] == [[0.5] * 3, [0.5] * 3]
     assert open_detector(last)[0].normalization == ((0.5,) * 3, (0.5,) * 3)
 
 
@@ -147,7 +148,7 @@ def test_ap_does_not_depend_on_the_ranks(garments, straight):
     args = parse_args([*BASE, "--data_path", str(garments), "--eval", "true", "--finetune", str(straight / "x")])
     dataset = CocoDataset(garments / "val.json", garments / "val", train=False, masks=True)
     detector = main.build_detector(args, 7)
-    detector.load_state_dict(utils.load_checkpoint(straight / "checkpoint-last.pth")["model"])
+    detector.load_state_dict(load_checkpoint(straight / "checkpoint-last.pth")["model"])
     detector.selection.score_thresh = 0.0
 
     def shard(rank, size):
@@ -233,7 +234,7 @@ def test_fusing_a_trained_detector(garments, straight, tmp_path, capsys):
     aps = [line.split("|")[2:-1] for line in printed.splitlines() if "form, " in line]
     assert len(aps) == 4
     assert aps[:2] == aps[2:]  # boxes and masks, before and after
-    state = utils.load_checkpoint(target)
+    state = load_checkpoint(target)
     assert "backbone.body.model.stem.0.weight" in state["model"]
     run(garments, "--deploy", "true", "--eval", "true", "--finetune", target)
     again = [
@@ -252,7 +253,7 @@ def test_a_checkpoint_tells_what_it_is_of(garments, straight, tmp_path):
     assert fused.deploy
     image = CocoDataset(garments / "val.json", garments / "val", train=False, masks=True)[1][0]
     assert largest_difference(detector, fused, [image]) < 1e-4
-    utils.save_checkpoint({"model": {}}, tmp_path / "other.pth")
+    save_checkpoint({"model": {}}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="is not the checkpoint of a detector"):
         open_detector(tmp_path / "other.pth")
 
@@ -330,7 +331,7 @@ def test_bad_input(garments, straight, tmp_path, capsys, monkeypatch, arguments,
     (garments / "other.json").write_text(json.dumps(other_categories(garments)))
     for name, slope, variant in (("ramp", 0.4, "vanillanet_6"), ("other", 1.0, "vanillanet_7")):
         weights = timm.create_model(variant, width_mult=1 / 64, act_num=1).state_dict()
-        utils.save_checkpoint({"model": weights, "act_learn": slope}, tmp_path / f"{name}.pth")
+        save_checkpoint({"model": weights, "act_learn": slope}, tmp_path / f"{name}.pth")
     weights = [] if "--eval" not in arguments else ["--finetune", straight / "checkpoint-last.pth"]
     with pytest.raises(SystemExit) as ended:
         run(garments, *weights, *arguments)

@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 import models
 import optim_factory
-import utils
 from benchmarking import profiling
 from object_detection import benchmark, detectors
 from object_detection.comparing import largest_difference, largest_gap
 from object_detection.detectors import TRAIN_SIZES, create_detector, load_backbone
+from records.checkpoints import CheckpointError
 
 # The paper's table: parameters (M) in the form named, MACs (G) at 1280 x 800. Frozen: these are not ours to change.
 PAPER = {
@@ -297,7 +297,7 @@ def test_backbones_that_do_not_fit():
         {name: value for name, value in good.items() if "stages.3" not in name},
         {**good, "extra": torch.zeros(1)},
     ):
-        with pytest.raises(utils.CheckpointError, match="does not fit"):
+        with pytest.raises(CheckpointError, match="does not fit"):
             load_backbone(detector, weights)
     load_backbone(detector, good)
 

@@ -16,7 +16,7 @@ import export
 import models
 import networks
 import runtimes
-import utils
+from records.checkpoints import save_checkpoint
 from runtimes.layer_errors import layer_errors
 
 SMALL = {"width_mult": 1 / 16, "num_classes": 10}
@@ -26,7 +26,7 @@ SMALL = {"width_mult": 1 / 16, "num_classes": 10}
 def checkpoint(randomized, recorded, tmp_path):
     network = randomized(timm.create_model("vanillanet_6", **SMALL))
     path = tmp_path / "trained.pth"
-    utils.save_checkpoint({"model": network.state_dict(), "act_learn": 1.0, "args": recorded()}, path)
+    save_checkpoint({"model": network.state_dict(), "act_learn": 1.0, "args": recorded()}, path)
     return path
 
 
@@ -201,7 +201,7 @@ def test_bad_requests(checkpoint, tmp_path, capsys, monkeypatch, arguments, name
 
 def test_a_network_before_its_time_is_not_fused(randomized, recorded, tmp_path, capsys):
     network = randomized(timm.create_model("vanillanet_6", **SMALL))
-    utils.save_checkpoint({"model": network.state_dict(), "act_learn": 0.5, "args": recorded()}, tmp_path / "mid.pth")
+    save_checkpoint({"model": network.state_dict(), "act_learn": 0.5, "args": recorded()}, tmp_path / "mid.pth")
     assert "slope is 0.5" in refused(capsys, tmp_path / "mid.pth", "--to", "onnx")
 
 

@@ -20,6 +20,7 @@ import networks
 import utils
 from loading import loaders
 from optim_factory import cosine_schedule
+from records.checkpoints import load_checkpoint, load_weights
 from runs import BASE, EMBEDDED, ROOT, rows, torchrun
 
 
@@ -52,7 +53,7 @@ def test_outputs(straight):
         assert image.size == (1000, 600)
     assert "vanillanet_6" in (straight / "args.yaml").read_text()
     assert list((straight / "tensorboard").iterdir())
-    state = utils.load_checkpoint(straight / "checkpoint-last.pth")
+    state = load_checkpoint(straight / "checkpoint-last.pth")
     assert {"model", "model_ema", "model_ema_0.5", "optimizer", "scaler", "ranks", "args"} <= set(state)
     assert (state["epoch"], state["step"], state["updates"], state["act_learn"]) == (3, 0, 32, 0.6)
     assert type(state["args"]) is dict
@@ -60,7 +61,7 @@ def test_outputs(straight):
     # Each average has its own best checkpoint, of the epoch in which it was at its best.
     for name, column in {"best": "test_acc1", "best-ema": "ema_acc1", "best-ema-0.5": "ema_0.5_acc1"}.items():
         scores = [float(row[column]) for row in summary]
-        best = utils.load_checkpoint(straight / f"checkpoint-{name}.pth")
+        best = load_checkpoint(straight / f"checkpoint-{name}.pth")
         assert (best["epoch"], best["best"][name]) == (scores.index(max(scores)), max(scores))
 
 
@@ -80,13 +81,13 @@ def test_two_ranks_train_and_evaluate(tiny_fmnist, tmp_path):
     """Under torchrun with gloo: the evaluation of two ranks equals that of one."""
     done = torchrun(2, tiny_fmnist, "--output_dir", tmp_path, "--epochs", 3)
     assert done.returncode == 0, done.stderr
-    state = utils.load_checkpoint(tmp_path / "checkpoint-last.pth")
+    state = load_checkpoint(tmp_path / "checkpoint-last.pth")
     assert len(state["ranks"]) == 2
     assert state["updates"] == 3 * 4  # 60 images, 2 x 4 a batch, 2 batches a step
     # What rank 0 wrote after a distributed evaluation is what one process finds in the file.
     summary, _ = rows(tmp_path)
     model = models.VanillaNet(**vanillanet_6_tiny()).eval()
-    utils.load_weights(model, state["model"])
+    load_weights(model, state["model"])
     model.change_act(state["act_learn"])
     result = evaluate_on(tiny_fmnist, model)
     assert float(summary[-1]["test_acc1"]) == result.acc1
@@ -114,7 +115,7 @@ def test_resume_under_other_schedules_is_asked_for(tiny_fmnist, straight, tmp_pa
         tiny_fmnist, "--output_dir", tmp_path, "--resume", straight / "checkpoint-2.pth", "--epochs", 5,
         "--resume_new_sched",
     )  # fmt: skip
-    assert utils.load_checkpoint(tmp_path / "checkpoint-last.pth")["epoch"] == 4
+    assert load_checkpoint(tmp_path / "checkpoint-last.pth")["epoch"] == 4
 
 
 @pytest.mark.parametrize(

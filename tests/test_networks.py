@@ -8,7 +8,7 @@ import torch
 
 import models
 import networks
-import utils
+from records.checkpoints import save_checkpoint
 
 
 @pytest.mark.parametrize("deploy", [False, True])
@@ -41,7 +41,7 @@ def test_a_checkpoint_is_rebuilt(randomized, tmp_path, fuse):
         made.change_act(0.37)
     recorded = argparse.Namespace(model="vanillanet_6", input_size=64)
     state = {"model": made.state_dict(), "act_learn": made.act_learn, "args": recorded}
-    utils.save_checkpoint(state, tmp_path / "w.pth")
+    save_checkpoint(state, tmp_path / "w.pth")
     name, loaded, checkpoint = networks.create_trained(tmp_path / "w.pth")
     assert name == "vanillanet_6"
     assert networks.recorded_args(checkpoint)["input_size"] == 64
@@ -52,7 +52,7 @@ def test_a_checkpoint_is_rebuilt(randomized, tmp_path, fuse):
 
 def test_a_checkpoint_that_does_not_fit(tmp_path):
     path = tmp_path / "w.pth"
-    utils.save_checkpoint({"model": models.vanillanet_7(width_mult=1 / 64).state_dict()}, path)
+    save_checkpoint({"model": models.vanillanet_7(width_mult=1 / 64).state_dict()}, path)
     with pytest.raises(ValueError, match="does not record which model it is of: name one by --net"):
         networks.create_trained(path, flag="--net")
     with pytest.raises(ValueError, match="does not fit this network"):

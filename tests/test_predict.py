@@ -17,9 +17,9 @@ import export
 import main
 import predict
 import runtimes
-import utils
 from loading.images import decode_image
 from processors import openvino_has_bfloat16
+from records.checkpoints import save_checkpoint
 
 ROOT = Path(main.__file__).parent
 
@@ -46,7 +46,7 @@ def checkpoint(recorded, tmp_path_factory):
             if isinstance(module, torch.nn.Conv2d):
                 module.weight.normal_(std=(2 / module.weight[0].numel()) ** 0.5)
     path = tmp_path_factory.mktemp("checkpoint") / "trained.pth"
-    utils.save_checkpoint({"model": network.state_dict(), "act_learn": 1.0, "args": recorded(input_size=64)}, path)
+    save_checkpoint({"model": network.state_dict(), "act_learn": 1.0, "args": recorded(input_size=64)}, path)
     return path
 
 

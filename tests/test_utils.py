@@ -13,6 +13,16 @@ import torch
 
 import models
 import utils
+from records.checkpoints import (
+    CheckpointError,
+    CheckpointFolder,
+    checkpoint_weights,
+    is_intact,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from records.files import _umask
 
 
 def tiny(num_classes=10, **kwargs):
@@ -22,21 +32,21 @@ def tiny(num_classes=10, **kwargs):
 @pytest.fixture
 def checkpoint(tmp_path):
     path = tmp_path / "a.pth"
-    utils.save_checkpoint({"model": tiny().state_dict(), "epoch": 3, "args": {"lr": 0.1}}, path)
+    save_checkpoint({"model": tiny().state_dict(), "epoch": 3, "args": {"lr": 0.1}}, path)
     return path
 
 
 def test_round_trip(checkpoint):
-    loaded = utils.load_checkpoint(checkpoint)
+    loaded = load_checkpoint(checkpoint)
     assert loaded["epoch"] == 3
     assert loaded["args"] == {"lr": 0.1}
     assert [p.name for p in checkpoint.parent.iterdir()] == ["a.pth"]
-    assert checkpoint.stat().st_mode & 0o777 == 0o666 & ~utils._umask()
+    assert checkpoint.stat().st_mode & 0o777 == 0o666 & ~_umask()
 
 
 def test_published_namespace_loads(tmp_path):
     torch.save({"model": {}, "args": argparse.Namespace(decay_epochs=100)}, tmp_path / "p.pth")
-    assert utils.load_checkpoint(tmp_path / "p.pth")["args"].decay_epochs == 100
+    assert load_checkpoint(tmp_path / "p.pth")["args"].decay_epochs == 100
 
 
 class _Payload:
@@ -54,8 +64,8 @@ def test_foreign_code_is_refused_and_not_run(tmp_path, zipped):
         torch.save({"model": _Payload(str(target))}, path)
     else:
         path.write_bytes(pickle.dumps({"model": _Payload(str(target))}))
-    with pytest.raises(utils.CheckpointError) as raised:
-        utils.load_checkpoint(path)
+    with pytest.raises(CheckpointError) as raised:
+        load_checkpoint(path)
     assert "\n" not in str(raised.value)
     assert not target.exists()
 
@@ -75,8 +85,8 @@ def test_bad_files_are_one_clear_line(checkpoint, damage):
         flipped[len(data) // 2] ^= 4
         contents = {"empty": b"", "half": data[: len(data) // 2], "text": b"hello\n" * 50, "bit": bytes(flipped)}
         checkpoint.write_bytes(contents[damage])
-    with pytest.raises(utils.CheckpointError, match=r"a\.pth") as raised:
-        utils.load_checkpoint(checkpoint)
+    with pytest.raises(CheckpointError, match=r"a\.pth") as raised:
+        load_checkpoint(checkpoint)
     assert "\n" not in str(raised.value)
 
 
@@ -89,10 +99,10 @@ def test_every_flipped_bit_of_a_record_is_noticed(checkpoint):
     for position in random.Random(0).sample(range(start, start + len(weight)), 16):
         data[position] ^= 1
         checkpoint.write_bytes(bytes(data))
-        assert not utils.is_intact(checkpoint)
+        assert not is_intact(checkpoint)
         data[position] ^= 1
     checkpoint.write_bytes(bytes(data))
-    assert utils.is_intact(checkpoint)
+    assert is_intact(checkpoint)
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(checkpoint):
@@ -101,8 +111,8 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(checkpoint):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
-        with pytest.raises(utils.CheckpointError, match=r"cannot write .*a\.pth"):
-            utils.save_checkpoint({"model": torch.zeros(100_000)}, checkpoint)
+        with pytest.raises(CheckpointError, match=r"cannot write .*a\.pth"):
+            save_checkpoint({"model": torch.zeros(100_000)}, checkpoint)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
@@ -113,15 +123,15 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(checkpoint):
 def test_weights_of_a_checkpoint():
     weights = {"x": torch.ones(1)}
     file = {"model": weights, "model_ema": {"x": torch.zeros(1)}, "epoch": 1}
-    assert utils.checkpoint_weights(file)["x"] == 1
-    assert utils.checkpoint_weights(file, key="nothing|model_ema")["x"] == 0
-    assert utils.checkpoint_weights(weights, whole_file=True) == weights
-    assert list(utils.checkpoint_weights({"model": {"net.x": weights["x"], "y": weights["x"]}}, prefix="net.")) == ["x"]
+    assert checkpoint_weights(file)["x"] == 1
+    assert checkpoint_weights(file, key="nothing|model_ema")["x"] == 0
+    assert checkpoint_weights(weights, whole_file=True) == weights
+    assert list(checkpoint_weights({"model": {"net.x": weights["x"], "y": weights["x"]}}, prefix="net.")) == ["x"]
     for bad in ({"key": "ema"}, {"key": "epoch"}, {"prefix": "net."}):
-        with pytest.raises(utils.CheckpointError):
-            utils.checkpoint_weights(file, **bad)
-    with pytest.raises(utils.CheckpointError, match="model, model_ema, epoch"):
-        utils.checkpoint_weights(file, key="ema", whole_file=True)
+        with pytest.raises(CheckpointError):
+            checkpoint_weights(file, **bad)
+    with pytest.raises(CheckpointError, match="model, model_ema, epoch"):
+        checkpoint_weights(file, key="ema", whole_file=True)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +146,8 @@ def test_weights_of_a_checkpoint():
 def test_a_mismatch_is_an_error_and_nothing_is_half_loaded(other, problem):
     model = tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(utils.CheckpointError) as raised:
-        utils.load_weights(model, other().state_dict(), path="w.pth")
+    with pytest.raises(CheckpointError) as raised:
+        load_weights(model, other().state_dict(), path="w.pth")
     assert problem in str(raised.value)
     assert "\n" not in str(raised.value)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -146,24 +156,24 @@ def test_a_mismatch_is_an_error_and_nothing_is_half_loaded(other, problem):
 def test_fine_tuning_to_other_classes_loads_all_but_the_classifier():
     source, model = tiny(num_classes=7), tiny(num_classes=10)
     fresh = {name: value.clone() for name, value in model.state_dict().items()}
-    skipped = utils.load_weights(model, source.state_dict(), allow_other_classes=True)
+    skipped = load_weights(model, source.state_dict(), allow_other_classes=True)
     theirs = source.state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(value, fresh[name] if name.startswith("cls") else theirs[name]), name
     assert skipped == [name for name in fresh if name.startswith("cls")]
-    with pytest.raises(utils.CheckpointError):  # another body is no other classifier
-        utils.load_weights(model, tiny(num_classes=7, act_num=1).state_dict(), allow_other_classes=True)
+    with pytest.raises(CheckpointError):  # another body is no other classifier
+        load_weights(model, tiny(num_classes=7, act_num=1).state_dict(), allow_other_classes=True)
 
 
 def test_folder_keeps_the_newest_and_finds_the_newest_valid(tmp_path, caplog):
-    folder = utils.CheckpointFolder(tmp_path, keep=3)
+    folder = CheckpointFolder(tmp_path, keep=3)
     for epoch in range(3):
         folder.save({"at": (epoch, 0)}, epoch=epoch, step=5)
         folder.save({"at": (epoch, 1)}, epoch=epoch + 1, step=0, names=["best"] if epoch == 0 else [])
     names = [path.name for path in folder.numbered()]
     assert names == ["checkpoint-2.pth", "checkpoint-2-5.pth", "checkpoint-1.pth"]
-    assert utils.load_checkpoint(tmp_path / "checkpoint-last.pth")["at"] == (2, 1)
-    assert utils.load_checkpoint(tmp_path / "checkpoint-best.pth")["at"] == (0, 1)  # outlives its number
+    assert load_checkpoint(tmp_path / "checkpoint-last.pth")["at"] == (2, 1)
+    assert load_checkpoint(tmp_path / "checkpoint-best.pth")["at"] == (0, 1)  # outlives its number
     newest = tmp_path / names[0]
     newest.write_bytes(newest.read_bytes()[:100])
     (tmp_path / names[1]).write_bytes(b"")
@@ -178,9 +188,9 @@ def test_rng_state_round_trips_through_a_file(tmp_path):
     device = torch.device("cpu")
     utils.seed_everything(5)
     random.gauss(0, 1), np.random.randn(), torch.rand(3)
-    utils.save_checkpoint({"rng": utils.rng_state(device)}, tmp_path / "r.pth")
+    save_checkpoint({"rng": utils.rng_state(device)}, tmp_path / "r.pth")
     expected = random.gauss(0, 1), np.random.randn(), torch.randn(3)
-    utils.set_rng_state(utils.load_checkpoint(tmp_path / "r.pth")["rng"], device)
+    utils.set_rng_state(load_checkpoint(tmp_path / "r.pth")["rng"], device)
     again = random.gauss(0, 1), np.random.randn(), torch.randn(3)
     assert expected[:2] == again[:2]
     assert torch.equal(expected[2], again[2])

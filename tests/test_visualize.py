@@ -25,6 +25,7 @@ import visualize
 from pictures.cam import activation_maps
 from pictures.figures import depth_figure, latency_figure, read_results
 from pictures.subjects import open_network, read_images
+from records.checkpoints import load_checkpoint, load_weights, save_checkpoint
 
 ROOT = Path(visualize.__file__).parent
 IMAGES = ROOT / "data" / "fashion-mnist" / "t10k-images-idx3-ubyte.gz"
@@ -220,9 +221,9 @@ def test_networks_side_by_side(run_folder, photos, tmp_path, figures, capsys):
     last, deployed = run_folder / "checkpoint-last.pth", tmp_path / "deployed.pth"
     network = open_network(str(last))
     fused = models.vanillanet_6(width_mult=0.0273, act_num=2, num_classes=10)
-    utils.load_weights(fused, utils.load_checkpoint(last)["model_ema"])
+    load_weights(fused, load_checkpoint(last)["model_ema"])
     fused.switch_to_deploy()
-    utils.save_checkpoint({"model": fused.state_dict(), "args": utils.load_checkpoint(last)["args"]}, deployed)
+    save_checkpoint({"model": fused.state_dict(), "args": load_checkpoint(last)["args"]}, deployed)
     command = [
         "cam",
         photos,
@@ -499,9 +500,9 @@ def test_the_payload_is_one(tmp_path):
 
 
 def test_a_map_of_one_position_and_a_missing_package(run_folder, tmp_path, monkeypatch, capsys):
-    state = utils.load_checkpoint(run_folder / "checkpoint-last.pth")
+    state = load_checkpoint(run_folder / "checkpoint-last.pth")
     state["args"]["input_size"] = 32
-    utils.save_checkpoint(state, tmp_path / "small.pth")
+    save_checkpoint(state, tmp_path / "small.pth")
     argv = ["cam", str(IMAGES), "--network", str(tmp_path / "small.pth"), "--output", str(tmp_path / "c.png")]
     with pytest.raises(SystemExit) as ended:
         visualize.main(argv)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from records.files import first_line
 from utils import keep_freed_memory
 
 from ..base import FileEngine, FixedBatch, Metadata, Runtime, check_precision, exported, in_precision, set_tf32
@@ -87,7 +88,7 @@ class AOTInductor(FileEngine):
         try:
             loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1 if index is None else index)
         except RuntimeError as error:
-            raise ValueError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"cannot load {path}: {first_line(error)}") from error
 
         def package(images: torch.Tensor) -> torch.Tensor:
             return loader.boxed_run([images.contiguous()])[0]  # the strides are compiled in, and not checked

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from records.files import first_line
+
 from ..base import (
     DTYPES,
     Calibration,
@@ -138,7 +140,7 @@ class OnnxRuntime(FileEngine):
         try:
             session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
         except Exception as error:  # its exceptions have no common class
-            raise ValueError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"cannot load {path}: {first_line(error)}") from error
         metadata = Metadata.from_strings(session.get_modelmeta().custom_metadata_map, path)
         precision = check_precision(metadata, precision, path)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from records.files import first_line
+
 from ..base import Calibration, FileEngine, Form, Layer, Metadata, Runtime, exported, in_precision, quiet, require
 from ..processor import slow_at_wide_convolutions, sums_saturate
 
@@ -80,7 +82,7 @@ class OpenVINO(FileEngine):
         try:
             model = core.read_model(path)
         except RuntimeError as error:
-            raise ValueError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"cannot load {path}: {first_line(error)}") from error
         strings = {
             name: model.get_rt_info([SECTION, name]).astype(str)
             for name in Metadata.names()

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-import utils
+from records.checkpoints import CheckpointFolder, load_checkpoint
+from records.files import TEMPORARY
 from runs import BASE, ROOT, environment
 
 # Fewer epochs and lines than the tests of main.py have, since the faults are many.
@@ -235,18 +236,18 @@ def logged(folder: Path) -> int:
 
 def saved(folder: Path) -> int:
     """The steps of a run that its newest valid checkpoint holds."""
-    path = utils.CheckpointFolder(folder).newest_valid()
+    path = CheckpointFolder(folder).newest_valid()
     return steps_in(path) if path else 0
 
 
 def steps_in(path: Path) -> int:
     """The steps that a checkpoint holds, counted from the beginning of its run."""
-    state = utils.load_checkpoint(path)
+    state = load_checkpoint(path)
     return (state["epoch"] + (state["step"] == 0)) * state["steps_per_epoch"] + state["step"]
 
 
 def temporary_files(folder: Path) -> list[Path]:
-    return list(folder.glob("*".join(utils.TEMPORARY)))
+    return list(folder.glob("*".join(TEMPORARY)))
 
 
 def mount(kind: Sequence[str], source: object, target: Path) -> contextlib.ExitStack:

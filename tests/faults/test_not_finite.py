@@ -10,9 +10,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import engine
-import utils
 from engine import Classification, FiniteGuard, Precision, Progress, train_one_epoch
 from harness import flags
+from records.checkpoints import load_checkpoint
 from runs import differences
 from workers import small_network
 
@@ -48,7 +48,7 @@ def test_a_diverging_run(server, data, tmp_path, report):
     assert process.wait() == 1
     assert re.search(r"step \d+: non-finite (loss|gradient) on rank 0", process.error())
     for path in tmp_path.glob("*.pth"):
-        assert all(torch.isfinite(value).all() for value in utils.load_checkpoint(path)["model"].values())
+        assert all(torch.isfinite(value).all() for value in load_checkpoint(path)["model"].values())
     report(
         "a learning rate of 1e30",
         injected=1,

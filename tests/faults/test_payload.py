@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 
-import utils
 from harness import flags
 from object_detection import make_garments
+from records.checkpoints import CheckpointError, load_checkpoint
 from runs import ROOT
 
 # What each command of this repository is given to read the file.
@@ -133,8 +133,8 @@ def test_torch_hub_refuses(tmp_path, report):
                 str(ROOT), "vanillanet_5", source="local", pretrained=True, pretrained_cfg_overlay={"file": str(evil)}
             )
         assert not left.exists()
-    with pytest.raises(utils.CheckpointError, match="refused"):
-        utils.load_checkpoint(evil)
+    with pytest.raises(CheckpointError, match="refused"):
+        load_checkpoint(evil)
     report(
         "such files given to `torch.hub.load` through `hubconf.py`",
         injected=2,

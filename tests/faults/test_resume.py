@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-import utils
 from harness import flags, logged, until
+from records.checkpoints import CheckpointFolder, load_checkpoint
 from runs import assert_same_run, rows
 
 # Float16, so that there is a scaler with a state.
@@ -35,11 +35,11 @@ def test_interrupted_and_resumed(server, data, undisturbed, tmp_path, thorough, 
             process.kill(number)
         codes = {process.wait() for process in ranks}
         assert codes == {-number if number == signal.SIGKILL else 128 + number}
-        checkpoint = utils.load_checkpoint(utils.CheckpointFolder(folder).newest_valid())
+        checkpoint = load_checkpoint(CheckpointFolder(folder).newest_valid())
         assert checkpoint["epoch"] == (0 if place == "end" else 1)
         assert (checkpoint["step"] > 0) == (place == "middle")
         server.finish(size, *run)
-        state = utils.load_checkpoint(straight / "checkpoint-last.pth")
+        state = load_checkpoint(straight / "checkpoint-last.pth")
         assert {"model", "model_ema", "model_ema_0.5", "optimizer", "scaler", "ranks"} <= set(state)
         assert state["scaler"]["scale"] > 0
         assert 0 < state["act_learn"] < 1
@@ -74,7 +74,7 @@ def test_another_number_of_ranks(server, data, tmp_path, report, before, after):
         process.kill(signal.SIGTERM)
     for process in ranks:
         assert process.wait() == 143, process.output
-    checkpoint = utils.load_checkpoint(folder / "checkpoint-last.pth")
+    checkpoint = load_checkpoint(folder / "checkpoint-last.pth")
     assert checkpoint["samples"] == 8 * checkpoint["step"] > 0
     changed = server.finish(after, *run(after, folder, "--auto_resume", "true"))
     ours, theirs = rows(folder), rows(straight)
@@ -108,7 +108,7 @@ def test_the_same_batch_size_on_other_ranks(server, data, tmp_path, report):
     steps = [line["step"] for line in rows(tmp_path / "changed")[1]]
     # 36 images are left, in 5 steps of 8, the last of them filled up; then 15 of the other epoch.
     assert len(steps) == 5 + 15
-    state = utils.load_checkpoint(tmp_path / "changed/checkpoint-last.pth")
+    state = load_checkpoint(tmp_path / "changed/checkpoint-last.pth")
     assert state["updates"] == 2 * 15
     lr = [line["lr"] for line in rows(tmp_path / "changed")[1]]
     assert lr[4] == pytest.approx(1e-3)  # the end of the warm-up is the end of the epoch

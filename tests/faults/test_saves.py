@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import models
-import utils
 from harness import flags, mount, needs_mounts, saved, temporary_files, until
+from records.checkpoints import CheckpointFolder, load_checkpoint, save_checkpoint
 from runs import assert_same_run, differences
 
 SAVING = ("--save_ckpt_steps", 5)  # at most 6 checkpoints in all, so that none is deleted
@@ -27,8 +27,8 @@ def digests(folder):
 def assert_only_whole_checkpoints(folder, straight):
     """Every checkpoint there is loads, and holds what the undisturbed run had at that step; nothing else is left."""
     assert temporary_files(folder) == []
-    for path in utils.CheckpointFolder(folder).numbered():
-        states = utils.load_checkpoint(path), utils.load_checkpoint(straight / path.name)
+    for path in CheckpointFolder(folder).numbered():
+        states = load_checkpoint(path), load_checkpoint(straight / path.name)
         for state in states:
             del state["args"]
         assert differences(*states) == []
@@ -55,7 +55,7 @@ def test_a_limit_on_the_size_of_files(server, data, undisturbed, tmp_path, thoro
         assert_same_run(straight, folder)
     # A file that is there already is untouched.
     linear, target = tmp_path / "linear.pth", tmp_path / "deployed.pth"
-    utils.save_checkpoint({"model": utils.load_checkpoint(straight / "checkpoint-last.pth")["model"]}, linear)
+    save_checkpoint({"model": load_checkpoint(straight / "checkpoint-last.pth")["model"]}, linear)
     target.write_bytes(b"before")
     network = (
         "--model vanillanet_6 --width_mult 0.015625 --input_size 32 --data_set FMNIST --device cpu --num_workers 0"
@@ -168,7 +168,7 @@ def test_a_damaged_checkpoint(server, data, undisturbed, tmp_path, thorough, rep
             continue
         folder = tmp_path / str(number)
         shutil.copytree(straight, folder)
-        newest, before = utils.CheckpointFolder(folder).numbered()[:2]
+        newest, before = CheckpointFolder(folder).numbered()[:2]
         newest.write_bytes(damage(newest.read_bytes()))
         run = flags(data, folder, *SAVING, "--auto_resume", "true")
         process = server.start(*run)
@@ -189,7 +189,7 @@ def test_any_flipped_bit(tmp_path, thorough, report):
 
     A flip there that changes nothing of what is read, such as in a date, is no damage.
     """
-    folder = utils.CheckpointFolder(tmp_path)
+    folder = CheckpointFolder(tmp_path)
     model = models.VanillaNet(num_classes=10, dims=(4, 8), strides=(2,))
     state = {"model": model.state_dict(), "epoch": 1, "args": {"lr": 0.1, "opt": "lamb"}}
     folder.save(state, epoch=1, step=0)
@@ -204,7 +204,7 @@ def test_any_flipped_bit(tmp_path, thorough, report):
             noticed += 1
         else:
             harmless += 1
-            assert differences(utils.load_checkpoint(newest), state) == [], position
+            assert differences(load_checkpoint(newest), state) == [], position
     start = content.find(state["model"]["stem1.0.weight"].numpy().tobytes())
     assert start > 0
     for position in random.Random(1).sample(range(8 * start, 8 * (start + 64)), 50):  # a weight
@@ -248,7 +248,7 @@ def test_retention_keeps_what_is_needed(tmp_path, thorough, report):
     for number in range(runs):
         path = tmp_path / str(number)
         path.mkdir()
-        folder = utils.CheckpointFolder(path, keep=chance.randint(1, 3))
+        folder = CheckpointFolder(path, keep=chance.randint(1, 3))
         best = None
         for epoch in range(8):
             names = ["best"] if chance.random() < 0.3 else []
@@ -258,10 +258,10 @@ def test_retention_keeps_what_is_needed(tmp_path, thorough, report):
             )
             saves += 1
             readable = folder.newest_valid()
-            assert utils.load_checkpoint(readable)["epoch"] == epoch
+            assert load_checkpoint(readable)["epoch"] == epoch
             assert len(folder.numbered()) == min(folder.keep, epoch + 1)
             if best is not None:
-                assert utils.load_checkpoint(path / "checkpoint-best.pth")["epoch"] == best
+                assert load_checkpoint(path / "checkpoint-best.pth")["epoch"] == best
         # All that retention would keep is damaged: it does not delete the one that is left.
         folder.keep += 1
         folder.save({"epoch": 8}, epoch=9, step=0)
@@ -293,5 +293,5 @@ def test_a_delete_that_fails(server, data, tmp_path, report):
         (process,) = server.finish(1, *run)
         message = process.line("cannot delete the old checkpoint")
         assert os.fspath(old) in message
-    assert [path.name for path in utils.CheckpointFolder(folder).numbered()] == ["checkpoint-1.pth", old.name]
+    assert [path.name for path in CheckpointFolder(folder).numbered()] == ["checkpoint-1.pth", old.name]
     report("an old checkpoint that cannot be deleted", injected=2, lost="nothing, the run goes on", reads=message)

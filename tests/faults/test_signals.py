@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-import utils
 from harness import command, environ, flags, free_port, logged, saved, steps_in, until
+from records.checkpoints import CheckpointFolder
 from runs import assert_same_run, cut_fmnist, torchrun_command
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -144,7 +144,7 @@ def test_a_signal_during_evaluation(server, data, tmp_path, report):
     for process in ranks:
         assert process.wait() in (143, -15), process.output
     assert not (folder / "summary.csv").exists()  # where the result of the evaluation would be
-    newest = utils.CheckpointFolder(folder).newest_valid()
+    newest = CheckpointFolder(folder).newest_valid()
     assert newest.name == "checkpoint-0-8.pth"
     assert steps_in(newest) == 8
     server.finish(2, *run)

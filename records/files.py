@@ -1,0 +1,72 @@
+"""Text and files: errors in one line, files replaced as a whole. Imports no library, so that it costs no time."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["TEMPORARY", "cannot_write", "first_line", "mistakes_end", "one_line", "replacing"]
+
+TEMPORARY = ("writing-", ".tmp")  # how the names of files that are being written begin and end
+
+
+def one_line(message: str) -> str:
+    """The message with line ends and whatever else cannot be printed spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message.strip())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message; of an error without one, its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def mistakes_end(prog: str) -> Iterator[None]:
+    """End the process with exit code 2 and one line on standard error if what is done in it raises a user's mistake."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"{prog}: error: {one_line(str(error))}\n")
+        raise SystemExit(2) from None
+
+
+def cannot_write(path: str | Path, error: OSError) -> str:
+    """One line for the user: the file, the cause, what to do."""
+    cause = error.strerror or first_line(error)
+    return (
+        f"cannot write {path}: {cause}; what was there before is kept. Make room or make it writable and start again, "
+        "a training run with --auto_resume true"
+    )
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Yields a temporary path beside `path`; what was written there is flushed and renamed over `path`, or removed."""
+    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY[0], suffix=TEMPORARY[1], dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _fsync(temporary)
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private
+        temporary.replace(path)
+        _fsync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
