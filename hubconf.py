@@ -2,20 +2,57 @@
 
 Each takes the keyword arguments of `timm.create_model` and of `models.VanillaNet`: `pretrained=True` loads the released
 weights or raises, `deploy=True` gives the fused form, and `num_classes`, `in_chans`, `features_only`, ... are timm's.
+
+The calling program may have a package `models` of its own, so the folder models/ is loaded here under a name that no
+one else has, and `sys.modules` and `sys.path` are left as they were.
 """
 
-from models.vanillanet import (  # noqa: F401  torch.hub finds the entry points among this module's names
-    vanillanet_5,
-    vanillanet_6,
-    vanillanet_7,
-    vanillanet_8,
-    vanillanet_9,
-    vanillanet_10,
-    vanillanet_11,
-    vanillanet_12,
-    vanillanet_13,
-    vanillanet_13_x1_5,
-    vanillanet_13_x1_5_ada_pool,
-)
+import hashlib
+import importlib.util
+import pathlib
+import sys
+import types
 
 dependencies = ["torch", "timm", "einops"]
+
+_INIT = pathlib.Path(__file__).resolve().parent / "models" / "__init__.py"
+_NAME = f"vanillanet_{hashlib.sha256(bytes(_INIT)).hexdigest()[:8]}"  # one for each copy of the repository
+
+
+class _Finder:
+    """Lets the import system find the modules again, which pickle and torch.compile ask for by their names."""
+
+    def __init__(self, modules: dict[str, types.ModuleType]):
+        self.modules = modules
+
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_loader(name, self) if name in self.modules else None
+
+    def create_module(self, spec):
+        return self.modules[spec.name]
+
+    def exec_module(self, module):
+        """Nothing: it was executed when it was loaded."""
+
+
+def _load() -> types.ModuleType:
+    """The folder models/ as a package; the same one whenever this copy of the repository is asked for."""
+    imported = sys.modules.get("models")
+    if getattr(imported, "__file__", None) == str(_INIT):
+        return imported
+    before = set(sys.modules)
+    try:
+        if importlib.util.find_spec(_NAME):
+            return importlib.import_module(_NAME)
+        spec = importlib.util.spec_from_file_location(_NAME, _INIT)
+        package = sys.modules[_NAME] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(package)
+    finally:
+        added = {name for name in set(sys.modules) - before if name.partition(".")[0] == _NAME}
+        modules = {name: sys.modules.pop(name) for name in added}
+    sys.meta_path.insert(0, _Finder(modules))
+    return package
+
+
+_package = _load()
+globals().update({name: getattr(_package, name) for name in _package.vanillanet.VARIANTS})  # torch.hub looks here
