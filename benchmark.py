@@ -104,7 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _networks(args: argparse.Namespace) -> list[str]:
     names = []
     for name in args.models:
-        names += timm.list_models("vanillanet*") if name == "all" else [name]
+        names += timm.list_models(filter="vanillanet*") if name == "all" else [name]
     for name in args.peers:
         names += PAPER_PEERS if name == "paper" else [name]
     if args.width_mult is not None and not any(map(is_vanillanet, names)):

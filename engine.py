@@ -35,7 +35,7 @@ def build_criterion(*, mixing: bool, smoothing: float, bce: bool, bce_target_thr
         return BinaryCrossEntropy(smoothing=0.0 if mixing else smoothing, target_threshold=bce_target_thresh)
     if mixing:
         return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()
+    return LabelSmoothingCrossEntropy(smoothing=smoothing) if smoothing > 0 else nn.CrossEntropyLoss()
 
 
 @dataclass(frozen=True)

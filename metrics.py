@@ -50,7 +50,7 @@ class SumMeter:
 
 def table(rows: Iterable[Iterable[object]], title: str | None = None, text_columns: int = 1) -> str:
     """Rows, the first being the header, as text; columns after the first `text_columns` are right-aligned."""
-    drawn = AsciiTable([[str(cell) for cell in row] for row in rows], title)
+    drawn = AsciiTable([[str(cell) for cell in row] for row in rows], title=title)
     for column in range(text_columns, len(drawn.table_data[0])):
         drawn.justify_columns[column] = "right"
     return drawn.table
@@ -166,7 +166,7 @@ class TensorBoardSink:
         self.path, self.prefix = folder, prefix
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self.writer = EventsWriter(str(folder / "events"), f".{prefix}")
+            self.writer = EventsWriter(str(folder / "events"), filename_suffix=f".{prefix}")
 
     def log(self, metrics: Metrics, step: int) -> None:
         from tensorboardX.proto.event_pb2 import Event

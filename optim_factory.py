@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_layer_decay, param_groups_weight_decay
@@ -11,25 +12,26 @@ __all__ = [
     "activation_slope",
     "build_optimizer",
     "cosine_schedule",
+    "parameter_groups",
     "set_hyperparameters",
     "step_schedule",
 ]
 
 
-def cosine_schedule(
-    step: float, total_steps: float, *, base: float, final: float, warmup_steps: float = 0, warmup_start: float = 0.0
-) -> float:
-    """A linear warm-up followed by half a cosine.
+def cosine_schedule(step: float, total_steps: float, *, base: float, final: float, warmup_steps: int = 0) -> float:
+    """A linear warm-up followed by half a cosine, as the published code has it.
+
+    The last step of the warm-up and the first of the cosine both have the value `base`.
 
     Args:
         step: optimizer steps taken so far, counted from 0; the value is the one to take the next step with.
         total_steps: length of the whole schedule; from there on the value is `final`.
         base: value at the end of the warm-up.
         final: value at the end.
-        warmup_steps: length of the warm-up, which begins at `warmup_start`; 0 has none.
+        warmup_steps: length of the warm-up, which begins at 0; a single step has the value 0, and 0 is no warm-up.
     """
     if step < warmup_steps:
-        return warmup_start + (base - warmup_start) * step / warmup_steps
+        return base * step / max(warmup_steps - 1, 1)
     if step >= total_steps:
         return final
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
@@ -66,6 +68,33 @@ def activation_slope(epoch: int, *, decay_epochs: int, linear: bool = True, star
     return start + (1 - start) * ramp
 
 
+def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups, in the order of the published code, so that its checkpoints resume.
+
+    Biases, other one-dimensional parameters (BatchNorms), and what the model's `no_weight_decay()` names do not decay.
+    Without layer decay there are two groups: the parameters that decay, and the others. With `layer_decay` below 1
+    there are two a layer, whose learning rate is scaled by layer_decay ** (layers + 1 - l): the stem is layer 0, the
+    classifier the last, and the model's `group_matcher` counts those between.
+
+    Returns:
+        Groups of `params`, `weight_decay` and `lr_scale`, which `set_hyperparameters` reads.
+    """
+    spared = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+    if hasattr(model, "no_weight_decay"):
+        spared += model.no_weight_decay()
+    # The groups are asked for with a decay of 1 and scaled, because timm puts everything into one group where it is 0.
+    shared = {"weight_decay": 1.0, "no_weight_decay_list": spared, "weight_decay_exclude_1d": True}
+    if layer_decay < 1.0:
+        groups = param_groups_layer_decay(model, layer_decay=layer_decay, **shared)
+    else:
+        groups = param_groups_weight_decay(model, **shared)
+        groups.sort(key=lambda group: group["weight_decay"], reverse=True)
+    return [
+        {**group, "weight_decay": weight_decay * group["weight_decay"], "lr_scale": group.get("lr_scale", 1.0)}
+        for group in groups
+    ]
+
+
 def build_optimizer(
     model: nn.Module,
     opt: str,
@@ -78,11 +107,7 @@ def build_optimizer(
     momentum: float | None = None,
     explicit: Collection[str] = (),
 ) -> torch.optim.Optimizer:
-    """One of timm's optimizers over groups without weight decay for biases and BatchNorms.
-
-    With `layer_decay` below 1 the rate of layer l is scaled by layer_decay ** (layers + 1 - l), the stem being layer 0
-    and the classifier the last; the layers are counted by the model's `group_matcher`. The scale is a group's
-    `lr_scale`, read by `set_hyperparameters`.
+    """One of timm's optimizers over the `parameter_groups` of the model.
 
     Args:
         eps, betas, momentum: passed on to an optimizer that takes them.
@@ -98,11 +123,6 @@ def build_optimizer(
         raise ValueError(f"--opt {opt} is not one of timm's optimizers ({error})") from None
     if info.second_order:
         raise ValueError(f"--opt {opt} needs second derivatives, which this training loop does not compute")
-    skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    if layer_decay < 1.0:
-        groups = param_groups_layer_decay(model, weight_decay, skip, layer_decay=layer_decay)
-    else:
-        groups = param_groups_weight_decay(model, weight_decay, skip)
     kwargs = {}
     for name, value, taken in (
         ("eps", eps, info.has_eps),
@@ -116,7 +136,8 @@ def build_optimizer(
     if "betas" in kwargs and len(kwargs["betas"]) != info.num_betas:
         raise ValueError(f"--opt {opt} takes {info.num_betas} values for --opt_betas, not {len(kwargs['betas'])}")
     try:
-        return create_optimizer_v2(groups, opt, lr=lr, weight_decay=weight_decay, **kwargs)
+        groups = parameter_groups(model, weight_decay=weight_decay, layer_decay=layer_decay)
+        return create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=weight_decay, **kwargs)
     except (AssertionError, ImportError) as error:  # of one from a package that is not installed, or for GPUs only
         raise ValueError(f"--opt {opt} cannot be used here: {error}") from error
 

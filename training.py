@@ -202,7 +202,8 @@ class Run(ABC):
         args = self.args
         device = "cpu" if args.model_ema_force_cpu else None
         return [
-            ModelEmaV3(self.model, decay, device=device) for decay in (args.model_ema_decay if args.model_ema else [])
+            ModelEmaV3(self.model, decay=decay, device=device)
+            for decay in (args.model_ema_decay if args.model_ema else [])
         ]
 
     def build_optimizer(self) -> torch.optim.Optimizer:

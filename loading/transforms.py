@@ -86,7 +86,7 @@ def build_train_transform(
         if unknown:  # timm passes over them
             raise ValueError(f"unknown section {unknown[0]}")
         transform = create_transform(
-            input_size,
+            input_size=input_size,
             is_training=True,
             hflip=hflip,
             color_jitter=color_jitter or None,
@@ -162,7 +162,7 @@ def build_eval_transform(
             crop_pct = default_crop_pct(input_size)
         if not 0 < crop_pct <= 1:
             raise ValueError(f"--crop_pct must be above 0 and at most 1, not {crop_pct}")
-        resize = [_LimitAspect(), transforms.Resize(int(input_size / crop_pct), InterpolationMode.BICUBIC)]
+        resize = [_LimitAspect(), transforms.Resize(int(input_size / crop_pct), interpolation=InterpolationMode.BICUBIC)]
     return transforms.Compose(
         [*resize, transforms.CenterCrop(input_size), transforms.ToTensor(), transforms.Normalize(mean, std)]
     )

@@ -474,7 +474,7 @@ class VanillaNet(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be NCHW, not {output_fmt}")
-        take, last = feature_take_indices(len(self._levels), indices)
+        take, last = feature_take_indices(len(self._levels), indices=indices)
         wanted = [self._levels[index] for index in take]
         x = _checkpointed(self.forward_stem, self, x) if self.grad_checkpointing else self.forward_stem(x)
         maps = {0: x}
@@ -490,7 +490,7 @@ class VanillaNet(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what the given levels do not need: the stages after the last one and, by default, the classifier."""
-        take, last = feature_take_indices(len(self._levels), indices)
+        take, last = feature_take_indices(len(self._levels), indices=indices)
         cut = self._levels[last] < len(self.stages)
         if cut:
             self.stages = self.stages[: self._levels[last]]
@@ -688,7 +688,7 @@ def _create_vanillanet(variant: str, pretrained: bool = False, deploy: bool = Fa
         model = build_model_with_cfg(
             VanillaNet,
             variant,
-            pretrained,
+            pretrained=pretrained,
             pretrained_filter_fn=_fused_filter_fn if fuse else checkpoint_filter_fn,
             feature_cfg={
                 "out_indices": tuple(range(len(_feature_levels(kwargs["strides"])))),

@@ -234,28 +234,30 @@ def create_detector(
     if prefix == "retinanet_":
         levels = _find_levels(backbone, body, STRIDES[1:])
         channels = [body.feature_info.channels()[level] for level in levels]
-        fpn = FeaturePyramidNetwork(channels, fpn_channels, LastLevelP6P7(channels[-1], fpn_channels), norm)
+        fpn = FeaturePyramidNetwork(
+            channels, fpn_channels, extra_blocks=LastLevelP6P7(channels[-1], fpn_channels), norm_layer=norm
+        )
         scales = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in anchor_sizes)
         detector = RetinaNet(
             Pyramid(body, levels, fpn, fpn_channels),
             num_classes,
-            anchor_generator=AnchorGenerator(scales, (ASPECT_RATIOS,) * len(scales)),
-            head=RetinaNetHead(fpn_channels, 3 * len(ASPECT_RATIOS), num_classes, norm),
+            anchor_generator=AnchorGenerator(sizes=scales, aspect_ratios=(ASPECT_RATIOS,) * len(scales)),
+            head=RetinaNetHead(fpn_channels, 3 * len(ASPECT_RATIOS), num_classes, norm_layer=norm),
             **{"max_size": max_size, "detections_per_img": 100} | kwargs,
         )
     else:
         levels = _find_levels(backbone, body, STRIDES)
         channels = [body.feature_info.channels()[level] for level in levels]
-        fpn = FeaturePyramidNetwork(channels, fpn_channels, LastLevelMaxPool(), norm)
+        fpn = FeaturePyramidNetwork(channels, fpn_channels, extra_blocks=LastLevelMaxPool(), norm_layer=norm)
         scales = tuple((size,) for size in anchor_sizes)
         detector = MaskRCNN(
             Pyramid(body, levels, fpn, fpn_channels),
-            rpn_anchor_generator=AnchorGenerator(scales, (ASPECT_RATIOS,) * len(scales)),
-            box_head=FastRCNNConvFCHead((fpn_channels, 7, 7), [fpn_channels] * 2, [box_channels], norm)
+            rpn_anchor_generator=AnchorGenerator(sizes=scales, aspect_ratios=(ASPECT_RATIOS,) * len(scales)),
+            box_head=FastRCNNConvFCHead((fpn_channels, 7, 7), [fpn_channels] * 2, [box_channels], norm_layer=norm)
             if head_norm
             else TwoMLPHead(fpn_channels * 7**2, box_channels),
             box_predictor=FastRCNNPredictor(box_channels, num_classes),
-            mask_head=MaskRCNNHeads(fpn_channels, mask_channels, 1, norm),
+            mask_head=MaskRCNNHeads(fpn_channels, mask_channels, dilation=1, norm_layer=norm),
             mask_predictor=MaskRCNNPredictor(mask_channels[-1], mask_channels[-1], num_classes),
             **{"max_size": max_size} | kwargs,
         )

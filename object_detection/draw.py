@@ -55,8 +55,8 @@ def draw_detections(
     texts = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
     boxes = detection["boxes"].float().cpu()[keep] * scale
     return draw_bounding_boxes(
-        picture, boxes, texts, colours, width=2, font=_font_file(), font_size=FONT_SIZE, label_colors="black",
-        fill_labels=True,
+        picture, boxes, labels=texts, colors=colours, width=2, font=_font_file(), font_size=FONT_SIZE,
+        label_colors="black", fill_labels=True,
     )  # fmt: skip
 
 

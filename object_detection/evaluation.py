@@ -83,7 +83,7 @@ def average_precision(
             rows = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
         with contextlib.redirect_stdout(io.StringIO()):
             found_rows = truth.loadRes(rows) if rows else index_annotations({**truth.dataset, "annotations": []})
-            evaluation = COCOeval(truth, found_rows, kind)
+            evaluation = COCOeval(cocoGt=truth, cocoDt=found_rows, iouType=kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()

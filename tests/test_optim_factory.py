@@ -1,15 +1,26 @@
+import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 import models
-from optim_factory import activation_slope, build_optimizer, cosine_schedule, set_hyperparameters
+from optim_factory import (
+    activation_slope,
+    build_optimizer,
+    cosine_schedule,
+    parameter_groups,
+    set_hyperparameters,
+)
 
 
 def test_cosine_schedule_values():
-    rate = [cosine_schedule(s, 110, base=1.0, final=0.1, warmup_steps=10) for s in (0, 5, 10, 60, 110, 500)]
-    assert rate == pytest.approx([0.0, 0.5, 1.0, 0.55, 0.1, 0.1], abs=1e-12)
+    rate = [cosine_schedule(s, 111, base=1.0, final=0.1, warmup_steps=11) for s in (0, 5, 10, 11, 61, 111, 500)]
+    assert rate == pytest.approx([0.0, 0.5, 1.0, 1.0, 0.55, 0.1, 0.1], abs=1e-12)
+    assert [cosine_schedule(s, 9, base=1.0, final=0.0, warmup_steps=1) for s in (0, 1)] == [0.0, 1.0]
     assert cosine_schedule(0, 100, base=0.05, final=0.05) == 0.05
     assert cosine_schedule(0, 100, base=2.0, final=0.0) == 2.0  # no warm-up begins at the base
 
@@ -27,14 +38,75 @@ def tiny():
     return models.VanillaNet(num_classes=10, dims=(8, 8, 16, 16, 16), strides=(2, 2, 2, 1))
 
 
-def test_layer_decay_scales_are_the_published_ones():
-    model = tiny()
-    optimizer = build_optimizer(model, "lamb", lr=1.0, weight_decay=0.3, layer_decay=0.8, eps=1e-8)
-    scales = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
-    for name, parameter in model.named_parameters():
-        part = name.split(".")
-        layer = 0 if part[0].startswith("stem") else 5 if part[0].startswith("cls") else int(part[1]) + 1
-        assert scales[id(parameter)] == pytest.approx(0.8 ** (4 + 1 - layer), abs=1e-12), name
+def named_groups(model, groups):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [{**group, "params": [names[id(parameter)] for parameter in group["params"]]} for group in groups]
+
+
+PUBLISHED_GROUPS = json.loads((Path(__file__).parent / "data" / "param_groups.json").read_text())
+
+
+@pytest.mark.parametrize("case", PUBLISHED_GROUPS)
+@pytest.mark.parametrize("weight_decay", [0.3, 0.0])
+def test_groups_are_the_published_ones(case, weight_decay):
+    variant, layer_decay = case.split(" layer_decay=")
+    model = timm.create_model(variant, width_mult=1 / 64)
+    groups = parameter_groups(model, weight_decay=weight_decay, layer_decay=float(layer_decay))
+    expected = [{**group, "weight_decay": weight_decay * group["weight_decay"]} for group in PUBLISHED_GROUPS[case]]
+    assert named_groups(model, groups) == expected
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224", "levit_128s"])
+@pytest.mark.parametrize("layer_decay", [1.0, 0.75])
+def test_groups_of_timm_models_are_timms(name, layer_decay):
+    """What decays is what timm's own set-up lets decay, less the biases, which it spares with layer decay only by
+    their shape."""
+    model = timm.create_model(name, num_classes=10)
+    theirs = timm.optim.create_optimizer_v2(
+        model, opt="sgd", lr=1.0, weight_decay=0.1, layer_decay=layer_decay if layer_decay < 1 else None
+    )
+    decaying = {
+        parameter: group.get("lr_scale", 1.0)
+        for group in named_groups(model, theirs.param_groups)
+        if group["weight_decay"]
+        for parameter in group["params"]
+    }
+    ours = {
+        parameter: group["lr_scale"]
+        for group in named_groups(model, parameter_groups(model, weight_decay=0.1, layer_decay=layer_decay))
+        if group["weight_decay"]
+        for parameter in group["params"]
+    }
+    assert ours == {parameter: scale for parameter, scale in decaying.items() if not parameter.endswith(".bias")}
+    assert 0 < len(ours) < len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.8])
+def test_published_optimizer_state_goes_on(layer_decay):
+    """LAMB over the published groups, saved after two steps: our next step from there is its own next step."""
+    images = torch.randn(4, 3, 32, 32)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+
+    published = timm.create_model("vanillanet_6", width_mult=1 / 64, num_classes=10)
+    parameters = dict(published.named_parameters())
+    groups = [
+        {**group, "params": [parameters[name] for name in group["params"]], "weight_decay": 0.3 * group["weight_decay"]}
+        for group in PUBLISHED_GROUPS[f"vanillanet_6 layer_decay={layer_decay}"]
+    ]
+    theirs = timm.optim.Lamb(groups, lr=1e-2, eps=1e-8)
+    for _ in range(2):
+        step(published, theirs)
+    resumed = copy.deepcopy(published)
+    ours = build_optimizer(resumed, "lamb", lr=1e-2, weight_decay=0.3, layer_decay=layer_decay, eps=1e-8)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    step(published, theirs)
+    step(resumed, ours)
+    for expected, found in zip(published.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_weight_decay_spares_vectors_and_schedules_reach_the_groups():

@@ -51,11 +51,11 @@ def _quantize(path: Path, calibration: Calibration, *, symmetric: bool) -> None:
     kind = quantization.QuantType
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
-        quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+        quant_pre_process(input_model=str(path), output_model_path=str(prepared), skip_symbolic_shape=True)
         quantization.quantize_static(
             str(prepared),
             str(path),
-            Reader(),
+            calibration_data_reader=Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
             activation_type=kind.QInt8 if symmetric else kind.QUInt8,
