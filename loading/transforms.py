@@ -162,7 +162,10 @@ def build_eval_transform(
             crop_pct = default_crop_pct(input_size)
         if not 0 < crop_pct <= 1:
             raise ValueError(f"--crop_pct must be above 0 and at most 1, not {crop_pct}")
-        resize = [_LimitAspect(), transforms.Resize(int(input_size / crop_pct), interpolation=InterpolationMode.BICUBIC)]
+        resize = [
+            _LimitAspect(),
+            transforms.Resize(int(input_size / crop_pct), interpolation=InterpolationMode.BICUBIC),
+        ]
     return transforms.Compose(
         [*resize, transforms.CenterCrop(input_size), transforms.ToTensor(), transforms.Normalize(mean, std)]
     )
