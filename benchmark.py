@@ -18,12 +18,12 @@ from typing import Any
 import timm
 import torch
 
-import metrics
 import runtimes
 from benchmarking import profiling, report, results
 from benchmarking.subjects import PAPER_PEERS, create, deployed, is_vanillanet
 from benchmarking.worker import Spec, Worker, WorkerError, closing, prepare
 from options import COUNT, POSITIVE, Parser, boolean, canonical
+from records import logs
 from records.files import mistakes_end
 
 TRAINING_ENGINES = ("plain", "channels_last", "compile")
@@ -318,7 +318,7 @@ def print_profiles(args: argparse.Namespace) -> None:
                     total = sum(kinds.values())
                     rows = [["kind of layer", "ms", "%"]]
                     rows += [[kind, f"{ms:.2f}", f"{100 * ms / total:.1f}"] for kind, ms in kinds.most_common(12)]
-                    print(metrics.table([*rows, ["all", f"{total:.2f}", "100.0"]], str(spec)))
+                    print(logs.table([*rows, ["all", f"{total:.2f}", "100.0"]], str(spec)))
 
 
 # -- the command
@@ -335,7 +335,7 @@ def run(args: argparse.Namespace) -> None:
             if args.output:  # each time, so that an interrupted run keeps what it has
                 results.write(args.output, [*kept, *rows])
     for title, table in report.tables(rows):
-        print(metrics.table(table, title, text_columns=report.TEXT_COLUMNS))
+        print(logs.table(table, title, text_columns=report.TEXT_COLUMNS))
     if args.docs:
         report.write_page(args.docs, rows, figures=args.figures)
         print(args.docs)

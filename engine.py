@@ -15,7 +15,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from metrics import SumMeter
+from records.logs import SumMeter
 
 
 class NonFiniteError(RuntimeError):

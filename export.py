@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import deployment
-import metrics
 import runtimes
 from options import COUNT, NONNEGATIVE, Parser, boolean, canonical, number
+from records import logs
 from records.files import mistakes_end
 from runtimes.layer_errors import layer_errors
 
@@ -162,7 +162,7 @@ def write(
 def print_layer_errors(network: nn.Module, images: torch.Tensor) -> None:
     rows = [["in int8", "kind", "error of the logits (%)"]]
     rows += [[found.layer, found.kind, f"{100 * found.error:.3f}"] for found in layer_errors(network, images.split(50))]
-    print(metrics.table(rows, "root mean square, relative", text_columns=2))
+    print(logs.table(rows, "root mean square, relative", text_columns=2))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,7 +20,6 @@ from torch import nn
 
 import datasets
 import deployment
-import metrics
 import models  # noqa: F401  registers the variants
 import networks
 import runtimes
@@ -31,6 +30,7 @@ from loading import loaders, transforms
 from loading.streams import StreamDataset
 from optim_factory import activation_slope, cosine_schedule
 from options import parse_args, plain_args
+from records import logs
 from records.checkpoints import checkpoint_weights, load_checkpoint, load_weights, save_checkpoint
 from training import Run, broken_count, build_precision, launch, layout_of, meet, until_stopped
 
@@ -198,7 +198,7 @@ def run_eval(
     """
     if not (args.dist_eval or world.is_main):
         return meet(world, stop)
-    batches = metrics.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
+    batches = logs.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
     return evaluate(
         model,
         until_stopped(batches, world, stop),
@@ -372,7 +372,7 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
         report_eval(name, results[name], broken)
         accuracies = [f"{results[name].acc1:.2f}", *([f"{results[name].real_acc1:.2f}"] if real else [])]
         rows.append([name, layers, f"{params / 1e6:.3f}", f"{macs / 1e9:.4f}", *accuracies, f"{rate:.0f}"])
-    print(metrics.table(rows, args.model))
+    print(logs.table(rows, args.model))
     print(f"largest logit difference, relative: {difference:.1e} over {min(COMPARED_BATCHES, len(loader))} batches")
     print(f"images/s: median over interleaved rounds of {len(images)} images, {torch.get_num_threads()} threads")
     print(f"deploy form: {target}")
@@ -438,7 +438,7 @@ class ClassificationRun(Run):
             self.distiller = Distiller(teacher, args.distill_alpha, args.distill_tau, self.precision)
         return model
 
-    def build_meter(self) -> metrics.SumMeter:
+    def build_meter(self) -> logs.SumMeter:
         return train_meter(self.world.device)
 
     def build_schedules(self) -> None:

@@ -21,11 +21,11 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import metrics
 import utils
 from engine import FiniteGuard, NonFiniteError, Objective, Precision, Progress, train_one_epoch
 from optim_factory import build_optimizer, set_hyperparameters
 from options import plain_args, save_args
+from records import curves, logs
 from records.checkpoints import CheckpointError, CheckpointFolder, checkpoint_weights, load_checkpoint, load_weights
 from records.files import first_line, one_line
 
@@ -80,7 +80,7 @@ class Run(ABC):
     `resumable` and `broken` the run relies on.
     """
 
-    panels = metrics.CURVES  # of curves.png
+    panels = curves.CURVES  # of curves.png
     # What a resumed run keeps; --resume_new_sched lets all but the optimizer's kind change.
     schedule_flags: tuple[str, ...] = (
         "epochs", "lr", "warmup_steps", "weight_decay", "opt", "update_freq", "opt_betas", "opt_eps", "momentum",
@@ -139,7 +139,7 @@ class Run(ABC):
         """Learning rate and weight decay after so many optimizer steps."""
 
     @abstractmethod
-    def build_meter(self) -> metrics.SumMeter:
+    def build_meter(self) -> logs.SumMeter:
         """The sums of an epoch; `loss` and `count` are two of them."""
 
     @abstractmethod
@@ -240,34 +240,34 @@ class Run(ABC):
             devices = [self.world.device] if self.world.device.type == "cuda" else None
             self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=devices)
 
-    def build_sinks(self) -> tuple[metrics.Sinks, metrics.Sinks]:
+    def build_sinks(self) -> tuple[logs.Sinks, logs.Sinks]:
         """What takes the numbers of a step, and of an epoch; nothing on ranks other than 0."""
         args = self.args
         self.wandb = None
         if not self.world.is_main:
-            return metrics.Sinks(), metrics.Sinks()
-        step_sinks: list[metrics.Sink] = [metrics.ConsoleSink("step")]
-        epoch_sinks: list[metrics.Sink] = [metrics.ConsoleSink("epoch")]
+            return logs.Sinks(), logs.Sinks()
+        step_sinks: list[logs.Sink] = [logs.ConsoleSink("step")]
+        epoch_sinks: list[logs.Sink] = [logs.ConsoleSink("epoch")]
         start_step = self.progress.epoch * self.steps_per_epoch + self.progress.step
         if args.output_dir:
             folder = Path(args.output_dir)
             save_args(args, folder / "args.yaml")
-            csv = metrics.CsvSink(folder / "summary.csv", self.progress.epoch)
-            epoch_sinks += [csv, metrics.CurvesSink(folder / "curves.png", csv, self.panels)]
-            step_sinks.append(metrics.JsonLinesSink(folder / "log.jsonl", "step", start_step + 1))
+            csv = logs.CsvSink(folder / "summary.csv", self.progress.epoch)
+            epoch_sinks += [csv, curves.CurvesSink(folder / "curves.png", csv, self.panels)]
+            step_sinks.append(logs.JsonLinesSink(folder / "log.jsonl", "step", start_step + 1))
         events = args.log_dir or (Path(args.output_dir) / "tensorboard" if args.output_dir else None)
         if events:
-            step_sinks.append(metrics.TensorBoardSink(Path(events), "step"))
-            epoch_sinks.append(metrics.TensorBoardSink(Path(events), "epoch"))
+            step_sinks.append(logs.TensorBoardSink(Path(events), "step"))
+            epoch_sinks.append(logs.TensorBoardSink(Path(events), "epoch"))
         if args.enable_wandb:
             try:
                 import wandb
             except ImportError:
                 raise ValueError("--enable_wandb true needs the package wandb: pip install wandb") from None
             self.wandb = wandb.init(project="vanillanet", config=vars(args), dir=args.output_dir)
-            step_sinks.append(metrics.WandbSink(self.wandb, "step"))
-            epoch_sinks.append(metrics.WandbSink(self.wandb, "epoch"))
-        return metrics.Sinks(*step_sinks), metrics.Sinks(*epoch_sinks)
+            step_sinks.append(logs.WandbSink(self.wandb, "step"))
+            epoch_sinks.append(logs.WandbSink(self.wandb, "epoch"))
+        return logs.Sinks(*step_sinks), logs.Sinks(*epoch_sinks)
 
     # checkpoints
 
@@ -419,7 +419,7 @@ class Run(ABC):
         self.begin_epoch()
         self.loader.set_epoch(progress.epoch, start_sample=progress.samples)
         remaining = self.loader.remaining_batches
-        batches = metrics.progress(
+        batches = logs.progress(
             self.loader,
             description=f"epoch {progress.epoch}",
             total=len(self.loader),

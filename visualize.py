@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-import metrics
 from object_detection.checkpoints import open_detector
 from object_detection.draw import draw_images
 from options import COUNT, FRACTION, WHOLE, Parser, canonical
 from pictures.cam import View, activation_maps, cam_figure
 from pictures.figures import read_results, results_figures
 from pictures.subjects import Network, open_network, read_images
+from records import curves, logs
 from records.files import mistakes_end
 
 PAPER_RESULTS = Path(__file__).parent / "docs" / "paper_results.csv"
@@ -86,8 +86,8 @@ def _run_names(folders: Sequence[Path]) -> list[str]:
 def _read_run(folder: Path) -> list[dict[str, str]]:
     path = folder / "summary.csv"
     try:
-        rows = metrics.read_rows(path)
-        points = [point for _, columns in metrics.CURVES for column in columns for point in metrics.curve(rows, column)]
+        rows = logs.read_rows(path)
+        points = [point for _, columns in curves.CURVES for column in columns for point in curves.curve(rows, column)]
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; name the folder of a run of main.py") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -102,8 +102,8 @@ def draw_curves(args: argparse.Namespace) -> None:
         raise ValueError("the same run is named twice")
     runs = {name: _read_run(folder) for name, folder in zip(_run_names(args.runs), args.runs, strict=True)}
     classifies = any("act_learn" in rows[0] for rows in runs.values())
-    panels = metrics.CURVES if classifies else metrics.DETECTION_CURVES
-    _save(metrics.curves_figure(runs, panels), args.output)
+    panels = curves.CURVES if classifies else curves.DETECTION_CURVES
+    _save(curves.curves_figure(runs, panels), args.output)
 
 
 # -- the paper's figures

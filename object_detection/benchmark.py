@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import metrics
 import utils
 from benchmarking import profiling
 from object_detection.detectors import Detector, create_detector
 from options import COUNT, WHOLE, Parser, boolean, canonical
+from records import logs
 
 __all__ = ["Cost", "calibrate", "count_macs", "main"]
 
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace, device: torch.device) -> str:
             cost = count_macs(detector, height, width)
             giga = [f"{value / 1e9:.1f}" for value in (cost.backbone, cost.neck, cost.heads, cost.total)]
             rows.append([name, f"{profiling.count_params(detector) / 1e6:.2f}", *giga, f"{rate:.3g}"])
-    return metrics.table(rows, f"{width}x{height} px, batch 1, float32")
+    return logs.table(rows, f"{width}x{height} px, batch 1, float32")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

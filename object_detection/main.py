@@ -23,7 +23,6 @@ from torch import nn
 # Started as a file, Python looks for modules in this folder, where `options` is another one.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import metrics
 import runtimes
 import utils
 from benchmarking import profiling
@@ -46,6 +45,7 @@ from object_detection.evaluation import KINDS, STATISTICS, average_precision, de
 from object_detection.options import parse_args
 from optim_factory import step_schedule
 from options import plain_args
+from records import curves, logs
 from records.checkpoints import save_checkpoint
 from training import Run, broken_count, build_precision, launch, layout_of, until_stopped
 
@@ -109,7 +109,7 @@ def evaluate(
     Raises:
         EvaluationStopped: see `training.until_stopped`.
     """
-    batches = metrics.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
+    batches = logs.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
     batches = until_stopped(batches, world, stop)
     results = world.gather(detect(detector, batches, dataset=dataset, precision=precision))
     if not world.is_main:
@@ -145,7 +145,7 @@ def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
     report_broken(world, loader)
     if world.is_main:
         title = f"AP (%) on {len(dataset)} images"
-        print(metrics.table([["", *STATISTICS], *ap_rows(found, "")], title))
+        print(logs.table([["", *STATISTICS], *ap_rows(found, "")], title))
         if args.draw:
             images = first_images(dataset, args.draw_images)
             draw_images(detector, images, args.draw, classes=dataset.classes, threshold=args.draw_threshold)
@@ -189,9 +189,9 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
     rows = [["", "parameters (M)", "images/s"]]
     for (name, form), rate in zip(forms.items(), rates, strict=True):
         rows.append([name, f"{profiling.count_params(form) / 1e6:.3f}", f"{rate:.2f}"])
-    print(metrics.table(rows, args.model))
+    print(logs.table(rows, args.model))
     aps = [row for name in forms for row in ap_rows(found[name], f"{name}, ")]
-    print(metrics.table([["", *STATISTICS], *aps], f"AP (%) on {len(dataset)} images"))
+    print(logs.table([["", *STATISTICS], *aps], f"AP (%) on {len(dataset)} images"))
     print(f"largest difference of a detection: {difference:.1e} over {len(images)} images")
     print(f"speed-up: {rates[1] / rates[0]:.2f}, by medians over interleaved rounds of one image")
     print(f"deploy form: {args.switch_to_deploy}")
@@ -230,7 +230,7 @@ class Detection:
 class DetectionRun(Run):
     """Training a detector; lambda is 1 throughout."""
 
-    panels = metrics.DETECTION_CURVES
+    panels = curves.DETECTION_CURVES
     schedule_flags = (*Run.schedule_flags, "lr_steps", "lr_gamma")
 
     def build_data(self) -> None:
@@ -253,8 +253,8 @@ class DetectionRun(Run):
             load_classifier(args, detector)
         return self.place(detector)
 
-    def build_meter(self) -> metrics.SumMeter:
-        return metrics.SumMeter(("loss", *self.model.losses, "count"), self.world.device)
+    def build_meter(self) -> logs.SumMeter:
+        return logs.SumMeter(("loss", *self.model.losses, "count"), self.world.device)
 
     def count_warmup_steps(self) -> int:
         return self.args.warmup_steps

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from metrics import read_rows
+from records.logs import read_rows
 
 __all__ = ["COLUMNS", "Result", "depth_figure", "latency_figure", "read_results", "results_figures"]
 

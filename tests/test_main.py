@@ -400,11 +400,11 @@ def test_compile_changes_no_number_and_recompiles_for_no_lambda(tiny_fmnist, tmp
     for name, flags in (("one", ["--early_stop_epochs", 1]), ("three", ["--early_stop_epochs", 3])):
         torch._dynamo.reset()
         counters.clear()
-        flags += ["--compile", "true", "--drop", 0, "--lr", 1e-4]
+        flags += ["--compile", "true", "--drop", 0, "--lr", 1e-5]
         run(tiny_fmnist, "--output_dir", tmp_path / name, *flags)
         graphs[name] = counters["stats"]["unique_graphs"]
     assert graphs["one"] == graphs["three"] > 0
-    run(tiny_fmnist, "--output_dir", tmp_path / "eager", "--early_stop_epochs", 3, "--drop", 0, "--lr", 1e-4)
+    run(tiny_fmnist, "--output_dir", tmp_path / "eager", "--early_stop_epochs", 3, "--drop", 0, "--lr", 1e-5)
     compiled, eager = (rows(tmp_path / name)[0] for name in ("three", "eager"))
     assert [row["act_learn"] for row in compiled] == ["0.0", "0.2", "0.4"]
     for ours, theirs in zip(compiled, eager, strict=True):

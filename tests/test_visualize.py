@@ -18,13 +18,13 @@ from torch import nn
 
 import datasets
 import main
-import metrics
 import models
 import utils
 import visualize
 from pictures.cam import activation_maps
 from pictures.figures import depth_figure, latency_figure, read_results
 from pictures.subjects import open_network, read_images
+from records import curves
 from records.checkpoints import load_checkpoint, load_weights, save_checkpoint
 
 ROOT = Path(visualize.__file__).parent
@@ -319,7 +319,7 @@ def test_curves_hold_the_numbers_of_their_tables(run_folder, tmp_path, figures):
     drawn = {line.get_label(): line.get_xydata().tolist() for axes in figure.axes for line in axes.lines}
     expected = {
         f"first: {name}": [[int(row["epoch"]), float(row[name])] for row in table]
-        for _, names in metrics.CURVES
+        for _, names in curves.CURVES
         for name in names
     }
     assert len(expected) == 6

@@ -1,27 +1,20 @@
-"""Meters, which gather numbers on the device, and sinks, which take `log(metrics, step)` and put it somewhere.
-
-The training loop knows neither: it returns numbers, and `main.py` hands them to the sinks of rank 0.
-"""
+"""Meters, which gather numbers on the device, and sinks, which take `log(metrics, step)` and put it somewhere."""
 
 import csv
-import gc
 import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from terminaltables import AsciiTable
 from tqdm import tqdm
 
 from records.files import cannot_write, replacing
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +57,7 @@ def progress(batches: Iterable, *, description: str, total: int, initial: int = 
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """A log that cannot be written ends the run: turn the cause, which may lack the path, into a line for the user."""
     try:
         yield
@@ -119,7 +112,7 @@ class CsvSink:
         self.rows.append({"epoch": step, **metrics})
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         # Rewritten as a whole, because a later row may bring a column that the header lacks.
-        with _writing(self.path), replacing(self.path) as temporary, temporary.open("w", newline="") as file:
+        with writing(self.path), replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
@@ -133,7 +126,7 @@ class JsonLinesSink:
 
     def __init__(self, path: Path, key: str, start: int = 0):
         self.key, self.path = key, path
-        with _writing(path):
+        with writing(path):
             if path.exists():
                 lines = path.read_text().splitlines(keepends=True)
                 with replacing(path) as temporary:
@@ -147,7 +140,7 @@ class JsonLinesSink:
             return False
 
     def log(self, metrics: Metrics, step: int) -> None:
-        with _writing(self.path):
+        with writing(self.path):
             self.file.write(f"{json.dumps({self.key: step, **metrics})}\n".encode())
 
     def close(self) -> None:
@@ -164,7 +157,7 @@ class TensorBoardSink:
         from tensorboardX.event_file_writer import EventsWriter
 
         self.path, self.prefix = folder, prefix
-        with _writing(folder):
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self.writer = EventsWriter(str(folder / "events"), filename_suffix=f".{prefix}")
 
@@ -172,14 +165,14 @@ class TensorBoardSink:
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
-        with _writing(self.path):
+        with writing(self.path):
             for name, value in metrics.items():
                 summary = scalar(f"{self.prefix}/{name}", value)
                 self.writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
             self.writer.flush()
 
     def close(self) -> None:
-        with _writing(self.path):
+        with writing(self.path):
             self.writer.close()
 
 
@@ -197,97 +190,6 @@ class WandbSink:
 
     def close(self) -> None:
         self.run.finish()
-
-
-Panels = Sequence[tuple[str, Sequence[str]]]  # title and columns of each
-CURVES: Panels = (
-    ("loss", ("train_loss", "test_loss")),
-    ("top-1 (%)", ("test_acc1", "ema_acc1")),
-    ("learning rate", ("lr",)),
-    ("lambda", ("act_learn",)),
-)
-DETECTION_CURVES: Panels = (
-    ("loss", ("train_loss",)),
-    ("box AP", ("test_box_AP", "test_box_AP50", "ema_box_AP")),
-    ("mask AP", ("test_mask_AP", "test_mask_AP50", "ema_mask_AP")),
-    ("learning rate", ("lr",)),
-)
-
-
-def curve(rows: Iterable[Mapping[str, object]], column: str) -> list[tuple[int, float]]:
-    """(epoch, value) of a column of `summary.csv` in the epochs that have one. Raises ValueError for other cells."""
-    return [(int(row["epoch"]), float(row[column])) for row in rows if row.get(column) not in (None, "")]
-
-
-def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]], panels: Panels = CURVES) -> "Figure":
-    """The curves of one or several runs over each other.
-
-    One run has a colour for each column. Of several, each run has a colour and each column of a panel a line style; a
-    line is labelled by its run and column.
-
-    Args:
-        runs: rows of a run's `summary.csv`, by its name.
-        panels: four.
-
-    Raises:
-        ValueError: a cell is no number.
-    """
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    single = len(runs) == 1
-    # The usual colours are ten; more runs than that share a rainbow out among them.
-    colors = [f"C{i}" if len(runs) <= 10 else colormaps["turbo"](i / (len(runs) - 1)) for i in range(len(runs))]
-    for axes, (title, columns) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        styles = dict(zip(columns, ("-", "--", ":"), strict=False))
-        for column, style in styles.items():
-            for color, (run, rows) in zip(colors, runs.items(), strict=True):
-                points = curve(rows, column)
-                if not points:
-                    continue
-                look = {"label": column} if single else {"label": f"{run}: {column}", "color": color, "ls": style}
-                axes.plot(*zip(*points, strict=True), marker=".", **look)
-        axes.set(title=title, xlabel="epoch")
-        axes.grid(alpha=0.3)
-        if len(columns) > 1 and axes.lines:
-            shown = [Line2D([], [], color="black", ls=style, label=column) for column, style in styles.items()]
-            axes.legend(handles=axes.lines if single else shown)
-    if not single:
-        names = [Line2D([], [], color=color, marker=".", label=run) for color, run in zip(colors, runs, strict=True)]
-        figure.legend(handles=names, loc="outside upper center", ncols=4)
-    return figure
-
-
-@contextmanager
-def _knots_undone() -> Iterator[None]:
-    """Free what the block leaves behind. A figure is a knot of 5 MB, which Python would come to undo many epochs later.
-
-    Without collections in between, all of it is young, and looking at young objects takes no time.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.collect(0)
-        gc.enable()
-
-
-class CurvesSink:
-    """`curves.png`: the columns of `panels` by epoch, drawn anew from the CSV."""
-
-    def __init__(self, path: Path, table: CsvSink, panels: Panels = CURVES):
-        self.path, self.table, self.panels = path, table, panels
-
-    def log(self, metrics: Metrics, step: int) -> None:
-        with _writing(self.path), _knots_undone():
-            curves_figure({"": self.table.rows}, self.panels).savefig(self.path, dpi=100)
-
-    def close(self) -> None:
-        pass
 
 
 class Sinks:
