@@ -27,6 +27,7 @@ import utils
 from benchmarking import profiling
 from engine import Classification, Distiller, EvalResult, Precision, build_criterion, evaluate, train_meter
 from loading import loaders, transforms
+from loading.processes import Loading
 from loading.streams import StreamDataset
 from optim_factory import activation_slope, cosine_schedule
 from options import parse_args, plain_args
@@ -84,15 +85,14 @@ def build_dataset(args: argparse.Namespace, world: utils.World, *, train: bool, 
 def build_eval_loader(args: argparse.Namespace, dataset, world: utils.World):
     """The validation loader, and ReaL's labels by index if there are any."""
     rank, size = (world.rank, world.size) if args.dist_eval else (0, 1)
-    loader = loaders.build_eval_loader(
-        dataset,
-        batch_size=args.batch_size,
+    loading = Loading(
+        args.batch_size,
         rank=rank,
         world_size=size,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and world.device.type == "cuda",
-        skip_broken=args.skip_broken_eval,
     )
+    loader = loaders.build_eval_loader(dataset, loading, skip_broken=args.skip_broken_eval)
     real = datasets.real_targets(datasets.load_real_labels(args.real_labels), dataset) if args.real_labels else None
     return loader, real
 
@@ -402,7 +402,7 @@ class ClassificationRun(Run):
         if not args.disable_eval:
             datasets.check_same_classes(train_dataset, eval_dataset)
         self.num_classes, self.classes = class_count(args, train_dataset), train_dataset.classes
-        self.loader = loaders.build_train_loader(train_dataset, **self.loading())
+        self.loader = loaders.build_train_loader(train_dataset, self.loading())
         self.mixup = transforms.build_mixup(
             args.batch_size,
             self.num_classes,

@@ -23,6 +23,7 @@ from torch import nn
 
 import utils
 from engine import FiniteGuard, NonFiniteError, Objective, Precision, Progress, train_one_epoch
+from loading.processes import Loading
 from optim_factory import build_optimizer, set_hyperparameters
 from options import plain_args, save_args
 from records import curves, logs
@@ -186,17 +187,17 @@ class Run(ABC):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return model
 
-    def loading(self) -> dict[str, Any]:
-        """How this rank's training batches are loaded, for `loaders.build_train_loader`."""
+    def loading(self) -> Loading:
+        """How this rank's training batches are loaded."""
         args, world = self.args, self.world
-        return {
-            "batch_size": args.batch_size,
-            "rank": world.rank,
-            "world_size": world.size,
-            "seed": args.seed,
-            "num_workers": args.num_workers,
-            "pin_memory": args.pin_mem and world.device.type == "cuda",
-        }
+        return Loading(
+            args.batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            seed=args.seed,
+            num_workers=args.num_workers,
+            pin_memory=args.pin_mem and world.device.type == "cuda",
+        )
 
     def build_emas(self) -> list[ModelEmaV3]:
         args = self.args

@@ -8,14 +8,13 @@ n samples are the same set for any number of ranks.
 import logging
 import random
 from collections.abc import Iterator
-from functools import partial
 
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from loading.images import BrokenImageError
 from loading.order import EpochSampler, kept_random_states, seed_all
-from loading.processes import Collate, Sample, iterate, make_loader
+from loading.processes import Loading, Sample, iterate, make_loader
 from loading.streams import StreamDataset, StreamEvalLoader, StreamTrainLoader
 
 logger = logging.getLogger(__name__)
@@ -79,26 +78,16 @@ class TrainLoader:
 
     resumable = True
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        sampler: EpochSampler,
-        seed: int,
-        num_workers: int,
-        pin_memory: bool,
-        collate: Collate = default_collate,
-    ):
+    def __init__(self, dataset: Dataset, loading: Loading):
         self.broken: set[int] = set()
         self._dataset = dataset
-        self._sampler = sampler
+        self._batch_size = loading.batch_size
+        self._sampler = EpochSampler(len(dataset), loading)
         self._loader = make_loader(
-            _TrainSamples(dataset, seed),
-            batch_sampler=sampler,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            collate=collate,
-            persistent_workers=num_workers > 0,
+            _TrainSamples(dataset, loading.seed),
+            loading,
+            batch_sampler=self._sampler,
+            persistent_workers=loading.num_workers > 0,
         )
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
@@ -118,7 +107,7 @@ class TrainLoader:
         """Raises ValueError if no readable image is found for a place in a batch."""
         for images, targets, _, notes in iterate(self._loader):
             _note_broken(notes, self.broken, self._dataset)
-            if images is None or len(images) < self._sampler.batch_size:
+            if images is None or len(images) < self._batch_size:
                 index, reason = notes[-1]
                 raise ValueError(
                     f"no readable training image in {min(len(self._dataset), MAX_TRIES)} tries, the last was "
@@ -143,29 +132,16 @@ class EvalLoader:
         broken: indices of the images that this rank found broken and left out. Each is logged once.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        num_workers: int,
-        pin_memory: bool,
-        skip_broken: bool,
-        collate: Collate = default_collate,
-    ):
+    def __init__(self, dataset: Dataset, loading: Loading, *, skip_broken: bool = False):
         self.broken: set[int] = set()
         self._dataset = dataset
         self._skip_broken = skip_broken
         # The loader processes end with each evaluation, to leave their memory to training.
         self._loader = make_loader(
             _EvalSamples(dataset),
-            sampler=range(rank, len(dataset), world_size),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            collate=collate,
+            loading,
+            sampler=range(loading.rank, len(dataset), loading.world_size),
+            batch_size=loading.batch_size,
         )
 
     def __len__(self) -> int:
@@ -186,74 +162,18 @@ class EvalLoader:
                 yield images, targets, indices
 
 
-def build_train_loader(
-    dataset: Dataset | StreamDataset,
-    *,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    seed: int,
-    num_workers: int,
-    pin_memory: bool,
-    collate: Collate = default_collate,
-) -> TrainLoader | StreamTrainLoader:
-    """The training batches of one rank.
-
-    Args:
-        batch_size: of one rank.
-        num_workers: loader processes; they live as long as the loader. 0 loads in this process.
-        pin_memory: put batches in page-locked memory, for a GPU.
-        collate: batches (image, target, index), not those of a stream.
-
-    Raises:
-        ValueError: an argument is out of range.
-    """
-    if isinstance(dataset, StreamDataset):
-        return StreamTrainLoader(
-            dataset,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            seed=seed,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-        )
-    sampler = EpochSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed)
-    return TrainLoader(
-        dataset, sampler=sampler, seed=seed, num_workers=num_workers, pin_memory=pin_memory, collate=collate
-    )
+def build_train_loader(dataset: Dataset | StreamDataset, loading: Loading) -> TrainLoader | StreamTrainLoader:
+    """The training batches of one rank. Its loader processes live as long as the loader."""
+    return (StreamTrainLoader if isinstance(dataset, StreamDataset) else TrainLoader)(dataset, loading)
 
 
 def build_eval_loader(
-    dataset: Dataset | StreamDataset,
-    *,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    num_workers: int,
-    pin_memory: bool,
-    skip_broken: bool = False,
-    collate: Collate = default_collate,
+    dataset: Dataset | StreamDataset, loading: Loading, *, skip_broken: bool = False
 ) -> EvalLoader | StreamEvalLoader:
     """The validation batches of one rank: images rank, rank + world_size, ...
 
-    Args:
-        batch_size: of one rank.
-        num_workers: loader processes, for the time of an iteration. 0 loads in this process.
-        pin_memory: put batches in page-locked memory, for a GPU.
-        skip_broken: leave broken images out and count them, instead of raising ValueError.
-        collate: batches (image, target, index), not those of a stream.
+    Its loader processes live for the time of an iteration. `skip_broken` leaves broken images out and counts them,
+    instead of raising ValueError.
     """
-    if isinstance(dataset, StreamDataset):
-        kind = StreamEvalLoader
-    else:
-        kind = partial(EvalLoader, collate=collate)
-    return kind(
-        dataset,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        skip_broken=skip_broken,
-    )
+    kind = StreamEvalLoader if isinstance(dataset, StreamDataset) else EvalLoader
+    return kind(dataset, loading, skip_broken=skip_broken)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from loading.processes import Loading
+
 
 @contextmanager
 def kept_random_states() -> Iterator[None]:
@@ -36,28 +38,16 @@ class EpochSampler:
     any number of ranks. The last global batch is filled up from the start of the same order, several times if need be.
 
     Args:
-        length: samples in the data set.
-        batch_size: of one rank.
-        rank, world_size: 0 <= rank < world_size.
-        seed: not negative.
+        length: samples in the data set, 1 or more.
+        loading: of which batch size, rank, ranks and seed count.
         shuffle: False keeps the data set's order in every epoch.
-
-    Raises:
-        ValueError: an argument is out of range.
     """
 
-    def __init__(self, length: int, *, batch_size: int, rank: int, world_size: int, seed: int, shuffle: bool = True):
-        if length < 1 or batch_size < 1:
-            raise ValueError(f"there must be samples and a batch size of 1 or more, not {length} and {batch_size}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not among {world_size} processes")
-        if seed < 0:
-            raise ValueError(f"--seed must not be negative, it is {seed}")
+    def __init__(self, length: int, loading: Loading, *, shuffle: bool = True):
+        if length < 1:
+            raise ValueError("there are no samples to train on")
         self.length = length
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
+        self.loading = loading
         self.shuffle = shuffle
         self.set_epoch(0)
 
@@ -79,20 +69,20 @@ class EpochSampler:
         return self._batches(max(0, self.length - self.start_sample))
 
     def _batches(self, samples: int) -> int:
-        return -(-samples // (self.batch_size * self.world_size))
+        return -(-samples // (self.loading.batch_size * self.loading.world_size))
 
     def _order(self) -> np.ndarray:
         """(length,), the indices in this epoch's order."""
         if not self.shuffle:
             return np.arange(self.length)
         # RandomState because its stream, unlike that of numpy's and torch's generators, is promised never to change.
-        bits = np.random.MT19937(np.random.SeedSequence((self.seed, self.epoch)))
+        bits = np.random.MT19937(np.random.SeedSequence((self.loading.seed, self.epoch)))
         return np.random.RandomState(bits).permutation(self.length)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = self.epoch, self._order()
-        first = self.start_sample + self.rank * self.batch_size
+        batch_size, rank, world_size = self.loading.batch_size, self.loading.rank, self.loading.world_size
         for batch in range(self.remaining_batches):
-            start = first + batch * self.batch_size * self.world_size
-            indices = order[np.arange(start, start + self.batch_size) % self.length]
+            start = self.start_sample + (batch * world_size + rank) * batch_size
+            indices = order[np.arange(start, start + batch_size) % self.length]
             yield [(epoch, index) for index in indices.tolist()]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_bool
+from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing.sharedctypes import RawValue
 from typing import Any
@@ -21,6 +22,39 @@ GROUP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR
 Sample = tuple[torch.Tensor | None, Any, int, Sequence]
 # Batches (image, target, index): by default (B, 3, H, W), (B,), (B,).
 Collate = Callable[[list[tuple]], Sequence]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the batches of one rank are loaded.
+
+    Attributes:
+        batch_size: of one rank.
+        rank, world_size: 0 <= rank < world_size.
+        seed: of training's order and transforms; not negative.
+        num_workers: loader processes; 0 loads in this process.
+        pin_memory: put batches in page-locked memory, for a GPU.
+        collate: batches (image, target, index).
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    num_workers: int = 0
+    pin_memory: bool = False
+    collate: Collate = default_collate
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size must be 1 or more, not {self.batch_size}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is not among {self.world_size} processes")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, it is {self.seed}")
 
 
 def _collate(samples: list[Sample], batch: Collate) -> tuple[Any, Any, Any, list]:
@@ -69,21 +103,13 @@ def _start_worker(exiting: Any, worker_id: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
 
 
-def make_loader(
-    dataset: Dataset,
-    *,
-    num_workers: int,
-    pin_memory: bool,
-    seed: int = 0,
-    collate: Collate = default_collate,
-    **options,
-) -> DataLoader:
+def make_loader(dataset: Dataset, loading: Loading, *, seed: int = 0, **options) -> DataLoader:
     """A DataLoader that draws from a generator of its own: iterating must not move the global one."""
     return DataLoader(
         dataset,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=partial(_collate, batch=collate),
+        num_workers=loading.num_workers,
+        pin_memory=loading.pin_memory,
+        collate_fn=partial(_collate, batch=loading.collate),
         worker_init_fn=partial(_start_worker, _exiting()),
         generator=torch.Generator().manual_seed(seed),
         **options,

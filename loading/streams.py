@@ -4,6 +4,7 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from loading.hugging_face import hugging_face
 from loading.images import to_rgb
 from loading.order import kept_random_states, seed_all
-from loading.processes import Sample, iterate, make_loader
+from loading.processes import Loading, Sample, iterate, make_loader
 from loading.transforms import Transform
 from records.files import first_line
 
@@ -91,15 +92,20 @@ class StreamDataset:
         """The number of images that the data set's description promises; 0 where it does not say."""
         return self._length
 
-    def open(self, *, batch_size: int, seed: int, rank: int, world_size: int, num_workers: int) -> IterableDataset:
+    def open(self, loading: Loading) -> IterableDataset:
         """A stream of (image, class) of this rank; for training each loader process gives whole batches of it."""
         # Only tfds needs to be told the mode, to give images at all; elsewhere `to_rgb` knows better.
         mode = "RGB" if self.name.lower().startswith("tfds") else ""
         source = open_timm(
-            self.name, self._root, train=self.train, batch_size=batch_size, seed=seed, input_img_mode=mode
+            self.name,
+            self._root,
+            train=self.train,
+            batch_size=loading.batch_size,
+            seed=loading.seed,
+            input_img_mode=mode,
         )
-        source.reader.dist_rank, source.reader.dist_num_replicas = rank, world_size
-        source.set_loader_cfg(num_workers=num_workers)
+        source.reader.dist_rank, source.reader.dist_num_replicas = loading.rank, loading.world_size
+        source.set_loader_cfg(num_workers=loading.num_workers)
         return source
 
 
@@ -160,39 +166,7 @@ class _EvalStream(IterableDataset):
         yield None, -1, -1, [count]
 
 
-class _StreamLoader:
-    """What the loaders of a stream share; for the arguments see `build_train_loader`."""
-
-    def __init__(
-        self,
-        dataset: StreamDataset,
-        *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        num_workers: int,
-        pin_memory: bool,
-    ):
-        self.broken: set[int] = set()
-        self._dataset = dataset
-        self._batch_size = batch_size
-        self._rank = rank
-        self._world_size = world_size
-        self._num_workers = num_workers
-        self._pin_memory = pin_memory
-
-    def _batches(self, samples: IterableDataset, *, seed: int = 0) -> Iterator[tuple]:
-        loader = make_loader(
-            samples,
-            batch_size=self._batch_size,
-            num_workers=self._num_workers,
-            pin_memory=self._pin_memory,
-            seed=seed,
-        )
-        return iterate(loader)
-
-
-class StreamTrainLoader(_StreamLoader):
+class StreamTrainLoader:
     """As `TrainLoader`, from a stream. Its order is a function of (seed, epoch), of rank, ranks and loader processes.
 
     timm reads ahead of us: it logs and leaves out what is broken in wds/, without a count, and other streams stop.
@@ -200,20 +174,12 @@ class StreamTrainLoader(_StreamLoader):
 
     resumable = False
 
-    def __init__(self, dataset: StreamDataset, *, seed: int, **shared: Any):
-        super().__init__(dataset, **shared)
-        self._seed = seed
+    def __init__(self, dataset: StreamDataset, loading: Loading):
+        self.broken: set[int] = set()
+        self._dataset = dataset
+        self._loading = loading
         self._epoch = 0
-        self._length = len(self._open(seed)) // self._batch_size
-
-    def _open(self, seed: int) -> IterableDataset:
-        return self._dataset.open(
-            batch_size=self._batch_size,
-            seed=seed,
-            rank=self._rank,
-            world_size=self._world_size,
-            num_workers=self._num_workers,
-        )
+        self._length = len(dataset.open(loading)) // loading.batch_size
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
         """Choose the epoch. Raises ValueError if it is to begin elsewhere than at its start."""
@@ -236,25 +202,27 @@ class StreamTrainLoader(_StreamLoader):
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Raises ValueError if the stream ends before the epoch."""
         # A new reader for each epoch, because readers carry the state of their shuffling from one to the next.
-        words = np.random.SeedSequence((self._seed, self._epoch)).generate_state(2, np.uint32).tolist()
+        loading = self._loading
+        words = np.random.SeedSequence((loading.seed, self._epoch)).generate_state(2, np.uint32).tolist()
         samples = _TrainStream(
             self._dataset.name,
-            self._open(words[0] >> 1),
+            self._dataset.open(replace(loading, seed=words[0] >> 1)),
             transform=self._dataset.transform,
-            key=(self._seed, self._epoch, self._rank),
+            key=(loading.seed, self._epoch, loading.rank),
         )
+        loader = make_loader(samples, loading, batch_size=loading.batch_size, seed=words[1] + loading.rank)
         count = 0
-        for images, targets, _, _ in self._batches(samples, seed=words[1] + self._rank):
+        for images, targets, _, _ in iterate(loader):
             count += 1
             yield images, targets
         if count < self._length:
             raise ValueError(
                 f"--data_set {self._dataset.name} ended after {count} of {self._length} batches: it needs a shard for "
-                f"each of {self._world_size} x {max(1, self._num_workers)} loader processes, lower --num_workers"
+                f"each of {loading.world_size} x {max(1, loading.num_workers)} loader processes, lower --num_workers"
             )
 
 
-class StreamEvalLoader(_StreamLoader):
+class StreamEvalLoader:
     """As `EvalLoader`, from a stream. Indices are unique over all ranks, but tell nothing else.
 
     Attributes:
@@ -262,28 +230,28 @@ class StreamEvalLoader(_StreamLoader):
             known, since timm leaves them out (and logs them) before we see them.
     """
 
-    def __init__(self, dataset: StreamDataset, *, skip_broken: bool, **shared: Any):
-        super().__init__(dataset, **shared)
+    def __init__(self, dataset: StreamDataset, loading: Loading, *, skip_broken: bool = False):
+        self.broken: set[int] = set()
+        self._dataset = dataset
+        self._loading = loading
         self._skip_broken = skip_broken
 
     def __len__(self) -> int:
         """Batches, if the data set's description is right and each loader process has as many images."""
-        return -(-len(self._dataset) // (self._batch_size * self._world_size))
+        return -(-len(self._dataset) // (self._loading.batch_size * self._loading.world_size))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Raises ValueError at the end if there were less images than the description says, unless that may be."""
-        source = self._dataset.open(
-            batch_size=self._batch_size, seed=0, rank=0, world_size=1, num_workers=self._num_workers
-        )
+        loading = self._loading
         samples = _EvalStream(
             self._dataset.name,
-            source,
+            self._dataset.open(replace(loading, seed=0, rank=0, world_size=1)),  # each rank reads all
             transform=self._dataset.transform,
-            rank=self._rank,
-            world_size=self._world_size,
+            rank=loading.rank,
+            world_size=loading.world_size,
         )
         count = 0
-        for images, targets, indices, notes in self._batches(samples):
+        for images, targets, indices, notes in iterate(make_loader(samples, loading, batch_size=loading.batch_size)):
             count += sum(notes)
             if images is not None:
                 yield images, targets, indices

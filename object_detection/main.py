@@ -13,7 +13,7 @@ import functools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from benchmarking import profiling
 from engine import Precision
 from loading import loaders
 from loading.images import BrokenImageError
+from loading.processes import Loading
 from object_detection.checkpoints import (
     build_detector,
     check_categories,
@@ -72,16 +73,15 @@ def build_dataset(args: argparse.Namespace, *, train: bool) -> CocoDataset:
 def build_eval_loader(args: argparse.Namespace, dataset: CocoDataset, world: utils.World) -> loaders.EvalLoader:
     """Image by image: in a batch, what is found in an image would depend a little on the others, which pad it, and so
     AP on the number of processes."""
-    return loaders.build_eval_loader(
-        dataset,
+    loading = Loading(
         batch_size=1,
         rank=world.rank,
         world_size=world.size,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and world.device.type == "cuda",
-        skip_broken=args.skip_broken_eval,
         collate=collate,
     )
+    return loaders.build_eval_loader(dataset, loading, skip_broken=args.skip_broken_eval)
 
 
 def first_images(dataset: CocoDataset, count: int) -> list[torch.Tensor]:
@@ -236,7 +236,7 @@ class DetectionRun(Run):
     def build_data(self) -> None:
         args, world = self.args, self.world
         self.dataset = build_dataset(args, train=True)
-        self.loader = loaders.build_train_loader(self.dataset, **self.loading(), collate=collate)
+        self.loader = loaders.build_train_loader(self.dataset, replace(self.loading(), collate=collate))
         self.eval_dataset = None
         if not args.disable_eval:
             self.eval_dataset = build_dataset(args, train=False)

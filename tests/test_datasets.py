@@ -31,6 +31,7 @@ from loading import loaders, transforms
 from loading.hugging_face import hugging_face
 from loading.images import BrokenImageError, decode_image
 from loading.order import EpochSampler, seed_all
+from loading.processes import Loading
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "data" / "fashion-mnist"
@@ -55,27 +56,11 @@ def fmnist(train=True, transform=to_tensor, path=EMBEDDED, **kwargs):
 
 
 def train_loader(dataset, batch_size=4, rank=0, world_size=1, seed=0, num_workers=0):
-    return loaders.build_train_loader(
-        dataset,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        num_workers=num_workers,
-        pin_memory=False,
-    )
+    return loaders.build_train_loader(dataset, Loading(batch_size, rank, world_size, seed, num_workers))
 
 
 def eval_loader(dataset, batch_size=4, rank=0, world_size=1, num_workers=0, **kwargs):
-    return loaders.build_eval_loader(
-        dataset,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-        pin_memory=False,
-        **kwargs,
-    )
+    return loaders.build_eval_loader(dataset, Loading(batch_size, rank, world_size, num_workers=num_workers), **kwargs)
 
 
 def save(path, color=(10, 20, 30), size=(8, 6), **kwargs):
@@ -496,8 +481,8 @@ def test_lack_of_resources_is_no_broken_image(tmp_path, monkeypatch):
 # -- order
 
 
-def sampler(length, **kwargs):
-    return EpochSampler(length, **{"batch_size": 3, "rank": 0, "world_size": 1, "seed": 5, **kwargs})
+def sampler(length, shuffle=True, **kwargs):
+    return EpochSampler(length, Loading(**{"batch_size": 3, "seed": 5, **kwargs}), shuffle=shuffle)
 
 
 def global_order(length, world_size, epoch=0, start_sample=0, **kwargs):
@@ -508,7 +493,7 @@ def global_order(length, world_size, epoch=0, start_sample=0, **kwargs):
         part.set_epoch(epoch, start_sample)
         ranks.append(list(part))
         assert len(ranks[-1]) == part.remaining_batches
-        assert all(len(batch) == part.batch_size for batch in ranks[-1])
+        assert all(len(batch) == part.loading.batch_size for batch in ranks[-1])
         assert {pair[0] for batch in ranks[-1] for pair in batch} <= {epoch}
     return [index for batches in zip(*ranks, strict=True) for batch in batches for _, index in batch]
 

@@ -16,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from loading import loaders
 from loading.images import BrokenImageError
+from loading.processes import Loading
 from object_detection import make_garments
 from object_detection.coco import CocoDataset, collate, encode_segment, read_annotations
 from object_detection.draw import colour, draw_detections, save_picture
@@ -121,12 +122,12 @@ def test_flipping(tmp_path):
 
 def test_loaders_keep_images_of_different_sizes_apart(tmp_path):
     data = CocoDataset(*write(tmp_path, quirks()), train=True, masks=True)
-    options = {"batch_size": 3, "world_size": 1, "rank": 0, "num_workers": 0, "pin_memory": False, "collate": collate}
-    train = loaders.build_train_loader(data, seed=0, **options)
+    loading = Loading(batch_size=3, collate=collate)
+    train = loaders.build_train_loader(data, loading)
     images, targets = next(iter(train))
     assert [tuple(image.shape) for image in images] == [(3, 40, 60)] * 3
     assert all(set(target) == {"boxes", "labels", "masks"} for target in targets)
-    again = next(iter(loaders.build_train_loader(data, seed=0, **options)))
+    again = next(iter(loaders.build_train_loader(data, loading)))
     assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(targets, again[1], strict=True))
 
 

@@ -16,6 +16,7 @@ import models
 import utils
 from engine import Classification, FiniteGuard, NonFiniteError, Precision, Progress, train_one_epoch
 from loading import loaders, transforms
+from loading.processes import Loading
 
 STEPS, WINDOW = 3, 2  # of batches
 
@@ -120,9 +121,7 @@ def evaluate_all_sizes(arguments: list[str]) -> None:
         dataset = datasets.ArrayDataset(
             images[:count], targets[:count], classes=[str(c) for c in range(10)], transform=transform, name="drawn"
         )
-        loader = loaders.build_eval_loader(
-            dataset, batch_size=3, rank=world.rank, world_size=world.size, num_workers=0, pin_memory=False
-        )
+        loader = loaders.build_eval_loader(dataset, Loading(3, rank=world.rank, world_size=world.size))
         found = engine.evaluate(
             model, loader, precision=Precision(world.device), real_targets=real[:count], reduce=world.sum
         )
