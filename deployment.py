@@ -133,11 +133,13 @@ def load(
 def transform(metadata: Metadata) -> transforms.Transform:
     """From an RGB image to the network's input, (3, input_size, input_size)."""
     return transforms.build_eval_transform(
-        metadata.input_size,
-        mean=metadata.mean,
-        std=metadata.std,
-        small=metadata.crop_pct is None,
-        crop_pct=metadata.crop_pct,
+        transforms.Preprocessing(
+            metadata.input_size,
+            mean=metadata.mean,
+            std=metadata.std,
+            crop_pct=metadata.crop_pct,
+            native=metadata.crop_pct is None,
+        )
     )
 
 

@@ -46,23 +46,22 @@ CALIBRATION_IMAGES = 300
 
 
 def build_transform(args: argparse.Namespace, *, train: bool):
-    mean, std = transforms.mean_and_std(args.imagenet_default_mean_and_std)
-    shared = {
-        "mean": mean,
-        "std": std,
-        "small": transforms.keeps_native_size(args.data_set, args.input_size),
-    }
-    if not train:
-        return transforms.build_eval_transform(args.input_size, crop_pct=args.crop_pct, **shared)
-    return transforms.build_train_transform(
+    preprocessing = transforms.Preprocessing(
         args.input_size,
+        *transforms.mean_and_std(args.imagenet_default_mean_and_std),
+        crop_pct=args.crop_pct,
+        native=transforms.keeps_native_size(args.data_set, args.input_size),
+    )
+    if not train:
+        return transforms.build_eval_transform(preprocessing)
+    return transforms.build_train_transform(
+        preprocessing,
         color_jitter=args.color_jitter,
         aa=args.aa,
         interpolation=args.train_interpolation,
         reprob=args.reprob,
         remode=args.remode,
         recount=args.recount,
-        **shared,
     )
 
 

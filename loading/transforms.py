@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -17,7 +18,6 @@ from timm.data import (
     create_transform,
 )
 from torchvision import transforms
-from torchvision.transforms import InterpolationMode
 
 from records.files import first_line
 
@@ -25,6 +25,8 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 NATIVE_SIZE = 32  # px; up to here the images of CIFAR and FMNIST are not resized
 MAX_ASPECT = 4  # of an image to be resized for evaluation
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROP_MODES = ("center", "squash", "border")
 
 
 def mean_and_std(imagenet: bool) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -35,8 +37,51 @@ def mean_and_std(imagenet: bool) -> tuple[tuple[float, float, float], tuple[floa
 
 
 def keeps_native_size(data_set: str, input_size: int) -> bool:
-    """Whether images are so small that they are padded and cropped instead of resized: `small` of the transforms."""
+    """Whether images are so small that they are padded and cropped instead of resized: `Preprocessing.native`."""
     return data_set in ("CIFAR", "FMNIST") and input_size <= NATIVE_SIZE
+
+
+def default_crop_pct(input_size: int) -> float:
+    """The part of the resized shorter side that is kept: 0.875 below 384 px and 1 from there on."""
+    return 0.875 if input_size < 384 else 1.0
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become a network's input, float32, (3, input_size, input_size).
+
+    For evaluation, the shorter side is resized to int(input_size / crop_pct) and the centre cropped.
+
+    Attributes:
+        input_size: px.
+        mean, std: of each channel, of pixels in [0, 1]; subtracted and divided by.
+        crop_pct: in (0, 1]; None becomes `default_crop_pct`, but stays None for native images.
+        interpolation: of evaluation's resizing, by timm's name.
+        crop_mode: timm's. "center"; "squash" resizes both sides; "border" resizes the longer one and fills the rest.
+        native: images are not resized: evaluation crops or pads them, training crops from 4 px of padding.
+
+    Raises:
+        ValueError: crop_pct is out of range, or given with `native`, or interpolation or crop_mode are unknown.
+    """
+
+    input_size: int
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    crop_pct: float | None = None
+    interpolation: str = "bicubic"
+    crop_mode: str = "center"
+    native: bool = False
+
+    def __post_init__(self):
+        if self.native and self.crop_pct is not None:
+            raise ValueError(f"--crop_pct has no effect on images that are not resized (up to {NATIVE_SIZE} px)")
+        if not self.native and self.crop_pct is None:
+            object.__setattr__(self, "crop_pct", default_crop_pct(self.input_size))
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"--crop_pct must be above 0 and at most 1, not {self.crop_pct}")
+        for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)}")
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
@@ -52,11 +97,8 @@ def _mend_posterize(policy: Any) -> None:
 
 
 def build_train_transform(
-    input_size: int,
+    preprocessing: Preprocessing,
     *,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    small: bool = False,
     color_jitter: float = 0.4,
     aa: str | None = "rand-m9-mstd0.5-inc1",
     interpolation: str = "bicubic",
@@ -68,9 +110,7 @@ def build_train_transform(
     """From an RGB image to a random view of it, float32, (3, input_size, input_size), by timm's `create_transform`.
 
     Args:
-        input_size: px.
-        mean, std: of each channel, in [0, 1].
-        small: crop from the image padded by 4 px, instead of resizing a random part of it.
+        preprocessing: of which size, mean, std and `native` count.
         color_jitter: strength; timm leaves it out where `aa` is on, unless that is a "3a" policy.
         aa: timm's auto-augment policy; None, "" and "none" are off.
         interpolation: "random" (bilinear or bicubic), or one of Pillow's by name.
@@ -86,14 +126,14 @@ def build_train_transform(
         if unknown:  # timm passes over them
             raise ValueError(f"unknown section {unknown[0]}")
         transform = create_transform(
-            input_size=input_size,
+            input_size=preprocessing.input_size,
             is_training=True,
             hflip=hflip,
             color_jitter=color_jitter or None,
             auto_augment=policy,
             interpolation=interpolation,
-            mean=mean,
-            std=std,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
             re_prob=reprob,
             re_mode=remode,
             re_count=recount,
@@ -106,8 +146,8 @@ def build_train_transform(
     for step in transform.transforms:
         if isinstance(step, auto_augment.RandAugment | auto_augment.AutoAugment | auto_augment.AugMixAugment):
             _mend_posterize(step)
-    if small:
-        transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
+    if preprocessing.native:
+        transform.transforms[0] = transforms.RandomCrop(preprocessing.input_size, padding=4)
     return transform
 
 
@@ -127,48 +167,23 @@ class _LimitAspect:
         return image.crop((left, top, left + width, top + height))
 
 
-def default_crop_pct(input_size: int) -> float:
-    """The part of the resized shorter side that is kept: 0.875 below 384 px and 1 from there on."""
-    return 0.875 if input_size < 384 else 1.0
-
-
-def build_eval_transform(
-    input_size: int,
-    *,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    small: bool = False,
-    crop_pct: float | None = None,
-) -> Transform:
-    """From an RGB image to its middle, float32, (3, input_size, input_size). The aspect ratio is kept.
-
-    The shorter side is resized (bicubic) to int(input_size / crop_pct), then the centre is cropped.
-
-    Args:
-        input_size: px.
-        mean, std: of each channel, in [0, 1].
-        small: do not resize; an image smaller than input_size gets a black border.
-        crop_pct: in (0, 1]; None is `default_crop_pct`.
-
-    Raises:
-        ValueError: crop_pct is out of range, or given with `small`, where it has no effect.
-    """
-    resize = []
-    if small:
-        if crop_pct is not None:
-            raise ValueError(f"--crop_pct has no effect on images that are not resized (up to {NATIVE_SIZE} px)")
-    else:
-        if crop_pct is None:
-            crop_pct = default_crop_pct(input_size)
-        if not 0 < crop_pct <= 1:
-            raise ValueError(f"--crop_pct must be above 0 and at most 1, not {crop_pct}")
-        resize = [
-            _LimitAspect(),
-            transforms.Resize(int(input_size / crop_pct), interpolation=InterpolationMode.BICUBIC),
-        ]
-    return transforms.Compose(
-        [*resize, transforms.CenterCrop(input_size), transforms.ToTensor(), transforms.Normalize(mean, std)]
+def build_eval_transform(preprocessing: Preprocessing) -> Transform:
+    """From an RGB image to its middle, float32, (3, input_size, input_size), as timm's validate.py makes it."""
+    size, mean, std = preprocessing.input_size, preprocessing.mean, preprocessing.std
+    if preprocessing.native:
+        return transforms.Compose([transforms.CenterCrop(size), transforms.ToTensor(), transforms.Normalize(mean, std)])
+    transform = create_transform(
+        input_size=size,
+        is_training=False,
+        interpolation=preprocessing.interpolation,
+        mean=mean,
+        std=std,
+        crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
     )
+    if preprocessing.crop_mode == "center":
+        transform.transforms.insert(0, _LimitAspect())
+    return transform
 
 
 def build_mixup(

@@ -24,7 +24,8 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from timm.data import auto_augment
+from timm.data import auto_augment, create_transform, resolve_data_config
+from timm.models import get_pretrained_cfg
 
 import datasets
 from loading import loaders, transforms
@@ -37,7 +38,10 @@ ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "data" / "fashion-mnist"
 FULL_SET = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 IDX_FILES = [f"{s}-{kind}-ubyte.gz" for s in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-NORM = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+def preprocessing(input_size, **kwargs):
+    return transforms.Preprocessing(input_size, (0.5,) * 3, (0.5,) * 3, **kwargs)
 
 
 def to_tensor(image):
@@ -388,7 +392,7 @@ def plant(folder):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_broken_training_images_are_counted_once(folder, caplog, num_workers):
     broken = plant(folder)
-    transform = transforms.build_train_transform(16, **NORM)
+    transform = transforms.build_train_transform(preprocessing(16))
     dataset = open_folder(folder, transform=transform)
     assert len(dataset) == 6 + 8 + 5
     loader = train_loader(dataset, num_workers=num_workers)
@@ -404,7 +408,7 @@ def test_broken_training_images_are_counted_once(folder, caplog, num_workers):
 
 def test_replacements_do_not_hang_on_the_workers(folder):
     plant(folder)
-    dataset = open_folder(folder, transform=transforms.build_train_transform(16, **NORM))
+    dataset = open_folder(folder, transform=transforms.build_train_transform(preprocessing(16)))
     first, second = (list(train_loader(dataset, num_workers=n)) for n in (0, 2))
     for (images, targets), (other_images, other_targets) in zip(first, second, strict=True):
         assert torch.equal(images, other_images)
@@ -570,7 +574,7 @@ def assert_equal_batches(first, second):
 
 def test_samples_hang_on_seed_epoch_and_index_only():
     transform = transforms.build_train_transform(
-        32, **NORM, small=True, aa="rand-m9-mstd0.5-inc1", interpolation="random", reprob=0.5, recount=2
+        preprocessing(32, native=True), aa="rand-m9-mstd0.5-inc1", interpolation="random", reprob=0.5, recount=2
     )
     dataset = fmnist(False, transform)
     dataset.images, dataset.targets = dataset.images[:50], dataset.targets[:50]
@@ -592,8 +596,8 @@ def test_samples_hang_on_seed_epoch_and_index_only():
 
 
 def test_loaders_leave_the_global_generators_alone():
-    dataset = indexed(20, transforms.build_train_transform(32, **NORM))
-    val = indexed(20, transforms.build_eval_transform(32, **NORM))
+    dataset = indexed(20, transforms.build_train_transform(preprocessing(32)))
+    val = indexed(20, transforms.build_eval_transform(preprocessing(32)))
     before = states()
     for num_workers in (0, 1):
         batches_of(train_loader(dataset, num_workers=num_workers), 0)
@@ -692,13 +696,13 @@ def test_evaluation_crops_and_does_not_warp():
     image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (500, 750, 3), dtype=np.uint8))
     resize, crop, bicubic = torchvision.transforms.Resize, torchvision.transforms.CenterCrop, Image.BICUBIC
     for input_size, crop_pct, side in ((224, None, 256), (224, 0.95, 235), (384, None, 384), (384, 0.9, 426)):
-        found = transforms.build_eval_transform(input_size, **NORM, crop_pct=crop_pct)(image)
+        found = transforms.build_eval_transform(preprocessing(input_size, crop_pct=crop_pct))(image)
         assert found.shape == (3, input_size, input_size)
         expected = crop(input_size)(image.resize((int(side * 750 / 500), side), bicubic))
         assert torch.equal(found, (to_tensor(expected) - 0.5) / 0.5)
     # At 384 px a disc stays a disc: its width in the middle row is its height in the middle column.
     disc = np.hypot(*np.mgrid[-250:250, -375:375]) < 200
-    found = transforms.build_eval_transform(384, **NORM)(Image.fromarray(disc).convert("RGB"))[0] > 0
+    found = transforms.build_eval_transform(preprocessing(384))(Image.fromarray(disc).convert("RGB"))[0] > 0
     assert abs(int(found[192].sum()) - int(found[:, 192].sum())) <= 1
     assert resize(384)(image).size == (576, 384)
 
@@ -706,19 +710,19 @@ def test_evaluation_crops_and_does_not_warp():
 def test_extreme_aspect_ratio_is_cut_before_it_is_resized():
     image = Image.new("RGB", (20_000, 1), (0, 0, 0))
     image.paste((255, 255, 255), (9_998, 0, 10_002, 1))
-    found = transforms.build_eval_transform(224, **NORM)(image)
+    found = transforms.build_eval_transform(preprocessing(224))(image)
     assert found.shape == (3, 224, 224)
     assert torch.equal(found, torch.ones(3, 224, 224))  # 4 white px in the middle, each 256 px wide now
-    assert transforms.build_eval_transform(224, **NORM)(Image.new("RGB", (1, 1))).shape == (3, 224, 224)
+    assert transforms.build_eval_transform(preprocessing(224))(Image.new("RGB", (1, 1))).shape == (3, 224, 224)
 
 
 def test_small_images_keep_their_size():
     image = Image.new("L", (28, 28), 255).convert("RGB")
-    found = transforms.build_eval_transform(32, **NORM, small=True)(image)[0]
+    found = transforms.build_eval_transform(preprocessing(32, native=True))(image)[0]
     assert (found[2:30, 2:30] == 1).all()
     assert int((found == 1).sum()) == 28 * 28
     plain = {"aa": None, "color_jitter": 0, "reprob": 0, "hflip": 0}
-    transform = transforms.build_train_transform(32, **NORM, small=True, **plain)
+    transform = transforms.build_train_transform(preprocessing(32, native=True), **plain)
     torch.manual_seed(0)
     places = set()
     for _ in range(200):
@@ -730,7 +734,7 @@ def test_small_images_keep_their_size():
     assert not transforms.keeps_native_size("FMNIST", 33)
     assert not transforms.keeps_native_size("image_folder", 32)
     with pytest.raises(ValueError, match="--crop_pct has no effect"):
-        transforms.build_eval_transform(32, **NORM, small=True, crop_pct=0.9)
+        transforms.build_eval_transform(preprocessing(32, native=True, crop_pct=0.9))
 
 
 def test_every_augmentation_setting_has_an_effect():
@@ -739,7 +743,7 @@ def test_every_augmentation_setting_has_an_effect():
 
     def view(**kwargs):
         seed_all(1, 2, 3)
-        return transforms.build_train_transform(48, **NORM, **{**off, **kwargs})(image)
+        return transforms.build_train_transform(preprocessing(48), **{**off, **kwargs})(image)
 
     base = view()
     assert base.shape == (3, 48, 48)
@@ -760,19 +764,52 @@ def test_every_augmentation_setting_has_an_effect():
 )
 def test_train_transform_refuses(wrong):
     with pytest.raises(ValueError, match=r"^timm cannot augment by --aa .*$"):
-        transforms.build_train_transform(32, **NORM, **wrong)
+        transforms.build_train_transform(preprocessing(32), **wrong)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18.tv_in1k",
+        "tf_efficientnet_lite0.in1k",
+        "vit_base_patch16_siglip_224.v2_webli",
+        "convnext_tiny.fb_in22k_ft_in1k_384",
+        "deepseek_vit_412m",
+    ],
+)
+def test_evaluation_prepares_images_as_timm_does(name):
+    """By the config of each: bilinear and bicubic, each way of cropping, several crops and sizes."""
+    config = resolve_data_config(pretrained_cfg=get_pretrained_cfg(name).to_dict())
+    size = config["input_size"][-1]
+    keys = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
+    found = transforms.build_eval_transform(transforms.Preprocessing(size, **{key: config[key] for key in keys}))
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (300, 420, 3), dtype=np.uint8))
+    assert torch.equal(found(image), create_transform(**config, is_training=False)(image))
+
+
+@pytest.mark.parametrize("interpolation", transforms.INTERPOLATIONS)
+def test_evaluation_resizes_by_the_interpolation_asked_for(interpolation):
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (90, 90, 3), dtype=np.uint8))
+    found = transforms.build_eval_transform(preprocessing(64, crop_pct=1.0, interpolation=interpolation))(image)
+    assert torch.equal(found, (to_tensor(image.resize((64, 64), Image.Resampling[interpolation.upper()])) - 0.5) / 0.5)
+
+
+@pytest.mark.parametrize("wrong", [{"interpolation": "random"}, {"crop_mode": "middle"}])
+def test_preprocessing_refuses(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be one of .*, not {next(iter(wrong.values()))}"):
+        preprocessing(64, **wrong)
 
 
 @pytest.mark.parametrize("crop_pct", [0, -1, 1.1])
 def test_crop_pct_out_of_range(crop_pct):
     with pytest.raises(ValueError, match="--crop_pct must be above 0"):
-        transforms.build_eval_transform(224, **NORM, crop_pct=crop_pct)
+        transforms.build_eval_transform(preprocessing(224, crop_pct=crop_pct))
 
 
 @pytest.mark.parametrize("aa", ["rand-m10-inc1", "v0", "augmix-m5"])
 def test_posterizing_to_no_bits_gives_black(aa):
     """timm's policies come to it at magnitude 10, which m9-mstd0.5 draws in 2 of 100 cases."""
-    transform = transforms.build_train_transform(32, **NORM, aa=aa)
+    transform = transforms.build_train_transform(preprocessing(32), aa=aa)
     policy = next(step for step in transform.transforms if type(step).__module__ == auto_augment.__name__)
     ops = policy.ops if hasattr(policy, "ops") else [op for pair in policy.policy for op in pair]
     found = [op for op in ops if op.name.startswith("Posterize")]

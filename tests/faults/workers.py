@@ -115,7 +115,7 @@ def evaluate_all_sizes(arguments: list[str]) -> None:
     images = draw.integers(0, 256, (largest, 16, 16, 3), dtype=np.uint8)
     targets = draw.integers(0, 10, largest)
     real = [sorted(set(draw.integers(0, 10, draw.integers(0, 4)).tolist())) for _ in range(largest)]
-    transform = transforms.build_eval_transform(16, mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
+    transform = transforms.build_eval_transform(transforms.Preprocessing(16, (0.5,) * 3, (0.5,) * 3, crop_pct=1.0))
     results = []
     for count in range(1, largest + 1):
         dataset = datasets.ArrayDataset(
