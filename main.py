@@ -100,8 +100,8 @@ def class_count(args: argparse.Namespace, dataset) -> int:
     """The number of classes, from the data; from --nb_classes for a stream that does not know its own."""
     if dataset.classes is None:
         return args.nb_classes
-    if "nb_classes" in args.given and args.nb_classes != len(dataset.classes):
-        raise ValueError(f"--nb_classes {args.nb_classes}, but the data have {len(dataset.classes)} classes")
+    if args.nb_classes != len(dataset.classes):
+        args.moot("nb_classes", f"--nb_classes {args.nb_classes}, but the data have {len(dataset.classes)} classes")
     return len(dataset.classes)
 
 
@@ -114,8 +114,8 @@ def build_model(args: argparse.Namespace, num_classes: int, *, deploy: bool = Fa
         if args.width_mult is not None:
             kwargs["width_mult"] = args.width_mult
     for flag in ("act_num", "width_mult", "deploy"):
-        if flag in args.given and flag not in kwargs:
-            raise ValueError(f"--{flag} belongs to VanillaNet, --model {args.model} has no such thing")
+        if flag not in kwargs:
+            args.moot(flag, f"--{flag} belongs to VanillaNet, --model {args.model} has no such thing")
     model = timm.create_model(args.model, **kwargs)
     networks.check_input_size(model, args.input_size, f"--model {args.model}")
     return model
@@ -151,7 +151,7 @@ def build_teacher(args: argparse.Namespace, classes: Sequence[str] | None, num_c
     checkpoint: dict[str, Any] = {}
     is_file = Path(args.teacher).is_file()
     if is_file and args.teacher_weights:
-        raise ValueError(f"--teacher {args.teacher} is a file of weights already: leave out --teacher_weights")
+        args.moot("teacher_weights", f"--teacher {args.teacher} has weights already: leave out --teacher_weights")
     if is_file or args.teacher_weights:
         _, teacher, checkpoint = networks.create_trained(
             args.teacher if is_file else args.teacher_weights,
@@ -265,15 +265,15 @@ def calibrate(args: argparse.Namespace, world: utils.World) -> runtimes.Calibrat
 
 def open_exported(args: argparse.Namespace, world: utils.World, path: str):
     """The loader, ReaL labels and runtime of an exported file, with the preprocessing that is written in it."""
-    runtime = runtimes.load(path, engine=args.runtime, precision=args.precision, device=str(world.device))
+    runtime = runtimes.load(path, engine=args.engine, precision=args.precision, device=str(world.device))
     metadata = runtime.metadata
     for flag, value in (
         ("model", metadata.model),
         ("input_size", metadata.input_size),
         ("crop_pct", metadata.crop_pct),
     ):
-        if flag in args.given and getattr(args, flag) != value:
-            raise ValueError(f"--{flag} {getattr(args, flag)}, but {path} was exported with {value}")
+        if getattr(args, flag) != value:
+            args.moot(flag, f"--{flag} {getattr(args, flag)}, but {path} was exported with {value}")
     dataset = build_dataset(args, world, train=False, transform=deployment.transform(metadata))
     if class_count(args, dataset) != len(metadata.classes):
         raise ValueError(f"{path} knows {len(metadata.classes)} classes, the data have {class_count(args, dataset)}")
@@ -289,7 +289,7 @@ def evaluate_deployed(args: argparse.Namespace, world: utils.World) -> None:
         loader, real, model, _ = prepare_eval(args, world)
         runtime = runtimes.load(
             timm.utils.reparameterize_model(model.cpu()),
-            engine=args.runtime,
+            engine=args.engine,
             precision=args.precision,
             images=torch.zeros(args.batch_size, 3, args.input_size, args.input_size),
             calibration=calibrate(args, world) if args.precision == "int8" else None,
@@ -424,12 +424,9 @@ class ClassificationRun(Run):
             slope, _ = load_network(args, model, fine_tuning=True)
             self.start_slope = 0.0 if args.restart_decay else slope
         model = self.place(model)
-        if "layer_decay_num_layers" in args.given and hasattr(model, "stages"):
-            layers = len(model.stages)
-            if args.layer_decay_num_layers != layers:
-                raise ValueError(
-                    f"--layer_decay_num_layers {args.layer_decay_num_layers}, but {args.model} has {layers}"
-                )
+        asked, layers = args.layer_decay_num_layers, len(getattr(model, "stages", ()))
+        if layers and asked != layers:
+            args.moot("layer_decay_num_layers", f"--layer_decay_num_layers {asked}, but {args.model} has {layers}")
         self.distiller = None
         if args.teacher:
             teacher = build_teacher(args, self.classes, self.num_classes)
@@ -537,7 +534,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.switch_to_deploy is not None:
         body = deploy_checkpoint
     elif args.eval:
-        body = evaluate_deployed if args.runtime else evaluate_checkpoint
+        body = evaluate_deployed if args.engine else evaluate_checkpoint
     else:
         body = train
     launch("main.py", args, functools.partial(body, args), output_dir=args.output_dir if body is train else None)

@@ -1,15 +1,20 @@
 """The command line: flags in groups, checks across flags, and `@recipes/name.args` files.
 
 The published flags are a contract (a frozen list in the tests guards it). A flag that could have no effect in the given
-combination is an error that names the flags, never ignored.
+combination is an error that names the flags, never ignored; one that only a recipe sets is a line in the log.
+
+Every command parses before it imports torch, which takes seconds, so this file imports nothing that does.
 """
 
 import argparse
+import difflib
+import logging
 import math
+import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +29,13 @@ __all__ = [
     "NONNEGATIVE",
     "POSITIVE",
     "WHOLE",
+    "Arguments",
     "Parser",
-    "Requirements",
     "add_training_flags",
     "boolean",
     "build_parser",
-    "canonical",
     "check_training_flags",
+    "file_path",
     "number",
     "parse_args",
     "parse_checked",
@@ -38,14 +43,30 @@ __all__ = [
     "save_args",
 ]
 
+logger = logging.getLogger(__name__)
+
+RECIPES = (
+    "@FILE reads flags from a recipe: a text file of flags and values, in which # begins a comment, or the args.yaml "
+    "of an earlier run. A flag typed on the command line wins over a recipe's. A flag that is true or false may stand "
+    "bare: --NAME is --NAME true."
+)
+
+
+# -- types of values; `metavar` is how the help shows them
+
+
+BOOLEANS = dict.fromkeys(("true", "1", "yes", "on", "t", "y"), True)
+BOOLEANS |= dict.fromkeys(("false", "0", "no", "off", "f", "n"), False)
+
 
 def boolean(text: str) -> bool:
     """A type for argparse: true or false, in the spellings that people use."""
-    if text.lower() in ("true", "1", "yes", "on", "t", "y"):
-        return True
-    if text.lower() in ("false", "0", "no", "off", "f", "n"):
-        return False
-    raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    if text.lower() not in BOOLEANS:
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return BOOLEANS[text.lower()]
+
+
+boolean.metavar = "true|false"
 
 
 def number(kind: type, *, low: float | None = None, high: float | None = None, above: float | None = None):
@@ -64,14 +85,103 @@ def number(kind: type, *, low: float | None = None, high: float | None = None, a
             raise argparse.ArgumentTypeError(f"a number above {above}, not {text}")
         return value
 
+    convert.metavar = "N" if kind is int else "X"
     return convert
 
+
+def file_path(text: str) -> str:
+    """A type for argparse: the path of a file or folder, in which `~` is the user's home.
+
+    The shell does not expand `~` in `--flag=~/x`, and nobody does in a recipe.
+    """
+    return os.path.expanduser(text)
+
+
+file_path.metavar = "PATH"
 
 COUNT = number(int, low=1, high=2**31 - 1)
 WHOLE = number(int, low=0, high=2**31 - 1)
 POSITIVE = number(float, above=0)
 FRACTION = number(float, low=0, high=1)
 NONNEGATIVE = number(float, low=0)
+
+
+# -- parsing
+
+
+class Arguments(argparse.Namespace):
+    """The values of all flags, which alone `vars` shows, and where they come from.
+
+    Attributes:
+        typed: names of the flags on the command line itself, sorted.
+        given: those and the flags of recipes.
+        defaults: the values of flags that are not given.
+        notes: lines for the log about flags of recipes that have no effect.
+    """
+
+    __slots__ = ("defaults", "given", "notes", "typed")
+
+    def __init__(self, **values):
+        super().__init__(**values)
+        self.defaults, self.given, self.notes, self.typed = {}, [], [], []
+
+    def moot(self, flag: str, message: str) -> None:
+        """The flag's value cannot take effect: an error if it was typed, a line in the log if a recipe set it.
+
+        Raises:
+            ValueError: `message`, a line that names the flag.
+        """
+        if flag in self.typed:
+            raise ValueError(message)
+        if flag in self.given:
+            self.notes.append(f"of a recipe: {message}")
+            logger.info("%s", self.notes[-1])
+
+    def needs(self, flag: str, condition: object, mend: str) -> None:
+        """`moot` if the flag asks for something and `condition` does not hold; a recipe's value becomes the default."""
+        if getattr(self, flag) not in (False, None) and not condition:
+            self.moot(flag, f"--{flag} has no effect here; {mend}")
+            self._forget(flag)
+
+    def excludes(self, first: str, second: str, message: str) -> None:
+        """An error if both flags ask for something. A typed one wins over one of a recipe, which gets its default.
+
+        Raises:
+            ValueError: `message`, a line that names both flags.
+        """
+        if getattr(self, first) in (False, None) or getattr(self, second) in (False, None):
+            return
+        if (first in self.typed) == (second in self.typed):
+            raise ValueError(message)
+        winner, loser = (first, second) if first in self.typed else (second, first)
+        self.moot(loser, f"--{loser} has no effect beside --{winner}")
+        self._forget(loser)
+
+    def _forget(self, flag: str) -> None:
+        setattr(self, flag, self.defaults[flag])
+        self.given = [name for name in self.given if name != flag]
+
+
+class _Help(argparse.HelpFormatter):
+    """Shows the default of every flag, unless its help text ends in brackets and so says it."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.required or action.help.endswith("]") or action.dest == "help":
+            return action.help
+        default = action.default
+        if default is None or default == []:
+            default = "none"
+        elif isinstance(default, bool):
+            default = str(default).lower()
+        elif isinstance(default, list):
+            default = " ".join(map(str, default))
+        return f"{action.help} [{default}]"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return getattr(action.type, "metavar", super()._get_default_metavar_for_optional(action))
 
 
 def canonical(token: str) -> str:
@@ -83,313 +193,474 @@ def canonical(token: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An error is one line on standard error and exit code 2; pass tokens through `canonical` first."""
+    """Recipes, bare booleans, and dashes in flags. An error is one line on standard error and exit code 2."""
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """A line of a recipe: flags and values as on the command line, `#` begins a comment."""
-        return [canonical(token) for token in shlex.split(arg_line, comments=True)]
+    def __init__(self, **options):
+        super().__init__(**{"epilog": RECIPES, "formatter_class": _Help, "allow_abbrev": False, **options})
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Arguments:
+        """As argparse does it; an unknown flag is answered with the one that is most like it."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            similar = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+            hint = f"; did you mean {similar[0]}?" if similar else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found
 
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `training.Run`, which every command that trains has; `set_defaults` gives them other defaults."""
+    def parse_known_args(self, args=None, namespace=None):
+        tokens = [canonical(token) for token in (sys.argv[1:] if args is None else args)]
+        namespace = namespace or Arguments()
+        if self._subparsers:  # the parser of the command that is named reads the recipes
+            return super().parse_known_args(tokens, namespace)
+        recipes: list[str] = []
+        for token in tokens:
+            if token.startswith("@"):
+                self._read_recipe(token[1:], recipes)
+        typed = self._with_values([token for token in tokens if not token.startswith("@")])
+        recipes = self._with_values(recipes)
+        found, unknown = super().parse_known_args([*recipes, *typed], namespace)
+        found.defaults = {action.dest: self.get_default(action.dest) for action in self._actions}
+        found.typed = sorted(self._flags_of(typed))
+        found.given = sorted(self._flags_of(recipes) | self._flags_of(typed))
+        return found, unknown
+
+    def _flags_of(self, tokens: Sequence[str]) -> set[str]:
+        actions = (self._option_string_actions.get(token.split("=")[0]) for token in tokens)
+        return {action.dest for action in actions if action is not None}
+
+    def _with_values(self, tokens: Sequence[str]) -> list[str]:
+        """The tokens with each boolean flag joined to its value: `--use_amp`, `--use_amp true` -> `--use_amp=true`.
+
+        Where positional arguments could follow a flag, only what reads as true or false is taken for its value.
+        """
+        positional = any(not action.option_strings for action in self._actions)
+        found: list[str] = []
+        rest = list(reversed(tokens))
+        while rest:
+            token = rest.pop()
+            action = self._option_string_actions.get(token)
+            if action is not None and action.type is boolean:
+                has_value = (
+                    rest and not rest[-1].startswith("-") and not (positional and rest[-1].lower() not in BOOLEANS)
+                )
+                token += f"={rest.pop()}" if has_value else "=true"
+            found.append(token)
+        return found
+
+    def _read_recipe(self, path: str, found: list[str], inside: tuple[str, ...] = ()) -> None:
+        """Append the flags and values of a recipe to `found`; a run's args.yaml states all flags and replaces it."""
+        path = file_path(path)
+        try:
+            if path in inside:
+                raise ValueError("it reads itself")
+            text = Path(path).read_text(encoding="utf-8-sig")
+            if path.endswith((".yaml", ".yml")):
+                found[:] = self._tokens_of(yaml.safe_load(text))
+                return
+            tokens = [token for line in text.splitlines() for token in shlex.split(line, comments=True)]
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            cause = error.strerror if isinstance(error, OSError) else error
+            self.error(f"cannot read the recipe {path}: {cause}")
+        for token in tokens:
+            if token.startswith("@"):
+                self._read_recipe(token[1:], found, (*inside, path))
+            else:
+                found.append(canonical(token))
+
+    def _tokens_of(self, values: Any) -> list[str]:
+        """The flags and values of an args.yaml, without those that are at their defaults, which nobody asked for."""
+        if not isinstance(values, dict):
+            raise ValueError("it is no args.yaml of a run")
+        found: list[str] = []
+        for flag, value in values.items():
+            if value is None or value == self.get_default(flag):
+                continue
+            found += [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}={value}"]
+        return found
+
+
+# -- flags
+
+
+def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
+    """The flags of every command that trains; `set_defaults` gives them other defaults.
+
+    Args:
+        first: the group of the flags that most runs need, which the help shows first.
+    """
+    first.add_argument("--batch_size", type=COUNT, default=64, help="images in a batch, of each process")
+    first.add_argument("--epochs", type=COUNT, default=300, help="epochs of training")
+    first.add_argument("--lr", type=POSITIVE, default=4e-3, help="learning rate after the warm-up")
+    first.add_argument("--device", default="cuda", help="what to compute on: cuda, cuda:N or cpu")
+    first.add_argument("--output_dir", type=file_path, help="folder for checkpoints, logs and curves [nothing is kept]")
+    first.add_argument(
+        "--finetune", type=file_path, help="checkpoint with the weights to begin with, to evaluate or to deploy"
+    )
+    first.add_argument("--eval", type=boolean, default=False, help="evaluate --finetune and train nothing")
+
     run = parser.add_argument_group("run")
-    run.add_argument("--batch_size", type=COUNT, default=64, help="images per process and accumulation step")
-    run.add_argument("--epochs", type=COUNT, default=300)
-    run.add_argument("--early_stop_epochs", type=COUNT, help="end after so many epochs, with the schedules of --epochs")
+    run.add_argument(
+        "--early_stop_epochs", type=COUNT, help="end after this many epochs, with the schedules of --epochs"
+    )
     run.add_argument("--update_freq", type=COUNT, default=1, help="batches accumulated for one optimizer step")
-    run.add_argument("--seed", type=number(int, low=0, high=2**63 - 1), default=0)
-    run.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
-    run.add_argument("--num_workers", type=WHOLE, default=10, help="loader processes per process")
-    run.add_argument("--pin_mem", type=boolean, default=True, help="page-locked batches, for a GPU")
-    run.add_argument("--start_epoch", type=WHOLE, default=0, help="epoch to begin the schedules and data order at")
+    run.add_argument("--seed", type=number(int, low=0, high=2**63 - 1), default=0, help="seed of all random numbers")
+    run.add_argument("--num_workers", type=WHOLE, default=10, help="loader processes, of each process")
+    run.add_argument("--pin_mem", type=boolean, default=True, help="load into page-locked memory, for a GPU")
+    run.add_argument("--start_epoch", type=WHOLE, default=0, help="epoch at which schedules and data order begin")
 
     ema = parser.add_argument_group("EMA")
-    ema.add_argument("--model_ema", type=boolean, default=False, help="keep moving averages of the weights")
-    ema.add_argument("--model_ema_decay", type=FRACTION, nargs="+", default=[0.9999], help="one average for each")
-    ema.add_argument("--model_ema_force_cpu", type=boolean, default=False)
-    ema.add_argument("--model_ema_eval", type=boolean, default=False, help="evaluate the averages, too")
+    ema.add_argument("--model_ema", type=boolean, default=False, help="keep exponential moving averages of the weights")
+    ema.add_argument(
+        "--model_ema_decay", type=FRACTION, nargs="+", default=[0.9999], help="decay per step; one average for each"
+    )
+    ema.add_argument("--model_ema_force_cpu", type=boolean, default=False, help="keep the averages in CPU memory")
+    ema.add_argument("--model_ema_eval", type=boolean, default=False, help="evaluate the averages as well")
 
     optimizer = parser.add_argument_group("optimizer")
-    optimizer.add_argument("--opt", default="adamw", help="any of timm's optimizers")
-    optimizer.add_argument("--opt_eps", type=POSITIVE, default=1e-8)
-    optimizer.add_argument("--opt_betas", type=FRACTION, nargs="+")
-    optimizer.add_argument("--clip_grad", type=POSITIVE, help="largest norm of the gradients")
-    optimizer.add_argument("--momentum", type=FRACTION, default=0.9)
-    optimizer.add_argument("--weight_decay", type=NONNEGATIVE, default=0.05)
-    optimizer.add_argument("--lr", type=POSITIVE, default=4e-3)
-    optimizer.add_argument("--layer_decay", type=number(float, above=0, high=1), default=1.0)
+    optimizer.add_argument("--opt", default="adamw", metavar="NAME", help="one of timm's optimizers")
+    optimizer.add_argument("--opt_eps", type=POSITIVE, default=1e-8, help="epsilon, of an optimizer that has one")
+    optimizer.add_argument("--opt_betas", type=FRACTION, nargs="+", help="betas [the optimizer's own]")
+    optimizer.add_argument("--momentum", type=FRACTION, default=0.9, help="momentum, of an optimizer that has one")
+    optimizer.add_argument(
+        "--clip_grad", type=POSITIVE, help="largest norm of the gradients; longer ones are scaled to it"
+    )
+    optimizer.add_argument("--weight_decay", type=NONNEGATIVE, default=0.05, help="weight decay, not of biases and BN")
+    optimizer.add_argument(
+        "--layer_decay",
+        type=number(float, above=0, high=1),
+        default=1.0,
+        help="factor on the learning rate from one layer to the one below it",
+    )
 
     checkpoints = parser.add_argument_group("checkpoints")
-    checkpoints.add_argument("--finetune", metavar="FILE", help="weights to begin with, or to evaluate or deploy")
     checkpoints.add_argument(
-        "--model_key", default="model|module", help="of the weights in --finetune; | separates alternatives"
-    )
-    checkpoints.add_argument("--model_prefix", default="", help="of the names in --finetune")
-    checkpoints.add_argument("--resume", metavar="FILE", help="checkpoint to go on from")
-    checkpoints.add_argument(
-        "--resume_new_sched", action="store_true", help="resume under schedules other than the checkpoint's"
+        "--model_key",
+        default="model|module",
+        metavar="KEY",
+        help="key of the weights in --finetune; | separates alternatives",
     )
     checkpoints.add_argument(
-        "--auto_resume", type=boolean, default=False, help="resume the newest valid of --output_dir"
+        "--model_prefix",
+        default="",
+        metavar="PREFIX",
+        help="what names in --finetune begin with; other names are left out [none]",
     )
-    checkpoints.add_argument("--save_ckpt", type=boolean, default=True)
-    checkpoints.add_argument("--save_ckpt_freq", type=COUNT, default=1, help="epochs between checkpoints")
-    checkpoints.add_argument("--save_ckpt_steps", type=WHOLE, default=0, help="steps between them; 0: epochs only")
-    checkpoints.add_argument("--save_ckpt_num", type=COUNT, default=10, help="how many of the newest to keep")
-    checkpoints.add_argument("--output_dir", help="folder of checkpoints, logs and curves")
-    checkpoints.add_argument("--log_dir", help="folder of TensorBoard events [OUTPUT_DIR/tensorboard]")
+    checkpoints.add_argument("--resume", type=file_path, help="checkpoint of a run to go on with")
+    checkpoints.add_argument(
+        "--resume_new_sched", type=boolean, default=False, help="resume with schedules other than the checkpoint's"
+    )
+    checkpoints.add_argument(
+        "--auto_resume", type=boolean, default=False, help="resume from the newest intact checkpoint in --output_dir"
+    )
+    checkpoints.add_argument("--save_ckpt", type=boolean, default=True, help="save checkpoints in --output_dir")
+    checkpoints.add_argument("--save_ckpt_freq", type=COUNT, default=1, help="epochs from one checkpoint to the next")
+    checkpoints.add_argument(
+        "--save_ckpt_steps",
+        type=WHOLE,
+        default=0,
+        help="optimizer steps from one checkpoint to the next; 0: epochs only",
+    )
+    checkpoints.add_argument(
+        "--save_ckpt_num", type=COUNT, default=10, help="how many of the newest checkpoints to keep"
+    )
+    checkpoints.add_argument("--log_dir", type=file_path, help="folder of TensorBoard events [OUTPUT_DIR/tensorboard]")
 
     evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument("--eval", type=boolean, default=False, help="evaluate --finetune, train nothing")
     evaluation.add_argument("--disable_eval", type=boolean, default=False, help="train without evaluating")
-    evaluation.add_argument("--test_freq", type=COUNT, default=20, help="epochs between evaluations")
-    evaluation.add_argument("--test_epoch", type=WHOLE, default=260, help="evaluate every epoch from there on")
+    evaluation.add_argument("--test_freq", type=COUNT, default=20, help="epochs from one evaluation to the next")
+    evaluation.add_argument("--test_epoch", type=WHOLE, default=260, help="epoch from which every epoch is evaluated")
+    evaluation.add_argument(
+        "--skip_broken_eval", type=boolean, default=False, help="go on where a validation image cannot be read"
+    )
 
     processes = parser.add_argument_group("processes")
-    processes.add_argument("--world_size", type=COUNT, help="checked against the launcher, which sets it")
-    processes.add_argument("--local_rank", type=int, help="for launchers that pass it as a flag")
+    processes.add_argument("--world_size", type=COUNT, help="number of processes, to be checked [the launcher's]")
     processes.add_argument(
-        "--dist_on_itp", type=boolean, nargs="?", const=True, default=False, help="ranks from OpenMPI"
+        "--local_rank",
+        type=int,
+        metavar="N",
+        help="rank on this machine, from launchers that pass a flag [the launcher's]",
     )
-    processes.add_argument("--dist_url", default="env://")
+    processes.add_argument("--dist_on_itp", type=boolean, default=False, help="take the ranks from OpenMPI")
+    processes.add_argument(
+        "--dist_url", default="env://", metavar="URL", help="where the processes meet: env:// or tcp://HOST:PORT"
+    )
     processes.add_argument("--dist_timeout", type=COUNT, default=1800, help="seconds to wait for another process")
-    processes.add_argument("--sync_bn", type=boolean, default=False, help="BatchNorm over all processes' batches")
+    processes.add_argument(
+        "--sync_bn", type=boolean, default=False, help="BatchNorm over the batches of all processes, on GPUs"
+    )
 
     precision = parser.add_argument_group("precision and logging")
-    precision.add_argument("--use_amp", type=boolean, default=False, help="autocast")
-    precision.add_argument("--amp_dtype", choices=("bf16", "fp16"), help="[fp16 on a GPU, bf16 on the CPU]")
-    precision.add_argument("--channels_last", type=boolean, default=False, help="memory format of images and weights")
-    precision.add_argument("--log_freq", type=COUNT, default=10, help="steps between log lines")
+    precision.add_argument("--use_amp", type=boolean, default=False, help="compute in half precision (autocast)")
+    precision.add_argument(
+        "--amp_dtype", choices=("bf16", "fp16"), help="of --use_amp [fp16 on a GPU, bf16 on the CPU]"
+    )
+    precision.add_argument(
+        "--channels_last", type=boolean, default=False, help="memory format of images and weights, faster on a CPU"
+    )
+    precision.add_argument("--log_freq", type=COUNT, default=10, help="optimizer steps from one log line to the next")
     precision.add_argument("--enable_wandb", type=boolean, default=False, help="log to Weights & Biases")
     precision.add_argument("--wandb_ckpt", type=boolean, default=False, help="upload the last checkpoint there")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(
         prog="main.py",
+        usage="main.py [@FILE ...] [--FLAG VALUE ...]",
         description="Train, evaluate (--eval true) or deploy (--switch_to_deploy FILE) VanillaNet.",
-        fromfile_prefix_chars="@",
-        epilog="@FILE reads flags from a recipe; what follows it on the command line wins.",
     )
-
-    add_training_flags(parser)
+    first = parser.add_argument_group("what most runs need")
+    first.add_argument("--model", default="vanillanet_5", metavar="NAME", help="a VanillaNet variant or any timm model")
+    first.add_argument("--data_path", type=file_path, help="folder of the data set; for IMNET it has train/ and val/")
+    first.add_argument(
+        "--data_set",
+        default="IMNET",
+        metavar="NAME",
+        help="what it holds: IMNET, image_folder, CIFAR, FMNIST or a name of timm's create_dataset",
+    )
+    add_training_flags(parser, first)
 
     deep = parser.add_argument_group("deep training")
-    deep.add_argument("--decay_epochs", type=WHOLE, default=100, help="epochs until lambda is 1; 0: always 1")
-    deep.add_argument("--decay_linear", type=boolean, default=True, help="false: half a cosine")
     deep.add_argument(
-        "--restart_decay",
-        type=boolean,
-        default=False,
-        help="with --finetune: begin the ramp at 0 again instead of at the checkpoint's lambda",
+        "--decay_epochs", type=WHOLE, default=100, help="epochs until lambda is 1; 0: no deep training, it is always 1"
+    )
+    deep.add_argument(
+        "--decay_linear", type=boolean, default=True, help="lambda rises linearly; false: as half a cosine"
+    )
+    deep.add_argument(
+        "--restart_decay", type=boolean, default=False, help="begin lambda at 0 and not at that of --finetune"
     )
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="vanillanet_5", help="a VanillaNet variant or any timm model")
-    model.add_argument("--act_num", type=WHOLE, default=3, help="n of the series activation")
+    model.add_argument("--act_num", type=WHOLE, default=3, help="n of the series activation, whose kernel is 2n+1 wide")
     model.add_argument("--drop", type=FRACTION, default=0.0, help="dropout before the classifier")
-    model.add_argument("--input_size", type=COUNT, default=224, help="pixels")
+    model.add_argument("--input_size", type=COUNT, default=224, help="height and width of the images in pixels")
     model.add_argument("--width_mult", type=POSITIVE, help="factor on the channels [the variant's own]")
     model.add_argument("--deploy", type=boolean, default=False, help="the network in --finetune is in deploy form")
     model.add_argument(
-        "--switch_to_deploy", metavar="FILE", help="fuse --finetune, compare, evaluate and write to FILE"
+        "--switch_to_deploy",
+        type=file_path,
+        help="fuse --finetune, compare and evaluate both forms, and write the fused one to this file",
     )
 
     schedules = parser.add_argument_group("schedules")
-    schedules.add_argument("--weight_decay_end", type=NONNEGATIVE, help="its value at the end of half a cosine")
-    schedules.add_argument("--min_lr", type=NONNEGATIVE, default=1e-6)
-    schedules.add_argument("--warmup_epochs", type=WHOLE, default=5)
-    schedules.add_argument("--warmup_steps", type=int, default=-1, help="wins over --warmup_epochs if above 0")
-    schedules.add_argument("--layer_decay_num_layers", type=COUNT, default=4, help="checked if given: the model knows")
+    schedules.add_argument("--warmup_epochs", type=WHOLE, default=5, help="epochs of linear warm-up from 0")
+    schedules.add_argument(
+        "--warmup_steps",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="warm-up in optimizer steps; above 0 it wins over --warmup_epochs",
+    )
+    schedules.add_argument("--min_lr", type=NONNEGATIVE, default=1e-6, help="learning rate at the end of half a cosine")
+    schedules.add_argument(
+        "--weight_decay_end", type=NONNEGATIVE, help="weight decay at the end of half a cosine [constant]"
+    )
+    schedules.add_argument(
+        "--layer_decay_num_layers", type=COUNT, default=4, help="number of the network's stages, checked if it is given"
+    )
 
     teacher = parser.add_argument_group("distillation")
     teacher.add_argument(
         "--teacher",
+        type=file_path,
         metavar="MODEL",
-        help="to learn from: a timm model or VanillaNet variant, hf-hub:OWNER/NAME, local-dir:FOLDER, or a checkpoint "
-        "that records its model",
+        help="network to learn from: a VanillaNet variant, a timm model, hf-hub:OWNER/NAME, local-dir:FOLDER, or a "
+        "checkpoint that records its model",
     )
-    teacher.add_argument("--teacher_weights", metavar="FILE", help="its checkpoint [the pretrained weights of timm]")
-    teacher.add_argument("--teacher_key", default="model_ema|model", help="key of the weights in the teacher's file")
     teacher.add_argument(
-        "--distill_alpha", type=FRACTION, default=0.5, help="the teacher's share of the loss; see docs/training.md"
+        "--teacher_weights", type=file_path, help="checkpoint of --teacher [timm's pretrained weights]"
     )
-    teacher.add_argument("--distill_tau", type=POSITIVE, default=1.0, help="temperature")
+    teacher.add_argument(
+        "--teacher_key", default="model_ema|model", metavar="KEY", help="key of the weights in the teacher's checkpoint"
+    )
+    teacher.add_argument(
+        "--distill_alpha", type=FRACTION, default=0.5, help="share of the loss that compares with the teacher"
+    )
+    teacher.add_argument("--distill_tau", type=POSITIVE, default=1.0, help="temperature of both softmaxes")
 
     augmentation = parser.add_argument_group("augmentation")
-    augmentation.add_argument("--color_jitter", type=NONNEGATIVE, default=0.4, help="without --aa only")
-    augmentation.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy; none: off")
-    augmentation.add_argument("--smoothing", type=FRACTION, default=0.1)
     augmentation.add_argument(
-        "--train_interpolation", default="bicubic", choices=("random", "bilinear", "bicubic", "lanczos", "nearest")
+        "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's auto-augment policy; none: off"
+    )
+    augmentation.add_argument(
+        "--color_jitter", type=NONNEGATIVE, default=0.4, help="strength of color jitter, with --aa none"
+    )
+    augmentation.add_argument("--smoothing", type=FRACTION, default=0.1, help="label smoothing")
+    augmentation.add_argument(
+        "--train_interpolation",
+        default="bicubic",
+        choices=("random", "bilinear", "bicubic", "lanczos", "nearest"),
+        help="interpolation of random-resized crops",
     )
     augmentation.add_argument("--reprob", type=FRACTION, default=0.25, help="probability of random erasing")
-    augmentation.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"))
-    augmentation.add_argument("--recount", type=COUNT, default=1)
-    augmentation.add_argument("--resplit", type=boolean, default=False)
-    augmentation.add_argument("--mixup", type=NONNEGATIVE, default=0.8)
-    augmentation.add_argument("--cutmix", type=NONNEGATIVE, default=1.0)
-    augmentation.add_argument("--cutmix_minmax", type=FRACTION, nargs=2, metavar=("MIN", "MAX"))
-    augmentation.add_argument("--mixup_prob", type=FRACTION, default=1.0)
-    augmentation.add_argument("--mixup_switch_prob", type=FRACTION, default=0.5)
-    augmentation.add_argument("--mixup_mode", default="batch", choices=("batch", "pair", "elem"))
     augmentation.add_argument(
-        "--bce_loss", type=boolean, nargs="?", const=True, default=False, help="binary cross-entropy over the classes"
+        "--remode", default="pixel", choices=("const", "rand", "pixel"),
+        help="what erases: zeros, a random color, or noise",
+    )  # fmt: skip
+    augmentation.add_argument("--recount", type=COUNT, default=1, help="largest number of erased areas in an image")
+    augmentation.add_argument(
+        "--resplit", type=boolean, default=False, help="no erasing in a first augmentation split; there are no splits"
     )
-    augmentation.add_argument("--bce_target_thresh", type=FRACTION)
+    augmentation.add_argument("--mixup", type=NONNEGATIVE, default=0.8, help="alpha of mixup; 0: off")
+    augmentation.add_argument("--cutmix", type=NONNEGATIVE, default=1.0, help="alpha of cutmix; 0: off")
+    augmentation.add_argument(
+        "--cutmix_minmax",
+        type=FRACTION,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="least and largest side of the area that cutmix replaces, as a share of the image's [drawn by --cutmix]",
+    )
+    augmentation.add_argument("--mixup_prob", type=FRACTION, default=1.0, help="probability of mixup or cutmix")
+    augmentation.add_argument(
+        "--mixup_switch_prob", type=FRACTION, default=0.5, help="probability of cutmix where both are on"
+    )
+    augmentation.add_argument(
+        "--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one random draw"
+    )
+    augmentation.add_argument(
+        "--bce_loss", type=boolean, default=False, help="binary cross-entropy over the classes instead of softmax"
+    )
+    augmentation.add_argument(
+        "--bce_target_thresh", type=FRACTION, help="with --bce_loss, targets above it count as 1 and others as 0"
+    )
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data_path", help="folder of the data set, with train/ and val/ for folders of images")
-    data.add_argument("--eval_data_path", help="the validation folder itself, if it is elsewhere")
+    data.add_argument("--eval_data_path", type=file_path, help="folder of the validation images [DATA_PATH/val]")
+    data.add_argument("--nb_classes", type=COUNT, default=1000, help="number of classes, checked if it is given")
     data.add_argument(
-        "--data_set", default="IMNET", help="IMNET, image_folder, CIFAR, FMNIST, or a name of timm's create_dataset"
+        "--imagenet_default_mean_and_std",
+        type=boolean,
+        default=True,
+        help="normalize with ImageNet's mean and std; false: with 0.5 for all",
     )
-    data.add_argument("--nb_classes", type=COUNT, default=1000, help="checked if given: the data know")
-    data.add_argument("--imagenet_default_mean_and_std", type=boolean, default=True, help="false: 0.5 for all")
-    data.add_argument("--crop_pct", type=number(float, above=0, high=1), help="[0.875 below 384 px, 1 from there]")
-    data.add_argument("--real_labels", metavar="FILE", help="ImageNet-ReaL's real.json")
-    data.add_argument("--skip_broken_eval", type=boolean, default=False, help="leave broken validation images out")
-
-    further = parser.add_argument_group("further")
-    further.add_argument("--dist_eval", type=boolean, default=True, help="false: on rank 0 alone")
-    further.add_argument("--compile", type=boolean, default=False, help="torch.compile the network")
-
-    deployed = parser.add_argument_group("what is deployed")
-    deployed.add_argument(
-        "--runtime", choices=sorted(ENGINES), help="evaluate the fused network, or an exported file, in this engine"
+    data.add_argument(
+        "--crop_pct",
+        type=number(float, above=0, high=1),
+        help="share of the resized side that evaluation crops [0.875 below 384 px, 1 from there]",
     )
-    deployed.add_argument(
-        "--precision", choices=PRECISIONS, help="of --runtime [fp32, or the file's]; int8 needs training images"
+    data.add_argument(
+        "--real_labels", type=file_path, help="ImageNet-ReaL's real.json, to report that accuracy as well"
+    )
+    data.add_argument(
+        "--dist_eval", type=boolean, default=True, help="evaluate on all processes; false: on the first alone"
+    )
+
+    further = parser.add_argument_group("engines")
+    further.add_argument("--compile", type=boolean, default=False, help="compile the network with torch.compile")
+    further.add_argument(
+        "--engine",
+        "--runtime",
+        choices=sorted(ENGINES),
+        help="with --eval true, evaluate the fused network or an exported file in this engine [PyTorch, unfused]",
+    )
+    further.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="precision of --engine; int8 is calibrated on training images [the file's, and fp32 for a network]",
     )
     return parser
 
 
-class Requirements:
-    """Rejects flags that were given where they cannot do anything; called `needs` by those who ask it.
-
-    Args:
-        args: the parsed flags.
-        given: those of them that were written out, in the command or a recipe.
-    """
-
-    def __init__(self, args: argparse.Namespace, given: Collection[str]):
-        self.args, self.given = args, given
-
-    def __call__(self, flag: str, condition: object, mend: str) -> None:
-        """Raises ValueError if `flag` was given, asks for something, and `condition` does not hold."""
-        if flag in self.given and getattr(self.args, flag) not in (False, None) and not condition:
-            raise ValueError(f"--{flag} has no effect here; {mend}")
+# -- checks across flags, and parsing a command
 
 
-def check_training_flags(args: argparse.Namespace, needs: Requirements, *, exports: bool = False) -> None:
+def check_training_flags(args: Arguments, *, exports: bool = False) -> None:
     """The checks of what `add_training_flags` adds, with --deploy and --switch_to_deploy. Raises ValueError, a line.
 
     Args:
         exports: the command neither trains nor evaluates, but writes the network in another format.
     """
     evaluates = args.eval or args.switch_to_deploy is not None
+    args.excludes(
+        "finetune", "resume", "--finetune and --resume exclude each other: one begins with weights, the other goes on"
+    )
+    args.excludes(
+        "switch_to_deploy",
+        "deploy",
+        "--switch_to_deploy fuses a train form, --deploy true says that it is fused already: drop one",
+    )
+    args.excludes("eval", "disable_eval", "--eval true and --disable_eval true exclude each other")
     for flag in ("model_ema_decay", "model_ema_force_cpu", "model_ema_eval"):
-        needs(flag, args.model_ema, "add --model_ema true")
-    needs("amp_dtype", args.use_amp, "add --use_amp true")
-    needs("wandb_ckpt", args.enable_wandb, "add --enable_wandb true")
-    needs("wandb_ckpt", args.save_ckpt and args.output_dir, "it needs --save_ckpt true and --output_dir")
-    needs("resume_new_sched", args.resume or args.auto_resume, "add --resume or --auto_resume true")
+        args.needs(flag, args.model_ema, "add --model_ema true")
+    args.needs("amp_dtype", args.use_amp, "add --use_amp true")
+    args.needs("wandb_ckpt", args.enable_wandb, "add --enable_wandb true")
+    args.needs("wandb_ckpt", args.save_ckpt and args.output_dir, "it needs --save_ckpt true and --output_dir")
+    args.needs("resume_new_sched", args.resume or args.auto_resume, "add --resume or --auto_resume true")
     for flag in ("auto_resume", "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num"):
-        needs(flag, args.output_dir, "add --output_dir")
+        args.needs(flag, args.output_dir, "add --output_dir")
     for flag in ("save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num"):
-        needs(flag, args.save_ckpt, "--save_ckpt is false")
-    needs("start_epoch", not args.resume, "a resumed run goes on where it was; leave it out")
+        args.needs(flag, args.save_ckpt, "--save_ckpt is false")
+    args.needs("start_epoch", not args.resume, "a resumed run goes on where it was; leave it out")
     for flag in ("model_key", "model_prefix"):
-        needs(flag, args.finetune, "add --finetune")
-    needs("deploy", evaluates or exports, "a deploy form has nothing left to train; add --eval true")
+        args.needs(flag, args.finetune, "add --finetune")
+    args.needs("deploy", evaluates or exports, "a deploy form has nothing left to train; add --eval true")
     if evaluates and not (args.finetune or args.resume):
         raise ValueError("--eval and --switch_to_deploy need the weights: add --finetune FILE")
-    if args.finetune and args.resume:
-        raise ValueError("--finetune and --resume exclude each other: one begins with weights, the other goes on")
-    if args.switch_to_deploy is not None and args.deploy:
-        raise ValueError("--switch_to_deploy fuses a train form, --deploy true says that it is fused already: drop one")
-    if args.eval and args.disable_eval:
-        raise ValueError("--eval true and --disable_eval true exclude each other")
     if len(set(args.model_ema_decay)) < len(args.model_ema_decay):
         raise ValueError("--model_ema_decay names the same decay twice")
 
 
-def _check(args: argparse.Namespace, needs: Requirements) -> None:
+def _check(args: Arguments) -> None:
     """Reject combinations in which a flag that was given cannot do anything. Raises ValueError, a line naming them."""
-    needs("resplit", False, "it belongs to augmentation in splits, which is not done; leave --resplit out")
-    needs("bce_target_thresh", args.bce_loss, "add --bce_loss")
-    needs("layer_decay_num_layers", args.layer_decay < 1, "add --layer_decay")
+    check_training_flags(args)
+    args.needs("resplit", False, "it belongs to augmentation in splits, which is not done; leave --resplit out")
+    args.needs("bce_target_thresh", args.bce_loss, "add --bce_loss")
+    args.needs("layer_decay_num_layers", args.layer_decay < 1, "add --layer_decay")
+    args.needs("weight_decay_end", args.weight_decay > 0, "--weight_decay 0 stays 0")
     cuts = args.cutmix > 0 or args.cutmix_minmax is not None
     for flag in ("mixup_prob", "mixup_mode"):
-        needs(flag, args.mixup > 0 or cuts, "--mixup and --cutmix are 0")
-    needs("mixup_switch_prob", args.mixup > 0 and cuts, "it chooses between --mixup and --cutmix, and one is 0")
-    needs("decay_linear", args.decay_epochs > 0, "--decay_epochs is 0, so there is no ramp")
-    needs("real_labels", not args.disable_eval, "--disable_eval is true")
+        args.needs(flag, args.mixup > 0 or cuts, "--mixup and --cutmix are 0")
+    args.needs("mixup_switch_prob", args.mixup > 0 and cuts, "it chooses between --mixup and --cutmix, and one is 0")
+    args.needs("decay_linear", args.decay_epochs > 0, "--decay_epochs is 0, so there is no ramp")
+    args.needs("real_labels", not args.disable_eval, "--disable_eval is true")
     for flag in ("remode", "recount"):
-        needs(flag, args.reprob > 0, "--reprob is 0")
+        args.needs(flag, args.reprob > 0, "--reprob is 0")
     jitters = args.aa.lower() in ("", "none") or "3a" in args.aa  # timm's three-augment policies bring none
-    needs("color_jitter", jitters, "it is replaced by --aa; add --aa none")
+    args.needs("color_jitter", jitters, "it is replaced by --aa; add --aa none")
     for flag in ("teacher_weights", "distill_alpha", "distill_tau"):
-        needs(flag, args.teacher, "add --teacher")
+        args.needs(flag, args.teacher, "add --teacher")
     teacher_file = args.teacher_weights or (args.teacher and Path(args.teacher).is_file())
-    needs("teacher_key", teacher_file, "add --teacher_weights")
-    needs("restart_decay", args.finetune, "add --finetune")
-    needs("compile", args.switch_to_deploy is None, "--switch_to_deploy compares the forms uncompiled")
-    needs("runtime", args.eval, "add --eval true")
-    needs("precision", args.runtime, "add --runtime")
-    # Precision and memory format are the runtime's too, but recipes set those of training.
-    needs("compile", args.runtime is None, "--runtime compile does that")
-    check_training_flags(args, needs)
-    if args.weight_decay_end is not None and args.weight_decay == 0:
-        raise ValueError("--weight_decay_end has no effect with --weight_decay 0")
+    args.needs("teacher_key", teacher_file, "add --teacher_weights")
+    args.needs("restart_decay", args.finetune, "add --finetune")
+    args.needs("compile", args.switch_to_deploy is None, "--switch_to_deploy compares the forms uncompiled")
+    args.needs("engine", args.eval, "add --eval true")
+    args.needs("precision", args.engine, "add --engine")
+    # Precision and memory format are the engine's too, but recipes set those of training.
+    args.needs("compile", args.engine is None, "--engine compile does that")
     if not args.data_path and not ((args.eval or args.switch_to_deploy is not None) and args.eval_data_path):
         raise ValueError("--data_path is missing")
 
 
-def parse_checked(
-    parser: argparse.ArgumentParser,
-    argv: Sequence[str] | None,
-    check: Callable[[argparse.Namespace, Requirements], None],
-) -> argparse.Namespace:
-    """Parse a command, the process's own for None, and check it; `args.given` holds the flags that were written out.
+def parse_checked(parser: Parser, argv: Sequence[str] | None, check: Callable[[Arguments], None]) -> Arguments:
+    """Parse a command, the process's own for None, and check it.
 
     Errors, also a ValueError of `check`, end the process with exit code 2 and one line on standard error.
     """
-    argv = [canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
+    args = parser.parse_args(argv)
     try:
-        args = parser.parse_args(argv)
-    except (ValueError, RecursionError) as error:  # argparse itself knows of files that are missing
-        recipes = ", ".join(token[1:] for token in argv if token.startswith("@"))
-        cause = "it reads itself" if isinstance(error, RecursionError) else error
-        parser.error(f"cannot read the recipe {recipes}: {cause}")
-    # Parsed once more without defaults, which leaves just what was written out.
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    parser._defaults.clear()  # those of set_defaults
-    given = set(vars(parser.parse_args(argv)))
-    try:
-        check(args, Requirements(args, given))
+        check(args)
     except ValueError as error:
         parser.error(str(error))
-    args.given = sorted(given)
     return args
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     """The arguments of main.py; see `parse_checked`."""
     return parse_checked(build_parser(), argv, _check)
 
 
 def plain_args(args: argparse.Namespace) -> dict[str, Any]:
     """The flags and their values, for a checkpoint or file."""
-    return {name: value for name, value in vars(args).items() if name != "given"}
+    return dict(vars(args))
 
 
 def save_args(args: argparse.Namespace, path: Path) -> None:
-    """Write the arguments, all of them, as YAML."""
+    """Write the arguments, all of them, as YAML; `@` in front of the file gives them back."""
     text = yaml.safe_dump(plain_args(args), sort_keys=True)
     try:
         path.write_text(text)

@@ -582,6 +582,8 @@ def launch(
             timeout=timedelta(seconds=args.dist_timeout),
         )
         utils.setup_logging(world.rank)
+        for note in args.notes:
+            logger.info("%s", note)
         if output_dir:
             world.from_main(lock)
         body(world)

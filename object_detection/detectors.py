@@ -24,6 +24,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 import models  # noqa: F401  registers the variants
 import networks
 from models.vanillanet import SeriesActivation
+from object_detection import ANCHOR_SIZES, FRAMEWORKS, TRAIN_SIZES
 from records.checkpoints import load_weights
 
 __all__ = [
@@ -41,10 +42,7 @@ __all__ = [
     "retinanet_vanillanet_13",
 ]
 
-FRAMEWORKS = ("retinanet_", "mask_rcnn_")
-ANCHOR_SIZES = (32, 64, 128, 256, 512)  # px, of the five levels of a pyramid
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
-TRAIN_SIZES = tuple(range(480, 1025, 32))  # px of the short side
 STRIDES = (4, 8, 16, 32)  # of C2 to C5
 LAYER_DECAY_GROUPS = 6  # the network's layers are spread over, for layer decay
 # What a classifier's checkpoint has beyond the features: its last layers, and in some networks the norm before them.

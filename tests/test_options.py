@@ -1,11 +1,12 @@
 """The command line is a contract: every published flag, its default, and what is rejected."""
 
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from options import build_parser, parse_args
+from options import build_parser, parse_args, save_args
 
 # The published flags with their defaults; `...` where none is published. Frozen: a change here breaks users' commands.
 PUBLISHED = {
@@ -141,3 +142,101 @@ def test_data_path_is_asked_for(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--epochs", "2"])
     assert "--data_path" in capsys.readouterr().err
+
+
+# -- recipes and the flags typed beside them
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A function that writes a recipe and returns how it is named on the command line."""
+
+    def write(text, name="a.args", encoding="utf-8"):
+        (tmp_path / name).write_text(text, encoding=encoding)
+        return f"@{tmp_path / name}"
+
+    return write
+
+
+def test_typed_flags_are_told_from_those_of_a_recipe(recipe):
+    args = parse_args(["--lr", "1", recipe("--lr 2 --epochs 7 --data_path d"), "--use_amp"])
+    assert (args.lr, args.epochs) == (1, 7)  # what is typed wins, wherever the recipe stands
+    assert (args.typed, args.given) == (["lr", "use_amp"], ["data_path", "epochs", "lr", "use_amp"])
+    assert not {"typed", "given", "notes", "defaults"} & set(vars(args))
+
+
+@pytest.mark.parametrize(
+    ("in_recipe", "typed", "flag", "value"),
+    [
+        ("--model_ema true --model_ema_decay 0.9", "--model_ema false", "model_ema_decay", [0.9999]),
+        ("--save_ckpt_num 2", "", "save_ckpt_num", 10),
+        ("--model_key model_ema --finetune a", "--resume b", "finetune", None),
+        ("--model_key model_ema --finetune a", "--resume b", "model_key", "model|module"),
+        ("--resume a", "--finetune b", "resume", None),
+        ("--weight_decay_end 0.1", "--weight_decay 0", "weight_decay_end", None),
+        ("--disable_eval true", "--eval true --finetune a", "disable_eval", False),
+        ("--deploy true", "--switch_to_deploy a --finetune b", "deploy", False),
+        ("--engine eager --compile true", "--eval --finetune a", "compile", False),
+    ],
+)
+def test_a_recipes_value_that_has_no_effect_is_a_note(recipe, in_recipe, typed, flag, value):
+    args = parse_args([recipe(in_recipe), "--data_path", "d", *typed.split()])
+    assert getattr(args, flag) == value
+    assert [note for note in args.notes if f"--{flag} " in note]
+    assert flag not in args.given
+
+
+def test_a_typed_flag_that_has_no_effect_is_an_error(recipe, capsys):
+    for typed, in_recipe in (("--save_ckpt_num 2", ""), ("--model_ema_decay 0.9", "--model_ema false")):
+        with pytest.raises(SystemExit):
+            parse_args([recipe(in_recipe), "--data_path", "d", *typed.split()])
+        assert typed.split()[0] in capsys.readouterr().err
+
+
+def test_what_stands_in_a_recipe(recipe, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    args = parse_args([recipe("--data_path ~/data --use_amp\n--bce_loss", encoding="utf-8-sig"), "--output_dir=~/out"])
+    assert (args.data_path, args.output_dir) == ("/home/someone/data", "/home/someone/out")
+    assert args.use_amp
+    assert args.bce_loss
+
+
+def test_a_runs_args_give_the_run_again(recipe, tmp_path, capsys):
+    commands = (
+        "--data_path 'a folder' --model_ema --model_ema_decay 0.9 0.99 --model_prefix=-x --finetune f --aa none",
+        "@recipes/vanillanet_6.args --data_path d --cutmix_minmax 0.2 0.8 --seed 7 --nb_classes 1000",
+    )
+    for command in commands:
+        args = parse_args(shlex.split(command))
+        save_args(args, tmp_path / "args.yaml")
+        again = parse_args([f"@{tmp_path / 'args.yaml'}"])
+        assert vars(again) == vars(args)
+        assert set(again.given) == {name for name in args.given if getattr(args, name) != args.defaults[name]}
+        assert not again.typed
+        assert not again.notes
+    assert parse_args([f"@{tmp_path / 'args.yaml'}", "--seed", "8", "--data_path=e"]).seed == 8
+    # It states every flag, so nothing of an earlier recipe is left; and a flag's old name still counts.
+    assert vars(parse_args([recipe("--epochs 3 --drop 0.2"), f"@{tmp_path / 'args.yaml'}"])) == vars(args)
+    old = recipe("{data_path: d, runtime: eager, eval: true, finetune: a}", name="args.yaml")
+    assert parse_args([old]).engine == "eager"
+    for broken in ("[1, 2]", "a: [", "no_such_flag: 1"):
+        with pytest.raises(SystemExit) as ended:
+            parse_args([recipe(broken, name="args.yaml")])
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_unknown_flag_is_answered_with_the_one_that_is_meant(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--data_path", "d", "--modelema", "true"])
+    assert capsys.readouterr().err == (
+        "main.py: error: unrecognized arguments: --modelema true; did you mean --model_ema?\n"
+    )
+
+
+def test_the_ten_flags_that_people_need_come_first():
+    helped = build_parser().format_help()
+    assert re.findall(r"^  --(\w+)", helped, re.MULTILINE)[:10] == [
+        "model", "data_path", "data_set", "batch_size", "epochs", "lr", "device", "output_dir", "finetune", "eval",
+    ]  # fmt: skip
+    assert len(helped.partition("--model")[0].splitlines()) < 12

@@ -233,7 +233,7 @@ def test_the_accuracy_of_a_file(checkpoint, tiny_fmnist, tmp_path, capsys):
     ("arguments", "named"),
     [
         (["--runtime", "openvino", "--eval", "false"], "--eval true"),
-        (["--precision", "bf16"], "--runtime"),
+        (["--precision", "bf16"], "--engine"),
         (["--runtime", "openvino", "--precision", "fp16"], "fp32, bf16, int8"),
         (["--runtime", "eager", "--compile", "true"], "--compile"),
     ],

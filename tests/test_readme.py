@@ -99,7 +99,7 @@ def arguments_of(command: list[str], script: str = "main.py") -> list[str] | Non
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
     """The names of all options, those of its commands included."""
-    flags = {action.dest for action in parser._actions}
+    flags = {flag.removeprefix("--") for action in parser._actions for flag in action.option_strings}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             flags = flags.union(*map(flags_of, action.choices.values()))
@@ -265,4 +265,6 @@ PUBLISHED = {
 def test_published_recipes_are_as_published(variant):
     name = f"vanillanet_{variant}"
     published = f"--model {name} {SHARED} {PUBLISHED[variant]} --data_path DIR".split()
-    assert vars(parse_args([f"@recipes/{name}.args", "--data_path", "DIR"])) == vars(parse_args(published))
+    found, wanted = parse_args([f"@recipes/{name}.args", "--data_path", "DIR"]), parse_args(published)
+    assert vars(found) == vars(wanted)
+    assert found.given == wanted.given
