@@ -20,8 +20,9 @@ import torch
 
 import runtimes
 from benchmarking import profiling, report, results
+from benchmarking.spec import Spec
 from benchmarking.subjects import PAPER_PEERS, create, deployed, is_vanillanet
-from benchmarking.worker import Spec, Worker, WorkerError, closing, prepare
+from benchmarking.worker import Worker, WorkerError, closing, prepare
 from options import COUNT, POSITIVE, Parser, boolean, canonical
 from records import logs
 from records.files import mistakes_end
@@ -37,7 +38,6 @@ QUICK = {
     "together": 2,
 }
 CALLS_PER_TURN = 5
-DEPTHWISE_ENGINES = ("compile", "aotinductor", "openvino")  # that leave series activations out of int8 by default
 
 
 # -- the command line
@@ -126,15 +126,13 @@ def _engines(args: argparse.Namespace) -> list[tuple[str, str]]:
     pairs = []
     for name in every:
         engine = runtimes.find(name)
-        if kind not in engine.devices:
+        if kind not in engine.computes:
             if "all" in args.runtimes:
                 continue
             raise ValueError(f"{name} does not run on {kind}: leave it out of --runtimes")
-        for precision in engine.precisions:
-            fits = precision != "tf32" if kind == "cpu" else True
+        for precision in engine.computes[kind]:
             # In half precision an eager CPU network converts in each operator: no one's choice, and slow to measure.
-            if kind == "cpu" and precision == "fp16":
-                fits = False
+            fits = (kind, precision) != ("cpu", "fp16")
             if fits and precision in (args.precisions or engine.precisions):
                 pairs.append((name, precision))
     if not pairs:
@@ -152,9 +150,10 @@ def _specs(args: argparse.Namespace, network: str) -> list[Spec]:
     specs = []
     for resolution, batch in itertools.product(args.resolutions, args.batches):
         for engine, precision in _engines(args):
+            leaves_depthwise = not args.training and runtimes.find(engine).leaves_depthwise
             for twin in (False, True) if args.twins and is_vanillanet(network) else (False,):
                 specs.append(Spec(network, engine, precision, resolution, batch, twin=twin, **shared))
-            if args.int8_depthwise and precision == "int8" and engine in DEPTHWISE_ENGINES and is_vanillanet(network):
+            if args.int8_depthwise and precision == "int8" and leaves_depthwise and is_vanillanet(network):
                 specs.append(Spec(network, engine, precision, resolution, batch, int8_depthwise=True, **shared))
     return specs
 

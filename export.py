@@ -22,7 +22,7 @@ from records.files import mistakes_end
 from runtimes.layer_errors import layer_errors
 
 # The largest difference from PyTorch in float32, relative to the largest logit. A file beyond it is not written.
-TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2, "int8": 2.5e-1}
+TOLERANCES = {"default": 1e-2, "fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2, "int8": 2.5e-1}
 COMPARED_IMAGES = 32
 CALIB_COUNT = 300
 
@@ -95,9 +95,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--data_set says what --calib_data is: add it")
     args.calib_count = args.calib_count or CALIB_COUNT
     args.data_set = args.data_set or "image_folder"
-    if args.int8_depthwise and (args.precision != "int8" or args.to not in ("pt2", "openvino")):
+    engine = runtimes.find(runtimes.FORMATS[args.to]) if args.to else None
+    if args.int8_depthwise and (args.precision != "int8" or not engine.leaves_depthwise):
         parser.error("--int8_depthwise true is for --int8 with --to pt2 or openvino; ONNX has it always")
-    if args.batch_size > 1 and args.to != "pt2":
+    if args.batch_size > 1 and engine and not engine.fixes_batch:
         parser.error("--batch_size is for --to pt2; the other formats take any batch")
     return args
 
@@ -113,15 +114,12 @@ def compare(runtime: runtimes.Runtime, network: nn.Module, images: torch.Tensor)
 
 def write(
     network: nn.Module,
-    target: Path,
+    path: Path,
+    target: runtimes.Target,
     *,
-    engine: runtimes.FileEngine,
-    precision: str,
     metadata: runtimes.Metadata,
-    calibration: runtimes.Calibration | None,
     images: torch.Tensor,
     batch_size: int,
-    device: str,
     tolerance: float,
 ) -> str:
     """Export, compare on `images` with the network itself, and put the files in their place if they agree.
@@ -132,20 +130,14 @@ def write(
     Raises:
         ValueError: they differ by more than `tolerance`; nothing is written then.
     """
-    engine.check(precision, device, calibration)
+    engine = runtimes.find(target.engine)
+    engine.check(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="writing-", dir=target.parent) as folder:
-            files = engine.export(
-                network,
-                images[:1].expand(batch_size, -1, -1, -1).contiguous(),
-                Path(folder) / target.name,
-                precision=precision,
-                calibration=calibration,
-                metadata=metadata,
-                device=device,
-            )
-            difference, same = compare(engine.open(files[0], device=device), network, images)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="writing-", dir=path.parent) as folder:
+            batch = images[:1].expand(batch_size, -1, -1, -1).contiguous()
+            files = engine.export(network, batch, Path(folder) / path.name, target, metadata)
+            difference, same = compare(engine.open(files[0], target), network, images)
             comparison = (
                 f"largest logit difference from PyTorch in float32, relative: {difference:.1e}; "
                 f"the same class for {same} of {len(images)} images"
@@ -153,9 +145,9 @@ def write(
             if not difference <= tolerance:
                 raise ValueError(f"{comparison}: more than {tolerance:g}, nothing written")
             for file in files:
-                shutil.move(file, target.parent / file.name)
+                shutil.move(file, path.parent / file.name)
     except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
     return comparison
 
 
@@ -174,23 +166,21 @@ def run(args: argparse.Namespace) -> None:
         return print_layer_errors(network, images)
     engine = runtimes.find(runtimes.FORMATS[args.to])
     name = Path(args.source).stem if metadata.checkpoint else metadata.model
-    target = Path(args.output or Path("exports") / f"{name}-{args.precision}{engine.suffix}")
-    if target.suffix != engine.suffix:
-        raise ValueError(f"--output {target}: a file of --to {args.to} ends in {engine.suffix}")
+    path = Path(args.output or Path("exports") / f"{name}-{args.precision}{engine.suffix}")
+    if path.suffix != engine.suffix:
+        raise ValueError(f"--output {path}: a file of --to {args.to} ends in {engine.suffix}")
+    calibration = runtimes.Calibration(images.split(16), args.int8_depthwise) if calibrates else None
     comparison = write(
         network,
-        target,
-        engine=engine,
-        precision=args.precision,
+        path,
+        runtimes.Target(engine.name, args.precision, args.device, calibration=calibration),
         metadata=metadata,
-        calibration=runtimes.Calibration(images.split(16), args.int8_depthwise) if calibrates else None,
         images=images[:COMPARED_IMAGES],
         batch_size=args.batch_size,
-        device=args.device,
         tolerance=TOLERANCES[args.precision] if args.tolerance is None else args.tolerance,
     )
     print(comparison)
-    print(f"{metadata.model}, {args.precision}, {metadata.input_size} px: {target}")
+    print(f"{metadata.model}, {args.precision}, {metadata.input_size} px: {path}")
     return None
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import runtimes
 from records.files import replacing
 
 __all__ = ["COLUMNS", "conditions", "read", "statistics", "write"]
@@ -22,13 +23,6 @@ COLUMNS = (
     "peak_mb", "first_s", "anchor_ms", "anchor",
     "processor", "threads", "torch", "library", "date",
 )  # fmt: skip
-# The package that does the arithmetic, where that is not torch.
-# By engine, the packages that it comes in.
-LIBRARIES = {
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "openvino": ("openvino",),
-    "tensorrt": ("tensorrt",),
-}
 
 
 def statistics(seconds: Sequence[float], batch: int) -> dict[str, float]:
@@ -61,7 +55,7 @@ def _processor(device: str) -> str:
 
 
 def _library(engine: str) -> str:
-    for package in LIBRARIES.get(engine, ("torch",)):
+    for package in runtimes.find(engine).libraries if engine in runtimes.ENGINES else ("torch",):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return f"{package} {importlib.metadata.version(package)}"
     return engine

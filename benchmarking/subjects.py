@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import timm
 import torch
@@ -12,11 +11,9 @@ from torch import nn
 import deployment
 import models
 import networks
-from runtimes import Calibration
+from benchmarking.spec import Spec
+from runtimes import Calibration, Target
 from utils import keep_freed_memory
-
-if TYPE_CHECKING:
-    from benchmarking.worker import Spec
 
 # The networks beside which the paper puts its own, by their names in timm.
 PAPER_PEERS = (
@@ -65,7 +62,7 @@ def create(name: str, *, resolution: int, width_mult: float | None, deploy: bool
     return network
 
 
-def deployed(spec: "Spec") -> nn.Module:
+def deployed(spec: Spec) -> nn.Module:
     """The network of `spec` in deploy form: a checkpoint's, or one with random weights."""
     if Path(spec.network).is_file():
         return deployment.load(spec.network)[0]
@@ -73,8 +70,8 @@ def deployed(spec: "Spec") -> nn.Module:
     return timm.utils.reparameterize_model(network)
 
 
-def build_network(spec: "Spec") -> tuple[nn.Module, torch.Tensor, Calibration | None]:
-    """(the deployed network, a batch of random images, and for int8 some to calibrate on)."""
+def build_network(spec: Spec) -> tuple[nn.Module, torch.Tensor, Target]:
+    """(the deployed network, a batch of random images, what they are to run in, with images to calibrate int8 on)."""
     network = deployed(spec)
     generator = torch.Generator().manual_seed(0)
     shape = (3, spec.resolution, spec.resolution)
@@ -84,10 +81,10 @@ def build_network(spec: "Spec") -> tuple[nn.Module, torch.Tensor, Calibration | 
         count = -(-CALIBRATION_IMAGES // spec.batch)
         batches = [torch.randn(spec.batch, *shape, generator=generator) for _ in range(count)]
         calibration = Calibration(batches, spec.int8_depthwise)
-    return network, images, calibration
+    return network, images, Target(spec.engine, spec.precision, spec.device, calibration=calibration)
 
 
-def training_step(spec: "Spec") -> Callable[[], None]:
+def training_step(spec: Spec) -> Callable[[], None]:
     """A step of training as main.py does it: forward pass, loss, backward pass, AdamW.
 
     The engine is `plain` (contiguous memory format), `channels_last`, or `compile`, which is channels-last, too.

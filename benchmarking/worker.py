@@ -12,54 +12,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 import runtimes
+from benchmarking.spec import Spec
 from records.files import first_line
 
 START_TIMEOUT = 900  # seconds; compiling a network for training takes minutes
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What is measured.
-
-    Attributes:
-        network: a timm model's name, or a checkpoint.
-        engine: of `runtimes.ENGINES`; for training `plain`, `channels_last` or `compile`.
-        precision: that it computes in.
-        resolution: px.
-        batch: images a call.
-        device: `cpu` or `cuda`.
-        kind: `inference`, or `training` for a step of forward and backward pass and optimizer.
-        width_mult: factor on a VanillaNet's channels, for trials.
-        twin: a VanillaNet built in deploy form instead of fused from its train form.
-        int8_depthwise: quantize its series activations, too.
-    """
-
-    network: str
-    engine: str
-    precision: str
-    resolution: int = 224
-    batch: int = 1
-    device: str = "cpu"
-    kind: str = "inference"
-    width_mult: float | None = None
-    twin: bool = False
-    int8_depthwise: bool = False
-
-    @property
-    def label(self) -> str:
-        """The network as tables name it."""
-        twin, depthwise = " (built deployed)" * self.twin, " (depthwise in int8)" * self.int8_depthwise
-        return f"{Path(self.network).stem}{twin}{depthwise}"
-
-    def __str__(self) -> str:
-        return f"{self.label}, {self.engine}, {self.precision}, {self.resolution} px, batch {self.batch}"
 
 
 # -- inside the process
@@ -72,7 +35,7 @@ def _file(spec: Spec, folder: Path) -> Path | None:
     engine = runtimes.find(spec.engine)
     if not isinstance(engine, runtimes.FileEngine):
         return None
-    batch = spec.batch if spec.engine == "aotinductor" else 1
+    batch = spec.batch if engine.fixes_batch else 1
     name = f"{Path(spec.network).stem}-{spec.twin}-{spec.int8_depthwise}-{spec.precision}-{spec.resolution}-{batch}"
     return folder / f"{name}{engine.suffix}"
 
@@ -84,16 +47,9 @@ def _prepare(spec: Spec, folder: Path) -> None:
         return
     from benchmarking.subjects import build_network
 
-    network, images, calibration = build_network(spec)
-    runtimes.find(spec.engine).export(
-        network,
-        images,
-        path,
-        precision=spec.precision,
-        calibration=calibration,
-        metadata=runtimes.Metadata(spec.network, (), (), (), spec.resolution, None),
-        device=spec.device,
-    )
+    network, images, target = build_network(spec)
+    metadata = runtimes.Metadata(spec.network, (), (), (), spec.resolution, None)
+    runtimes.find(spec.engine).export(network, images, path, target, metadata)
 
 
 def _open(spec: Spec, folder: Path, *, profile: bool) -> tuple[Callable[[], Any], float, Callable[[], list]]:
@@ -106,27 +62,17 @@ def _open(spec: Spec, folder: Path, *, profile: bool) -> tuple[Callable[[], Any]
         step()
         return step, time.perf_counter() - start, list
     path = None if profile else _file(spec, folder)
-    network = calibration = None
     if path is None:
         from benchmarking.subjects import build_network  # timm takes seconds to import, and a file needs none of it
 
-        network, images, calibration = build_network(spec)
+        source, images, target = build_network(spec)
+        target = replace(target, profile=profile)
     else:
-        images = torch.randn(spec.batch, 3, spec.resolution, spec.resolution)
+        source, images = path, torch.randn(spec.batch, 3, spec.resolution, spec.resolution)
+        target = runtimes.Target(device=spec.device)
     images = images.to(spec.device)
     start = time.perf_counter()
-    if path is None:
-        runtime = runtimes.load(
-            network,
-            engine=spec.engine,
-            precision=spec.precision,
-            images=images,
-            calibration=calibration,
-            device=spec.device,
-            profile=profile,
-        )
-    else:
-        runtime = runtimes.load(path, device=spec.device)
+    runtime = runtimes.load(source, target, images=images)
     runtime(images)
     return lambda: runtime(images), time.perf_counter() - start, lambda: runtime.profile(images)
 

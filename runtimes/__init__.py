@@ -4,26 +4,37 @@
     runtime = runtimes.load(network, engine="openvino", precision="bf16", images=images)
     logits = runtime(images)  # (N, 3, H, W) -> (N, classes)
 
-Each engine is a file of this folder and a thin layer over a well-kept library, which is imported when it is used.
+An engine is a file of `engines/`, whose name is the engine's. It is a thin layer over a well-kept library, which it
+imports inside its functions. So importing this package takes milliseconds: torch is imported once something is run.
 """
 
+import pkgutil
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from . import engines
+from .base import PRECISIONS, Calibration, Engine, FileEngine, Layer, Metadata, Target, device_type
 
-from .base import Calibration, Engine, FileEngine, Layer, Metadata, Runtime, device_type, set_tf32
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .running import Runtime, set_tf32
 
 __all__ = [
     "ENGINES",
     "FORMATS",
+    "PRECISIONS",
+    "SUFFIXES",
     "Calibration",
     "Engine",
     "FileEngine",
     "Layer",
     "Metadata",
     "Runtime",
+    "Target",
     "device_type",
     "find",
     "load",
@@ -31,70 +42,62 @@ __all__ = [
     "set_tf32",
 ]
 
-# By name, where each is defined.
-ENGINES = {
-    "eager": ("eager", "Eager"),
-    "channels_last": ("eager", "ChannelsLast"),
-    "compile": ("compile", "Compiled"),
-    "cuda_graphs": ("cuda_graphs", "CudaGraphs"),
-    "aotinductor": ("aotinductor", "AOTInductor"),
-    "onnxruntime": ("onnxruntime", "OnnxRuntime"),
-    "openvino": ("openvino", "OpenVINO"),
-    "tensorrt": ("tensorrt", "TensorRT"),
-}
-FORMATS = {"pt2": "aotinductor", "onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
-SUFFIXES = {".pt2": "aotinductor", ".onnx": "onnxruntime", ".xml": "openvino", ".engine": "tensorrt"}
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "int8")
+ENGINES = tuple(module.name for module in pkgutil.iter_modules(engines.__path__))
 
 
 def find(name: str) -> Engine:
     """The engine of a name. ValueError where there is none."""
     if name not in ENGINES:
         raise ValueError(f"there is no engine {name}; there are {', '.join(ENGINES)}")
-    module, kind = ENGINES[name]
-    return getattr(import_module(f".engines.{module}", __name__), kind)()
+    return import_module(f"{engines.__name__}.{name}").Engine()
+
+
+_FILE_ENGINES = [engine for engine in map(find, ENGINES) if isinstance(engine, FileEngine)]
+FORMATS = {engine.format: engine.name for engine in _FILE_ENGINES}
+SUFFIXES = {engine.suffix: engine.name for engine in _FILE_ENGINES}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch."""
+    if name in ("Runtime", "set_tf32"):
+        return getattr(import_module(".running", __name__), name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
 def of_file(path: str | Path) -> str | None:
-    """The engine that reads a file, by its suffix; None for a suffix of none."""
+    """The engine that reads a file, by its suffix; None for any other suffix."""
     return SUFFIXES.get(Path(path).suffix)
 
 
 def load(
-    source: str | Path | nn.Module,
+    source: "str | Path | nn.Module",
+    target: Target | None = None,
     *,
-    engine: str | None = None,
-    precision: str | None = None,
-    images: torch.Tensor | None = None,
-    calibration: Calibration | None = None,
-    device: str = "cpu",
-    profile: bool = False,
-) -> Runtime:
+    images: "torch.Tensor | None" = None,
+    **fields: Any,
+) -> "Runtime":
     """A file that `export.py` wrote, or a network from memory, ready to run.
 
     Args:
         source: the file, or a network in eval mode on the CPU, which is left as it is.
-        engine: by name; None is what the file's suffix says, and `compile` for a network.
-        precision: one of `PRECISIONS`; None is the file's own, and fp32 for a network.
+        target: what it is to run in; None is `Target()`.
         images: for a network, a batch of the size that the engine is to be fast at, (N, C, H, W).
-        calibration: for a network in int8.
-        profile: make `Runtime.profile` work, at some cost in speed.
+        fields: of `Target`, in place of those of `target`.
 
     Raises:
         ValueError: one line that says what does not fit, is missing or not installed.
     """
-    if isinstance(source, nn.Module):
+    target = replace(target or Target(), **fields)
+    if not isinstance(source, str | Path):
         if images is None:
             raise ValueError("a network from memory needs a batch of images, to know their size")
-        return find(engine or "compile").build(
-            source, images, precision=precision or "fp32", calibration=calibration, device=device, profile=profile
-        )
+        return find(target.engine or "compile").build(source, images, target)
     path = Path(source)
     own = of_file(path)
     if own is None:
         raise ValueError(f"{path} is of no format that an engine reads ({', '.join(SUFFIXES)})")
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
-    if engine not in (None, own):
-        raise ValueError(f"{path} is a file of {own}, not of {engine}")
-    return find(own).open(path, precision=precision, device=device, profile=profile)
+    if target.engine not in (None, own):
+        raise ValueError(f"{path} is a file of {own}, not of {target.engine}")
+    return find(own).open(path, target)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import input_sizes
+from .running import input_sizes
 
 __all__ = ["AxisMaxPool", "fix_adaptive_pools", "windows"]
 

@@ -1,30 +1,35 @@
-"""What all engines share: the interface, the metadata that travels in a file, the treatment of batches."""
+"""What an engine is, and the values that it is given. Without torch, so that commands read their flags at once."""
 
-import copy
-import importlib
+import importlib.util
 import io
 import json
 import logging
+import re
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-Run = Callable[[torch.Tensor], torch.Tensor]
+    from .running import Runtime
+
+# `default` is float32 as PyTorch computes it on a GPU when nothing is set: TensorFloat-32 in convolutions, IEEE in
+# products of matrices. fp32 is IEEE in both, tf32 TensorFloat-32 in both.
+PRECISIONS = ("default", "fp32", "tf32", "bf16", "fp16", "int8")
 
 
-def require(module: str, package: str, needed_by: str) -> ModuleType:
-    """Import an optional module. Raises ValueError, one line that says what to install, where it is missing."""
+def require(package: str, needed_by: str) -> ModuleType:
+    """Import an optional package. Raises ValueError, one line that says what to install, where it is missing."""
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(package)
     except ImportError:
         raise ValueError(f"{needed_by} needs the package {package}: pip install {package}") from None
 
@@ -42,7 +47,7 @@ def quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-# -- metadata
+# -- values
 
 
 @dataclass(frozen=True)
@@ -68,134 +73,22 @@ class Metadata:
     checkpoint: str = ""
     precision: str = "fp32"
 
-    @classmethod
-    def names(cls) -> list[str]:
-        return [field.name for field in fields(cls)]
-
     def to_strings(self) -> dict[str, str]:
         """Each field as JSON."""
         return {name: json.dumps(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str], path: str | Path) -> "Metadata":
-        """The inverse of `to_strings`; further entries are passed over. Raises ValueError where one is missing."""
-        missing = [name for name in cls.names() if name not in strings]
+        """The inverse of `to_strings`; further entries are passed over.
+
+        Raises:
+            ValueError: a field without a default is missing. Those with one are younger than some files.
+        """
+        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in strings]
         if missing:
             raise ValueError(f"{path} was not written by export.py: its metadata lack {', '.join(missing)}")
-        values = {name: json.loads(strings[name]) for name in cls.names()}
+        values = {field.name: json.loads(strings[field.name]) for field in fields(cls) if field.name in strings}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-# -- running
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One line of an engine's own profile: an operator as the engine names it, its kind, and its time in ms."""
-
-    name: str
-    kind: str
-    ms: float
-
-
-class Runtime:
-    """A network that is ready to run: images (N, C, H, W), float32, in, logits (N, classes), float32, out.
-
-    Attributes:
-        name: of the engine.
-        precision: that it computes in.
-        metadata: of the file that it was read from, None for a network from memory.
-        device: where the logits come out; images may lie on any device.
-        size: height and width of the images that it was made for, as its file says; None takes any.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        precision: str,
-        run: Run,
-        *,
-        metadata: Metadata | None = None,
-        device: str = "cpu",
-        profile: Callable[[torch.Tensor], list[Layer]] | None = None,
-    ):
-        self.name, self.precision, self.metadata, self.device = name, precision, metadata, torch.device(device)
-        self.size = (metadata.input_size,) * 2 if metadata else None
-        self._run, self._profile = run, profile
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return self._run(self._prepare(images))
-
-    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """Raises ValueError for another size, at which some engines would compute something else and not say so."""
-        if self.size not in (None, tuple(images.shape[-2:])):
-            found, own = ("x".join(map(str, size)) for size in (images.shape[-2:], self.size))
-            raise ValueError(f"the images have {found} px, this {self.name} network takes {own}: export one for them")
-        return images.to(self.device, torch.float32)
-
-    def profile(self, images: torch.Tensor) -> list[Layer]:
-        """The time of each layer in one call, by the engine's own clock. ValueError where it has none."""
-        if self._profile is None:
-            raise ValueError(f"{self.name} was not built to be profiled")
-        with torch.inference_mode():
-            return self._profile(self._prepare(images))
-
-    def __repr__(self) -> str:
-        return f"Runtime({self.name}, {self.precision})"
-
-
-def input_sizes(network: nn.Module, names: Sequence[str], images: torch.Tensor) -> dict[str, tuple[int, int]]:
-    """Height and width of what the submodules of these names are given, for images (N, C, H, W)."""
-    sizes: dict[str, tuple[int, int]] = {}
-    hooks = [
-        network.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: sizes.__setitem__(name, tuple(inputs[0].shape[-2:]))
-        )
-        for name in names
-    ]
-    try:
-        with torch.no_grad():
-            network(images[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sizes
-
-
-class FixedBatch:
-    """Batches of any size through a function that was compiled for one size.
-
-    A larger batch is split, and the last part filled up with zeros. Compiled for a free size instead, oneDNN would not
-    know how to lay out the weights beforehand, and would do that anew in each call: twice the time at batch 1.
-
-    Args:
-        run: (size, C, H, W) -> (size, classes).
-        size: the batch that it takes.
-    """
-
-    def __init__(self, run: Run, size: int):
-        self.run, self.size = run, size
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        if len(images) == self.size:
-            return self.run(images)
-        logits = []
-        for part in images.split(self.size):
-            padding = part.new_zeros(self.size - len(part), *part.shape[1:])
-            logits.append(self.run(torch.cat([part, padding]) if len(padding) else part)[: len(part)].clone())
-        return torch.cat(logits)
-
-
-# -- engines
-
-
-def device_type(device: str) -> str:
-    """cpu or cuda. Raises ValueError for what is no device of torch."""
-    try:
-        return torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"--device {device} is none; say cpu, cuda or cuda:1") from error
 
 
 @dataclass(frozen=True)
@@ -208,181 +101,227 @@ class Calibration:
             bfloat16 by default.
     """
 
-    batches: Sequence[torch.Tensor]
+    batches: "Sequence[torch.Tensor]"
     depthwise: bool = False
 
-    def images(self) -> Iterator[torch.Tensor]:
+    def images(self) -> "Iterator[torch.Tensor]":
         """Each image as a batch of its own, (1, C, H, W)."""
         return (image[None] for batch in self.batches for image in batch)
 
 
-class Engine(ABC):
-    """A way to run a network. One instance a module; it imports its library only when it is used.
+@dataclass(frozen=True)
+class Target:
+    """What a network is to run in.
 
     Attributes:
-        name: in commands and tables.
-        precisions: that it can compute in, on `devices`. `int8` needs calibration images.
+        engine: by name; None is what a file's suffix says, and `compile` for a network.
+        precision: one of `PRECISIONS`; None is a file's own, and fp32 for a network.
+        device: cpu, cuda or cuda:N.
+        threads: of the arithmetic on the CPU, for the whole process; None leaves torch's setting as it is.
+        calibration: for int8.
+        profile: make `Runtime.profile` work, at some cost in speed.
     """
 
-    name: ClassVar[str]
-    precisions: ClassVar[tuple[str, ...]]
-    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    engine: str | None = None
+    precision: str | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    calibration: Calibration | None = None
+    profile: bool = False
 
-    def check_place(self, precision: str, device: str) -> None:
-        """Raise ValueError for a precision or device that this engine has not."""
-        if precision not in self.precisions:
-            raise ValueError(f"{self.name} computes in {', '.join(self.precisions)}, not in {precision}")
-        kind = device_type(device)
-        if kind not in self.devices:
-            raise ValueError(f"{self.name} runs on {', '.join(self.devices)}, not on {kind}")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"{self.name} on {device}: no CUDA device is available here")
-        if precision == "tf32" and kind != "cuda":
-            raise ValueError("tf32 is a format of NVIDIA's GPUs; on the CPU use fp32 or bf16")
+    @property
+    def kind(self) -> str:
+        """The device's type. ValueError for what is no device."""
+        return device_type(self.device)
 
-    def check(self, precision: str, device: str, calibration: Calibration | None) -> None:
-        """Raise ValueError for what this engine cannot do."""
-        self.check_place(precision, device)
-        if precision == "int8" and not (calibration and calibration.batches):
+
+def device_type(device: str) -> str:
+    """cpu, cuda or mps. ValueError for anything else, such as `gpu`."""
+    match = re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", device)
+    if match is None:
+        raise ValueError(f"--device {device} is not a device: use cpu, cuda or cuda:N")
+    return match[1]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One line of an engine's own profile: an operator as the engine names it, its kind, and its time in ms."""
+
+    name: str
+    kind: str
+    ms: float
+
+
+# -- engines
+
+
+class Engine(ABC):
+    """A way to run a network.
+
+    Attributes:
+        on_cpu, on_cuda: the precisions that it computes in there; none where it does not run.
+        packages: without which it does nothing.
+        libraries: the packages that its arithmetic may come in; the first one found is named with a measurement.
+        keeps_freed_memory: on the CPU; see `utils.keep_freed_memory`.
+        leaves_depthwise: out of int8, unless `Calibration.depthwise` says so.
+    """
+
+    on_cpu: ClassVar[tuple[str, ...]] = ()
+    on_cuda: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[tuple[str, ...]] = ()
+    libraries: ClassVar[tuple[str, ...]] = ("torch",)
+    keeps_freed_memory: ClassVar[bool] = False
+    leaves_depthwise: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """In commands and tables: that of the engine's file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def computes(self) -> dict[str, tuple[str, ...]]:
+        """By the kind of device, the precisions."""
+        return {kind: names for kind, names in (("cpu", self.on_cpu), ("cuda", self.on_cuda)) if names}
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Those of all devices, in the order of `PRECISIONS`."""
+        return tuple(name for name in PRECISIONS if any(name in names for names in self.computes.values()))
+
+    def check_place(self, target: Target) -> None:
+        """Raise ValueError where a package or the device is missing."""
+        if target.kind not in self.computes:
+            raise ValueError(f"{self.name} runs on {', '.join(self.computes)}, not on {target.kind}")
+        for package in self.packages:
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(f"{self.name} needs the package {package}: pip install {package}")
+        if target.kind == "cuda":
+            import torch
+
+            count, index = torch.cuda.device_count(), torch.device(target.device).index or 0
+            if index >= count:
+                raise ValueError(f"{self.name} on {target.device}: this machine has {count} CUDA devices")
+
+    def check_precision(self, target: Target) -> None:
+        """Raise ValueError for a precision that this engine has not on the device."""
+        precisions = self.computes[target.kind]
+        if target.precision not in precisions:
+            hint = " (a way of NVIDIA's GPUs)" if target.precision in ("default", "tf32") else ""
+            names = ", ".join(precisions)
+            raise ValueError(f"{self.name} computes in {names} on {target.kind}, not in {target.precision}{hint}")
+
+    def check(self, target: Target) -> None:
+        """Raise ValueError for what this engine cannot make, here and now."""
+        self.check_place(target)
+        self.check_precision(target)
+        if target.precision == "int8" and not (target.calibration and target.calibration.batches):
             raise ValueError(f"int8 in {self.name} needs images to calibrate on")
 
-    @abstractmethod
-    def build(
-        self,
-        network: nn.Module,
-        images: torch.Tensor,
-        *,
-        precision: str = "fp32",
-        calibration: Calibration | None = None,
-        device: str = "cpu",
-        profile: bool = False,
-    ) -> Runtime:
+    def build(self, network: "nn.Module", images: "torch.Tensor", target: Target) -> "Runtime":
         """Make a network from memory ready to run. The network itself is left as it is.
 
         Args:
             network: in eval mode on the CPU, in the form that is to be deployed.
             images: a batch of the size that the engine is to be fast at, (N, C, H, W).
-            calibration: for int8.
-            profile: make `Runtime.profile` work, at some cost in speed.
+            target: its engine is this one.
 
         Raises:
-            ValueError: the precision, device or package is not there.
+            ValueError: the precision, device, package or calibration is not there.
         """
+        target = self._prepare(target)
+        return self._build(network, images, target)
+
+    @abstractmethod
+    def _build(self, network: "nn.Module", images: "torch.Tensor", target: Target) -> "Runtime":
+        """`build` of a checked target."""
+
+    def _prepare(self, target: Target) -> Target:
+        """`target` with nothing left open, checked, and with what it sets for the process set."""
+        target = replace(target, engine=self.name, precision=target.precision or "fp32")
+        self.check(target)
+        self._settle(target)
+        return target
+
+    def _settle(self, target: Target) -> None:
+        """Set what holds for the whole process."""
+        import torch
+
+        from utils import keep_freed_memory
+
+        from .running import set_tf32
+
+        if target.threads:
+            torch.set_num_threads(target.threads)
+        if self.keeps_freed_memory and target.kind == "cpu":
+            keep_freed_memory()
+        set_tf32(target.precision, target.device)
 
 
 class FileEngine(Engine):
-    """An engine that reads its networks from files of its own format."""
+    """An engine that reads its networks from files of its own format.
 
+    Attributes:
+        format: its name in commands.
+        suffix: of the files.
+        converts: precisions of which a file in one may run in another.
+        fixes_batch: a file is made for one batch size, and other batches are split and filled up.
+    """
+
+    format: ClassVar[str]
     suffix: ClassVar[str]
+    converts: ClassVar[tuple[str, ...]] = ()
+    fixes_batch: ClassVar[bool] = False
 
-    @abstractmethod
     def export(
-        self,
-        network: nn.Module,
-        images: torch.Tensor,
-        path: Path,
-        *,
-        precision: str = "fp32",
-        calibration: Calibration | None = None,
-        metadata: Metadata,
-        device: str = "cpu",
-        profile: bool = False,
+        self, network: "nn.Module", images: "torch.Tensor", path: str | Path, target: Target, metadata: Metadata
     ) -> list[Path]:
         """Write `network` to `path`, for batches of any size and images of the size of `images`.
 
-        Arguments as for `build`; `metadata` go into the file, with `precision` put in.
+        Arguments as for `build`; `metadata` go into the file, with the target's precision put in.
 
         Returns:
             The files written, `path` first.
         """
+        target = self._prepare(target)
+        return self._export(network, images, Path(path), target, replace(metadata, precision=target.precision))
 
     @abstractmethod
-    def open(self, path: Path, *, precision: str | None = None, device: str = "cpu", profile: bool = False) -> Runtime:
-        """Read a file that `export` wrote; `precision` None is that of the file."""
+    def _export(
+        self, network: "nn.Module", images: "torch.Tensor", path: Path, target: Target, metadata: Metadata
+    ) -> list[Path]:
+        """`export` of a checked target."""
 
-    def build(self, network, images, *, precision="fp32", calibration=None, device="cpu", profile=False) -> Runtime:
-        self.check(precision, device, calibration)
+    def open(self, path: str | Path, target: Target = Target()) -> "Runtime":
+        """Read a file that `export` wrote."""
+        from .running import Runtime
+
+        path = Path(path)
+        self.check_place(target)
+        self._settle(target)
+        content, strings = self._read(path, target)
+        metadata = Metadata.from_strings(strings, path)
+        target = replace(target, engine=self.name, precision=target.precision or metadata.precision)
+        self.check_precision(target)
+        if target.precision != metadata.precision and not {target.precision, metadata.precision} <= set(self.converts):
+            raise ValueError(f"{path} computes in {metadata.precision}, not in {target.precision}: export it anew")
+        run, profile = self._open(content, strings, path, target)
+        return Runtime(target, run, metadata=metadata, profile=profile)
+
+    @abstractmethod
+    def _read(self, path: Path, target: Target) -> tuple[Any, Mapping[str, str]]:
+        """(what `_open` wants of the file, its metadata)."""
+
+    @abstractmethod
+    def _open(
+        self, content: Any, strings: Mapping[str, str], path: Path, target: Target
+    ) -> "tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], list[Layer]] | None]":
+        """(images to logits, images to the layers of a profile), as `Runtime` takes them."""
+
+    def _build(self, network: "nn.Module", images: "torch.Tensor", target: Target) -> "Runtime":
         metadata = Metadata("", (), (), (), images.shape[-1], None)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"network{self.suffix}"
-            self.export(
-                network,
-                images,
-                path,
-                precision=precision,
-                calibration=calibration,
-                metadata=metadata,
-                device=device,
-                profile=profile,
-            )
-            runtime = self.open(path, device=device, profile=profile)
+            self.export(network, images, path, target, metadata)
+            runtime = self.open(path, target)
         runtime.metadata, runtime.size = None, tuple(images.shape[-2:])
         return runtime
-
-
-def in_precision(metadata: Metadata, precision: str) -> Metadata:
-    return replace(metadata, precision=precision)
-
-
-def check_precision(metadata: Metadata, precision: str | None, path: Path) -> str:
-    """The precision of a file, which the one that was asked for must be."""
-    if precision not in (None, metadata.precision):
-        raise ValueError(f"{path} computes in {metadata.precision}, not in {precision}: export it anew")
-    return metadata.precision
-
-
-# -- forms of a network
-
-
-class Form(nn.Module):
-    """A network in another precision and memory format: float32 in, float32 out.
-
-    Args:
-        network: (N, C, H, W) -> (N, classes); copied.
-        dtype: of weights and activations.
-        layout: memory format of weights and activations.
-        device: where it goes.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        dtype: torch.dtype = torch.float32,
-        layout: torch.memory_format = torch.contiguous_format,
-        device: str = "cpu",
-    ):
-        super().__init__()
-        self.dtype, self.layout = dtype, layout
-        self.network = copy.deepcopy(network).to(device=device, dtype=dtype, memory_format=layout).eval()
-        self.requires_grad_(False)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network(images.to(self.dtype, memory_format=self.layout)).float()
-
-
-DTYPES: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-
-
-def set_tf32(precision: str, device: str) -> None:
-    """Let float32 products on a GPU use TensorFloat-32, or not. It holds for the process, as torch has it."""
-    if torch.device(device).type == "cuda":
-        value = "tf32" if precision == "tf32" else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = value
-        torch.backends.cudnn.conv.fp32_precision = value
-
-
-def exported(network: nn.Module, images: torch.Tensor, *, dynamic_batch: bool) -> torch.export.ExportedProgram:
-    """`network` as a graph, for the size of `images`, and with `dynamic_batch` for batches of any size."""
-    shapes: Any = None
-    if dynamic_batch:
-        shapes = ({0: torch.export.Dim("batch")},)
-        if len(images) < 2:  # a batch of one would be taken for a constant
-            images = images.expand(2, -1, -1, -1).contiguous()
-    with torch.no_grad():
-        return torch.export.export(network, (images,), dynamic_shapes=shapes)

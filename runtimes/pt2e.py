@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from .base import Calibration, Form, exported, quiet, require
+from .base import Calibration, quiet, require
 from .plain import DEPTHWISE
 from .processor import has_bfloat16, sums_saturate
+from .running import Form, exported
 
 
 class Mixed(nn.Module):
@@ -38,7 +39,7 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration)
         calibration: the ranges of the activations come from all of its images.
     """
     with quiet():
-        require("torchao", "torchao", "int8 in PyTorch")
+        require("torchao", "int8 in PyTorch")
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
         from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
             X86InductorQuantizer,

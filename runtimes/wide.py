@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import nn
 
-from .base import input_sizes
+from .running import input_sizes
 
 WIDEST = 2048  # input channels that are fast on any map
 LARGEST = 12 * 12  # places of a map that is fast with any number of channels

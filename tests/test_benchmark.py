@@ -11,7 +11,8 @@ import torchvision
 import benchmark
 from benchmarking import profiling, report, results
 from benchmarking.limit import PRODUCTS, best_product
-from benchmarking.worker import Spec, Worker, WorkerError, closing, prepare
+from benchmarking.spec import Spec
+from benchmarking.worker import Worker, WorkerError, closing, prepare
 
 TINY = shlex.split("--width_mult 0.03125 --resolutions 32 --threads 1")
 SMALL = [*TINY, "--calls", "6"]

@@ -16,11 +16,10 @@ from torch.utils._pytree import tree_leaves
 import models
 import runtimes
 from processors import openvino_has_bfloat16
-from runtimes import pt2e, wide
+from runtimes import Target, inductor, pt2e, wide
 from runtimes.adaptive_pool import AxisMaxPool, _as_strided_pool, fix_adaptive_pools, windows
-from runtimes.base import FixedBatch
-from runtimes.engines import compile as compiled
 from runtimes.plain import plain
+from runtimes.running import FixedBatch
 
 ROOT = Path(__file__).parents[1]
 METADATA = runtimes.Metadata(
@@ -114,7 +113,7 @@ def test_images_of_another_size_are_refused(network, images, tmp_path, engine):
     skip_without(*PACKAGES.get(engine, ()))
     found = runtimes.find(engine)
     path = tmp_path / f"n{found.suffix}"
-    found.export(network, images[:1], path, metadata=METADATA)
+    found.export(network, images[:1], path, Target(), METADATA)
     for runtime in (runtimes.load(path), runtimes.load(network, engine=engine, images=images[:1])):
         with pytest.raises(ValueError, match=rf"have 32x64 px, this {engine} network takes 64x64"):
             runtime(images[:, :, :32])
@@ -129,7 +128,7 @@ def test_images_of_another_size_are_refused(network, images, tmp_path, engine):
 )
 def test_what_an_openvino_file_cannot_do_is_said(network, images, tmp_path, arguments, message):
     skip_without(*PACKAGES["openvino"])
-    runtimes.find("openvino").export(network, images[:1], tmp_path / "n.xml", metadata=METADATA)
+    runtimes.find("openvino").export(network, images[:1], tmp_path / "n.xml", Target(), METADATA)
     with pytest.raises(ValueError, match=message):
         runtimes.load(tmp_path / "n.xml", **arguments)
 
@@ -181,9 +180,8 @@ def export(network, images, path, precision="fp32"):
         network,
         images,
         path,
-        precision=precision,
-        calibration=runtimes.Calibration([images, images]),
-        metadata=replace(METADATA, input_size=images.shape[-1]),
+        Target(precision=precision, calibration=runtimes.Calibration([images, images])),
+        replace(METADATA, input_size=images.shape[-1]),
     )
 
 
@@ -262,10 +260,8 @@ def test_depthwise_convolutions_are_quantized_on_request_only(network, images, t
 
     for depthwise, expected in ((False, 0), (True, 5)):
         path = tmp_path / f"{depthwise}.xml"
-        calibration = runtimes.Calibration([images], depthwise)
-        runtimes.find("openvino").export(
-            network, images, path, precision="int8", calibration=calibration, metadata=METADATA
-        )
+        target = Target(precision="int8", calibration=runtimes.Calibration([images], depthwise))
+        runtimes.find("openvino").export(network, images, path, target, METADATA)
         nodes = openvino.Core().read_model(path).get_ops()
         depthwise_nodes = [node for node in nodes if node.get_type_name() == "GroupConvolution"]
         weights = [openvino_bits(node) for node in depthwise_nodes]
@@ -353,8 +349,9 @@ def test_what_cannot_be_done_is_said(network, images, arguments, message):
 def test_a_missing_package_is_named(network, images, tmp_path, monkeypatch, engine, package):
     monkeypatch.setitem(sys.modules, package, None)  # importing it now fails
     found = runtimes.find(engine)
+    target = Target(device=next(iter(found.computes)))
     with pytest.raises(ValueError, match=f"pip install {package}"):
-        found.export(network, images, tmp_path / f"network{found.suffix}", metadata=METADATA)
+        found.export(network, images, tmp_path / f"network{found.suffix}", target, METADATA)
 
 
 @pytest.mark.parametrize(("path", "message"), [("gone.onnx", "does not exist"), ("network.txt", "no format")])
@@ -364,7 +361,7 @@ def test_files_that_cannot_be_read(tmp_path, path, message):
 
 
 def test_importing_the_package_imports_no_engine():
-    libraries = ("onnx", "onnxruntime", "openvino", "nncf", "torchao", "torch._inductor")
+    libraries = ("torch", "onnx", "onnxruntime", "openvino", "nncf", "torchao", "torch._inductor")
     code = f"import sys, runtimes; print([name for name in {libraries} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -456,7 +453,7 @@ def narrow(monkeypatch):
     """As on a processor without AVX-512, and with 3 channels or 2x2 places as the most that are fast."""
     monkeypatch.setattr(wide, "WIDEST", 3)
     monkeypatch.setattr(wide, "LARGEST", 4)
-    monkeypatch.setattr("runtimes.engines.compile.slow_at_wide_convolutions", lambda: True)
+    monkeypatch.setattr("runtimes.inductor.slow_at_wide_convolutions", lambda: True)
 
 
 def test_wide_convolutions_are_split(narrow):
@@ -485,18 +482,18 @@ def test_only_the_widest_variants_are_split(variant):
 @pytest.mark.parametrize(("precision", "count"), [("fp32", 1), ("bf16", 0)])
 def test_inductor_is_given_split_convolutions_in_float32(narrow, precision, count):
     images = torch.randn(2, 3, 9, 9)
-    form = compiled.inductor_form(Wide().eval(), images, precision=precision, calibration=None, device="cpu")
+    form = inductor.inductor_form(Wide().eval(), images, Target(precision=precision))
     assert sum(isinstance(module, wide.SplitConv) for module in form.modules()) == count
 
 
 @pytest.mark.parametrize(("precision", "count"), [("fp32", 6 + 2), ("bf16", 6)])
 def test_openvino_is_given_split_convolutions_in_float32(narrow, monkeypatch, tmp_path, precision, count):
     openvino = pytest.importorskip("openvino")
-    monkeypatch.setattr("runtimes.engines.openvino.slow_at_wide_convolutions", lambda: True)
+    monkeypatch.setattr("runtimes.processor.slow_at_wide_convolutions", lambda: True)
     network, images = Wide().eval(), torch.randn(2, 3, 9, 9)
     path = tmp_path / "wide.xml"
     metadata = replace(METADATA, input_size=9)
-    runtimes.find("openvino").export(network, images, path, precision=precision, metadata=metadata)
+    runtimes.find("openvino").export(network, images, path, Target(precision=precision), metadata)
     found = [node.get_type_name() for node in openvino.Core().read_model(path).get_ops()]
     assert sum(name in ("Convolution", "GroupConvolution") for name in found) == count
     if precision == "fp32":
@@ -523,7 +520,7 @@ while loaded:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs signal stacks")
 def test_signals_are_survived_after_openvino(network, images, tmp_path):
     skip_without("openvino")
-    runtimes.find("openvino").export(network, images[:1], tmp_path / "n.xml", metadata=METADATA)
+    runtimes.find("openvino").export(network, images[:1], tmp_path / "n.xml", Target(), METADATA)
     command = [sys.executable, "-c", SIGNALS, tmp_path / "n.xml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "0\n0\n"), done.stderr

@@ -1,31 +1,16 @@
 """ONNX: the exporter of PyTorch, ONNX Runtime's quantization, and ONNX Runtime itself."""
 
 import json
-import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from .. import base
+from ..base import Calibration, Layer, Metadata, Target, quiet, require
 
-from records.files import first_line
-
-from ..base import (
-    DTYPES,
-    Calibration,
-    FileEngine,
-    Form,
-    Layer,
-    Metadata,
-    Runtime,
-    check_precision,
-    device_type,
-    exported,
-    in_precision,
-    quiet,
-    require,
-)
-from ..processor import sums_saturate
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 INPUT, OUTPUT = "images", "logits"
 OPSET = 20
@@ -39,6 +24,8 @@ def _quantize(path: Path, calibration: Calibration, *, symmetric: bool) -> None:
     """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    from ..processor import sums_saturate
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self):
@@ -66,24 +53,23 @@ def _quantize(path: Path, calibration: Calibration, *, symmetric: bool) -> None:
 
 
 def write_onnx(
-    network: nn.Module,
-    images: torch.Tensor,
+    network: "nn.Module",
+    images: "torch.Tensor",
     path: Path,
-    *,
-    precision: str,
-    calibration: Calibration | None,
+    target: Target,
     metadata: Metadata,
+    *,
     symmetric: bool = False,
 ) -> None:
     """Write a single ONNX file with a free batch size, float32 in and out, and the metadata as its properties."""
-    for module, package in (("onnx", "onnx"), ("onnxscript", "onnxscript")):
-        require(module, package, "ONNX")
-    import onnx
+    onnx = require("onnx", "ONNX")
+    require("onnxscript", "ONNX")
+    import torch
 
     from ..plain import plain
+    from ..running import Form, exported
 
-    network = plain(network, images)
-    form = Form(network, dtype=DTYPES.get(precision, torch.float32))
+    form = Form(plain(network, images), precision=target.precision)
     program = exported(form, images, dynamic_batch=True)
     with quiet():
         torch.onnx.export(
@@ -96,56 +82,82 @@ def write_onnx(
             dynamo=True,
             verbose=False,
         )
-        if precision == "int8":
-            require("onnxruntime", "onnxruntime", "int8 in ONNX")
-            _quantize(path, calibration, symmetric=symmetric)
+        if target.precision == "int8":
+            require("onnxruntime", "int8 in ONNX")
+            _quantize(path, target.calibration, symmetric=symmetric)
     model = onnx.load(path)
-    onnx.helper.set_model_props(model, in_precision(metadata, precision).to_strings())
+    onnx.helper.set_model_props(model, metadata.to_strings())
     onnx.checker.check_model(model)
     onnx.save(model, path)
 
 
-class OnnxRuntime(FileEngine):
+class Engine(base.FileEngine):
     """An `.onnx` file. In int8 the depthwise convolutions are always quantized, too: between layers in 8 bits, one in
     float32 costs half as much again in conversions.
     """
 
-    name = "onnxruntime"
-    precisions = ("fp32", "fp16", "int8")
-    devices = ("cpu", "cuda")
+    on_cpu = ("fp32", "fp16", "int8")
+    on_cuda = ("fp32", "fp16", "int8")
+    libraries = ("onnxruntime", "onnxruntime-gpu")
+    format = "onnx"
     suffix = ".onnx"
 
-    def export(
-        self, network, images, path, *, precision="fp32", calibration=None, metadata, device="cpu", profile=False
-    ):
-        self.check(precision, device, calibration)
-        write_onnx(network, images, path, precision=precision, calibration=calibration, metadata=metadata)
+    def _export(self, network, images, path, target, metadata):
+        write_onnx(network, images, path, target, metadata)
         return [path]
 
-    def open(self, path: Path, *, precision=None, device="cpu", profile=False) -> Runtime:
-        ort = require("onnxruntime", "onnxruntime", self.name)
+    def _read(self, path, target):
+        import torch
+
+        ort = require("onnxruntime", self.name)
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        options.enable_profiling = profile
-        if profile:
-            folder = tempfile.mkdtemp()
-            options.profile_file_prefix = os.path.join(folder, "profile")
-        provider, settings = "CPUExecutionProvider", {}
-        if device_type(device) == "cuda":
-            provider = "CUDAExecutionProvider"
-            settings = {"device_id": torch.device(device).index or 0, "use_tf32": 0}
+        options.enable_profiling = target.profile
+        if target.profile:
+            options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
+        provider, settings, stream = "CPUExecutionProvider", {}, None
+        if target.kind == "cuda":
+            provider, stream = "CUDAExecutionProvider", torch.cuda.Stream(target.device)
+            settings = {
+                "device_id": torch.device(target.device).index or 0,
+                "use_tf32": 0,
+                "user_compute_stream": str(stream.cuda_stream),
+            }
         if provider not in ort.get_available_providers():
             raise ValueError(f"this onnxruntime has no {provider}: pip install onnxruntime-gpu")
         try:
             session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
         except Exception as error:  # its exceptions have no common class
-            raise ValueError(f"cannot load {path}: {first_line(error)}") from error
-        metadata = Metadata.from_strings(session.get_modelmeta().custom_metadata_map, path)
-        precision = check_precision(metadata, precision, path)
+            raise ValueError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
+        if session.get_providers()[0] != provider:  # it would run on the CPU, and not say so
+            raise ValueError(f"onnxruntime has no use of its {provider}: install the CUDA and cuDNN that it asks for")
+        return (session, stream), session.get_modelmeta().custom_metadata_map
+
+    def _open(self, content, strings, path, target):
+        import torch
+
+        from ..running import beside
+
+        session, stream = content
+        device = torch.device(target.device)
+        classes = session.get_outputs()[0].shape[1]
 
         def run(images: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(session.run([OUTPUT], {INPUT: images.cpu().contiguous().numpy()})[0]).to(device)
+            logits = images.new_empty(len(images), classes)
+            binding = session.io_binding()
+            for bind, name, tensor in ((binding.bind_input, INPUT, images), (binding.bind_output, OUTPUT, logits)):
+                bind(
+                    name,
+                    device_type=device.type,
+                    device_id=device.index or 0,
+                    element_type="float32",
+                    shape=tuple(tensor.shape),
+                    buffer_ptr=tensor.data_ptr(),
+                )
+            with beside(stream):
+                session.run_with_iobinding(binding)
+            return logits
 
         def layers(images: torch.Tensor) -> list[Layer]:
             run(images)
@@ -154,4 +166,4 @@ class OnnxRuntime(FileEngine):
             nodes = [event for event in events if event["ts"] >= begun and event["name"].endswith("_kernel_time")]
             return [Layer(event["name"], event["args"]["op_name"], event["dur"] / 1e3) for event in nodes]
 
-        return Runtime(self.name, precision, run, metadata=metadata, device=device, profile=layers if profile else None)
+        return run, layers if target.profile else None

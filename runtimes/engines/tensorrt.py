@@ -5,46 +5,40 @@ import struct
 import tempfile
 from pathlib import Path
 
-import torch
-
-from ..base import FileEngine, Metadata, Runtime, check_precision, in_precision, require
+from .. import base
+from ..base import require
 from .onnxruntime import INPUT, OUTPUT, write_onnx
 
 LARGEST_BATCH = 256
 WORKSPACE = 4 << 30  # bytes
 
 
-class TensorRT(FileEngine):
+class Engine(base.FileEngine):
     """A plan behind a JSON header of its own: an unsigned 32-bit length, the metadata, and then TensorRT's bytes.
 
     TensorRT 11 types every network strictly, so the precision is that of the ONNX graph: fp16 and bf16 graphs, and
     int8 with quantization nodes. tf32 is a float32 graph that may use it.
     """
 
-    name = "tensorrt"
-    precisions = ("fp32", "tf32", "bf16", "fp16", "int8")
-    devices = ("cuda",)
+    on_cuda = ("fp32", "tf32", "bf16", "fp16", "int8")
+    packages = libraries = ("tensorrt",)
+    format = "tensorrt"
     suffix = ".engine"
 
-    def export(
-        self, network, images, path, *, precision="fp32", calibration=None, metadata, device="cuda", profile=False
-    ):
-        trt = require("tensorrt", "tensorrt", self.name)
-        self.check(precision, device, calibration)
+    def _export(self, network, images, path, target, metadata):
+        trt = require("tensorrt", self.name)
         logger = trt.Logger(trt.Logger.WARNING)
         builder = trt.Builder(logger)
         graph = builder.create_network(0)
         parser = trt.OnnxParser(graph, logger)
         with tempfile.TemporaryDirectory() as folder:
             onnx = Path(folder) / "network.onnx"
-            write_onnx(
-                network, images, onnx, precision=precision, calibration=calibration, metadata=metadata, symmetric=True
-            )
+            write_onnx(network, images, onnx, target, metadata, symmetric=True)
             if not parser.parse_from_file(str(onnx)):
                 raise ValueError(f"TensorRT cannot read the graph: {parser.get_error(0)}")
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE)
-        if precision != "tf32":
+        if target.precision != "tf32":
             config.clear_flag(trt.BuilderFlag.TF32)
         shape = tuple(images.shape)
         sizes = builder.create_optimization_profile()
@@ -53,35 +47,41 @@ class TensorRT(FileEngine):
         plan = builder.build_serialized_network(graph, config)
         if plan is None:
             raise ValueError("TensorRT could not build the network; its log says why")
-        header = json.dumps(in_precision(metadata, precision).to_strings()).encode()
+        header = json.dumps(metadata.to_strings()).encode()
         path.write_bytes(struct.pack("<I", len(header)) + header + bytes(plan))
         return [path]
 
-    def open(self, path: Path, *, precision=None, device="cuda", profile=False) -> Runtime:
-        trt = require("tensorrt", "tensorrt", self.name)
-        content = Path(path).read_bytes()
-        (length,) = struct.unpack_from("<I", content)
+    def _read(self, path, target):
+        content = path.read_bytes()
         try:
-            metadata = Metadata.from_strings(json.loads(content[4 : 4 + length]), path)
-        except (ValueError, UnicodeDecodeError) as error:
+            (length,) = struct.unpack_from("<I", content)
+            return content[4 + length :], json.loads(content[4 : 4 + length])
+        except (struct.error, ValueError) as error:
             raise ValueError(f"cannot read {path}: it is no plan that export.py wrote") from error
-        precision = check_precision(metadata, precision, path)
-        self.check_place(precision, device)
-        engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(content[4 + length :])
-        if engine is None:
-            raise ValueError(f"{path} was built by another TensorRT or for another GPU: export it anew")
-        context = engine.create_execution_context()
+
+    def _open(self, content, strings, path, target):
+        import torch
+
+        from ..running import beside
+
+        trt = require("tensorrt", self.name)
+        with torch.cuda.device(target.device):
+            engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(content)
+            if engine is None:
+                raise ValueError(f"{path} was built by another TensorRT or for another GPU: export it anew")
+            context = engine.create_execution_context()
+            stream = torch.cuda.Stream()  # on the default one, TensorRT waits for the whole device in each call
         classes = engine.get_tensor_shape(OUTPUT)[1]
 
         def run(images: torch.Tensor) -> torch.Tensor:
-            images = images.contiguous()
             logits = images.new_empty(len(images), classes)
             context.set_input_shape(INPUT, tuple(images.shape))
             context.set_tensor_address(INPUT, images.data_ptr())
             context.set_tensor_address(OUTPUT, logits.data_ptr())
-            stream = torch.cuda.current_stream(images.device)
-            if not context.execute_async_v3(stream.cuda_stream):
+            with beside(stream):
+                done = context.execute_async_v3(stream.cuda_stream)
+            if not done:
                 raise RuntimeError("TensorRT could not run the network; its log says why")
             return logits
 
-        return Runtime(self.name, precision, run, metadata=metadata, device=device)
+        return run, None

@@ -1,0 +1,203 @@
+"""What engines do with torch: forms of a network, their batches, and `Runtime`, which all of them return."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import Layer, Metadata, Target
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+Profile = Callable[[torch.Tensor], list[Layer]]
+
+
+def set_tf32(precision: str | None, device: str) -> None:
+    """Let float32 arithmetic on a GPU use TensorFloat-32, or not. It holds for the process, as torch has it.
+
+    By the older of torch's two interfaces: after the newer one, `fp32_precision`, the getters of the older, which
+    inductor and users still read, raise (torch 2.11 and 2.14).
+    """
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision in ("tf32", "default")
+
+
+class Runtime:
+    """A network that is ready to run: images (N, C, H, W), float32, in, logits (N, classes), float32, out.
+
+    Args:
+        target: what it runs in, with nothing left open.
+        run: is always given contiguous float32 images on the target's device that are inference tensors, as torch
+            calls those made in `torch.inference_mode()`: for other tensors `torch.compile` would compile again.
+        metadata: of the file that it was read from, None for a network from memory.
+        size: height and width of the images that it was made for; None is what `metadata` say, or any.
+        profile: None where it was not built to be profiled.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        run: Run,
+        *,
+        metadata: Metadata | None = None,
+        size: tuple[int, int] | None = None,
+        profile: Profile | None = None,
+    ):
+        self.target, self.metadata, self.size = target, metadata, size
+        self.name, self.precision, self.device = target.engine, target.precision, torch.device(target.device)
+        if metadata and size is None:
+            self.size = (metadata.input_size,) * 2
+        self._run, self._profile = run, profile
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self._run(self._prepare(images))
+
+    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """Raises ValueError for another size, at which some engines would compute something else and not say so."""
+        if self.size not in (None, tuple(images.shape[-2:])):
+            found, own = ("x".join(map(str, size)) for size in (images.shape[-2:], self.size))
+            raise ValueError(f"the images have {found} px, this {self.name} network takes {own}: export one for them")
+        set_tf32(self.precision, self.device)
+        images = images.to(self.device, torch.float32).contiguous()
+        return images if images.is_inference() else images.new_empty(0).set_(images)  # the same memory
+
+    @torch.inference_mode()
+    def profile(self, images: torch.Tensor) -> list[Layer]:
+        """The time of each layer in one call, by the engine's own clock. ValueError where it has none."""
+        if self._profile is None:
+            raise ValueError(f"{self.name} was not built to be profiled")
+        return self._profile(self._prepare(images))
+
+    def __repr__(self) -> str:
+        return f"Runtime({self.name}, {self.precision})"
+
+
+@contextmanager
+def beside(stream: "torch.cuda.Stream | None") -> Iterator[None]:
+    """Around a library's call on a stream of its own: after what torch was asked for before, before what comes after.
+
+    Args:
+        stream: None on the CPU, where nothing is to be done.
+    """
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+    yield
+    if stream is not None:
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+def operator_profile(run: Run) -> Profile:
+    """The operators of one call and their own times, from torch's profiler; on a GPU its kernels."""
+    return partial(_operator_times, run)
+
+
+def _operator_times(run: Run, images: torch.Tensor) -> list[Layer]:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if images.is_cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    run(images)
+    with torch.profiler.profile(activities=activities) as profiler:
+        run(images)
+    return own_times(profiler.events(), images.device.type)
+
+
+def own_times(events: Iterable[Any], kind: str) -> list[Layer]:
+    """Of a profile's events those that ran on a kind of device, and their own times.
+
+    On a GPU each kernel is an event; the operator that launched it is another, with the kernel's time in its own.
+    """
+    layers = []
+    for event in events:
+        if event.device_type.name.lower() == kind and not event.is_user_annotation:
+            us = event.self_device_time_total if kind == "cuda" else event.self_cpu_time_total
+            if us > 0:
+                layers.append(Layer(event.name, event.name, us / 1e3))
+    return layers
+
+
+def input_sizes(network: nn.Module, names: Sequence[str], images: torch.Tensor) -> dict[str, tuple[int, int]]:
+    """Height and width of what the submodules of these names are given, for images (N, C, H, W)."""
+    sizes: dict[str, tuple[int, int]] = {}
+    hooks = [
+        network.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: sizes.__setitem__(name, tuple(inputs[0].shape[-2:]))
+        )
+        for name in names
+    ]
+    try:
+        with torch.no_grad():
+            network(images[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sizes
+
+
+class FixedBatch:
+    """Batches of any size through a function that was compiled for one size.
+
+    A larger batch is split, and the last part filled up with zeros. Compiled for a free size instead, oneDNN would not
+    know how to lay out the weights beforehand, and would do that anew in each call: twice the time at batch 1.
+
+    Args:
+        run: (size, C, H, W) -> (size, classes).
+        size: the batch that it takes.
+    """
+
+    def __init__(self, run: Run, size: int):
+        self.run, self.size = run, size
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) == self.size:
+            return self.run(images)
+        logits = []
+        for part in images.split(self.size):
+            padding = part.new_zeros(self.size - len(part), *part.shape[1:])
+            logits.append(self.run(torch.cat([part, padding]) if len(padding) else part)[: len(part)].clone())
+        return torch.cat(logits)
+
+
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}  # all others: float32
+
+
+class Form(nn.Module):
+    """A network in another precision and memory format: float32 in, float32 out.
+
+    Args:
+        network: (N, C, H, W) -> (N, classes); copied.
+        precision: of weights and activations.
+        layout: memory format of weights and activations.
+        device: where it goes.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        precision: str = "fp32",
+        layout: torch.memory_format = torch.contiguous_format,
+        device: str = "cpu",
+    ):
+        super().__init__()
+        self.dtype, self.layout = DTYPES.get(precision, torch.float32), layout
+        self.network = copy.deepcopy(network).to(device=device, dtype=self.dtype, memory_format=layout).eval()
+        self.requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images.to(self.dtype, memory_format=self.layout)).float()
+
+
+def exported(network: nn.Module, images: torch.Tensor, *, dynamic_batch: bool) -> torch.export.ExportedProgram:
+    """`network` as a graph, for the size of `images`, and with `dynamic_batch` for batches of any size."""
+    shapes: Any = None
+    if dynamic_batch:
+        shapes = ({0: torch.export.Dim("batch")},)
+        if len(images) < 2:  # a batch of one would be taken for a constant
+            images = images.expand(2, -1, -1, -1).contiguous()
+    with torch.no_grad():
+        return torch.export.export(network, (images,), dynamic_shapes=shapes)
