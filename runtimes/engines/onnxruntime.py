@@ -5,6 +5,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from records.files import first_line
+
 from .. import base
 from ..base import Calibration, Layer, Metadata, Target, quiet, require
 
@@ -129,7 +131,7 @@ class Engine(base.FileEngine):
         try:
             session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
         except Exception as error:  # its exceptions have no common class
-            raise ValueError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"cannot load {path}: {first_line(error)}") from error
         if session.get_providers()[0] != provider:  # it would run on the CPU, and not say so
             raise ValueError(f"onnxruntime has no use of its {provider}: install the CUDA and cuDNN that it asks for")
         return (session, stream), session.get_modelmeta().custom_metadata_map

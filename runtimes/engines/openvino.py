@@ -4,6 +4,8 @@ import functools
 import os
 from dataclasses import fields
 
+from records.files import first_line
+
 from .. import base
 from ..base import Calibration, Layer, Metadata, quiet, require
 
@@ -90,7 +92,7 @@ class Engine(base.FileEngine):
         try:
             model = _core().read_model(path)
         except RuntimeError as error:
-            raise ValueError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"cannot load {path}: {first_line(error)}") from error
         names = [field.name for field in fields(Metadata) if model.has_rt_info([SECTION, field.name])]
         return model, {name: model.get_rt_info([SECTION, name]).astype(str) for name in names}
 
