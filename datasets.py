@@ -293,14 +293,44 @@ def _class_folders(root: Path, *, train: bool, is_split: bool) -> Path:
     return folder
 
 
-def check_same_classes(train: ImageDataset | StreamDataset, val: ImageDataset | StreamDataset) -> None:
-    """Raise ValueError if the splits' classes differ. Where one does not say its classes, there is nothing to check."""
-    if train.classes is None or val.classes is None or train.classes == val.classes:
-        return
-    only_train = sorted(set(train.classes) - set(val.classes))
-    only_val = sorted(set(val.classes) - set(train.classes))
-    parts = [f"only in {split}: {_some(names)}" for split, names in (("train", only_train), ("val", only_val)) if names]
-    raise ValueError(f"training and validation have different classes; {'; '.join(parts) or 'their order differs'}")
+def match_classes(
+    dataset: ImageDataset | StreamDataset, names: Sequence[str] | None, *, of: str = "the network"
+) -> tuple[int, ...] | None:
+    """Where the classes of a validation data set are among `names`, so that their order need not be the same.
+
+    A data set may lack some of the names, which a warning lists, and have them in another order, which is logged.
+
+    Args:
+        dataset: to be evaluated.
+        names: by class index, as the network or the training data has them.
+        of: whose names they are, for messages.
+
+    Returns:
+        For each class of the data set its index in `names`: `class_indices` of `build_eval_loader`. None where they are
+        the same, or where one side does not say its classes.
+
+    Raises:
+        ValueError: the data set has a class that is not among `names`, or is there twice.
+    """
+    if names is None or dataset.classes is None or tuple(names) == dataset.classes:
+        return None
+    unknown = sorted(set(dataset.classes) - set(names))
+    if unknown:
+        raise ValueError(
+            f"the validation data have classes that are unknown to {of}: {_some(unknown)} (known: {_some(names)})"
+        )
+    twice = sorted(name for name, count in Counter(names).items() if count > 1 and name in dataset.classes)
+    if twice:
+        raise ValueError(f"classes cannot be matched by name: {of} has two of the name {twice[0]}")
+    missing = [name for name in names if name not in dataset.classes]
+    if missing:
+        logger.warning(
+            "the validation data lack %d of the %d classes of %s: %s", len(missing), len(names), of, _some(missing)
+        )
+    else:
+        logger.info("the validation data have the classes of %s in another order: they are matched by name", of)
+    indices = {name: index for index, name in enumerate(names)}
+    return tuple(indices[name] for name in dataset.classes)
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:
@@ -328,8 +358,12 @@ def load_real_labels(path: str | os.PathLike) -> dict[str, list[int]]:
     return content
 
 
-def real_targets(real: Mapping[str, Sequence[int]], dataset: ImageDataset | StreamDataset) -> list[list[int]]:
+def real_targets(
+    real: Mapping[str, Sequence[int]], dataset: ImageDataset | StreamDataset, num_classes: int | None = None
+) -> list[list[int]]:
     """ReaL's labels by the index of the data set, matched by file name; [] for an image that has none.
+
+    `num_classes` is how many the network knows; None is as many as the data set has.
 
     Raises:
         ValueError: the data set has no file names or two alike, one has no entry, or a label is no class of it.
@@ -344,7 +378,8 @@ def real_targets(real: Mapping[str, Sequence[int]], dataset: ImageDataset | Stre
     if missing is not None:
         raise ValueError(f"--real_labels has no entry for the validation image {missing}")
     targets = [list(real[name]) for name in names]
-    foreign = next((label for labels in targets for label in labels if not 0 <= label < len(dataset.classes)), None)
+    num_classes = num_classes or len(dataset.classes)
+    foreign = next((label for labels in targets for label in labels if not 0 <= label < num_classes), None)
     if foreign is not None:
-        raise ValueError(f"--real_labels names class {foreign}, but there are only {len(dataset.classes)} classes")
+        raise ValueError(f"--real_labels names class {foreign}, but there are only {num_classes} classes")
     return targets

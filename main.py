@@ -81,8 +81,15 @@ def build_dataset(args: argparse.Namespace, world: utils.World, *, train: bool, 
     return dataset
 
 
-def build_eval_loader(args: argparse.Namespace, dataset, world: utils.World):
-    """The validation loader, and ReaL's labels by index if there are any."""
+def build_eval_loader(
+    args: argparse.Namespace,
+    dataset,
+    world: utils.World,
+    *,
+    classes: Sequence[str] | None = None,
+    of: str = "the network",
+):
+    """The validation loader, and ReaL's labels by index if there are any; for the rest see `match_classes`."""
     rank, size = (world.rank, world.size) if args.dist_eval else (0, 1)
     loading = Loading(
         args.batch_size,
@@ -91,8 +98,12 @@ def build_eval_loader(args: argparse.Namespace, dataset, world: utils.World):
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and world.device.type == "cuda",
     )
-    loader = loaders.build_eval_loader(dataset, loading, skip_broken=args.skip_broken_eval)
-    real = datasets.real_targets(datasets.load_real_labels(args.real_labels), dataset) if args.real_labels else None
+    indices = datasets.match_classes(dataset, classes, of=of)
+    loader = loaders.build_eval_loader(dataset, loading, skip_broken=args.skip_broken_eval, class_indices=indices)
+    real = None
+    if args.real_labels:
+        labels = datasets.load_real_labels(args.real_labels)
+        real = datasets.real_targets(labels, dataset, None if classes is None else len(classes))
     return loader, real
 
 
@@ -394,12 +405,12 @@ class ClassificationRun(Run):
     def build_data(self) -> None:
         args, world = self.args, self.world
         self.eval_loader = self.real = None
-        if not args.disable_eval:
-            eval_dataset = build_dataset(args, world, train=False)
-            self.eval_loader, self.real = build_eval_loader(args, eval_dataset, world)
         train_dataset = build_dataset(args, world, train=True)
         if not args.disable_eval:
-            datasets.check_same_classes(train_dataset, eval_dataset)
+            eval_dataset = build_dataset(args, world, train=False)
+            self.eval_loader, self.real = build_eval_loader(
+                args, eval_dataset, world, classes=train_dataset.classes, of="the training data"
+            )
         self.num_classes, self.classes = class_count(args, train_dataset), train_dataset.classes
         self.loader = loaders.build_train_loader(train_dataset, self.loading())
         self.mixup = transforms.build_mixup(

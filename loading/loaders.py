@@ -7,14 +7,14 @@ n samples are the same set for any number of ranks.
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Dataset
 
 from loading.images import BrokenImageError
 from loading.order import EpochSampler, kept_random_states, seed_all
-from loading.processes import Loading, Sample, iterate, make_loader
+from loading.processes import Loading, Sample, iterate, make_loader, mapped
 from loading.streams import StreamDataset, StreamEvalLoader, StreamTrainLoader
 
 logger = logging.getLogger(__name__)
@@ -132,9 +132,17 @@ class EvalLoader:
         broken: indices of the images that this rank found broken and left out. Each is logged once.
     """
 
-    def __init__(self, dataset: Dataset, loading: Loading, *, skip_broken: bool = False):
+    def __init__(
+        self,
+        dataset: Dataset,
+        loading: Loading,
+        *,
+        skip_broken: bool = False,
+        class_indices: Sequence[int] | None = None,
+    ):
         self.broken: set[int] = set()
         self._dataset = dataset
+        self._class_indices = class_indices
         self._skip_broken = skip_broken
         # The loader processes end with each evaluation, to leave their memory to training.
         self._loader = make_loader(
@@ -159,7 +167,7 @@ class EvalLoader:
                 )
             _note_broken(notes, self.broken, self._dataset)
             if images is not None:
-                yield images, targets, indices
+                yield images, mapped(targets, self._class_indices), indices
 
 
 def build_train_loader(dataset: Dataset | StreamDataset, loading: Loading) -> TrainLoader | StreamTrainLoader:
@@ -168,12 +176,19 @@ def build_train_loader(dataset: Dataset | StreamDataset, loading: Loading) -> Tr
 
 
 def build_eval_loader(
-    dataset: Dataset | StreamDataset, loading: Loading, *, skip_broken: bool = False
+    dataset: Dataset | StreamDataset,
+    loading: Loading,
+    *,
+    skip_broken: bool = False,
+    class_indices: Sequence[int] | None = None,
 ) -> EvalLoader | StreamEvalLoader:
     """The validation batches of one rank: images rank, rank + world_size, ...
 
-    Its loader processes live for the time of an iteration. `skip_broken` leaves broken images out and counts them,
-    instead of raising ValueError.
+    Its loader processes live for the time of an iteration.
+
+    Args:
+        skip_broken: leave broken images out and count them, instead of raising ValueError.
+        class_indices: what the network calls each class of the data set, from `datasets.match_classes`; None: the same.
     """
     kind = StreamEvalLoader if isinstance(dataset, StreamDataset) else EvalLoader
-    return kind(dataset, loading, skip_broken=skip_broken)
+    return kind(dataset, loading, skip_broken=skip_broken, class_indices=class_indices)

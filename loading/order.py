@@ -45,7 +45,7 @@ class EpochSampler:
 
     def __init__(self, length: int, loading: Loading, *, shuffle: bool = True):
         if length < 1:
-            raise ValueError("there are no samples to train on")
+            raise ValueError("there must be 1 or more samples to train on, not 0")
         self.length = length
         self.loading = loading
         self.shuffle = shuffle

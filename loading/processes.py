@@ -130,3 +130,8 @@ def iterate(loader: DataLoader) -> Iterator[tuple]:
             time.sleep(5)
             raise RuntimeError("DataLoader worker (pid unknown) has ended while it was sending a batch") from error
         yield batch
+
+
+def mapped(targets: Any, class_indices: Sequence[int] | None) -> Any:
+    """A batch's classes (B,) by the network's indices; as they are where these are None."""
+    return targets if class_indices is None else torch.tensor(class_indices)[targets]

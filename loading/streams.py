@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from loading.hugging_face import hugging_face
 from loading.images import to_rgb
 from loading.order import kept_random_states, seed_all
-from loading.processes import Loading, Sample, iterate, make_loader
+from loading.processes import Loading, Sample, iterate, make_loader, mapped
 from loading.transforms import Transform
 from records.files import first_line
 
@@ -230,8 +230,16 @@ class StreamEvalLoader:
             known, since timm leaves them out (and logs them) before we see them.
     """
 
-    def __init__(self, dataset: StreamDataset, loading: Loading, *, skip_broken: bool = False):
+    def __init__(
+        self,
+        dataset: StreamDataset,
+        loading: Loading,
+        *,
+        skip_broken: bool = False,
+        class_indices: Sequence[int] | None = None,
+    ):
         self.broken: set[int] = set()
+        self._class_indices = class_indices
         self._dataset = dataset
         self._loading = loading
         self._skip_broken = skip_broken
@@ -254,7 +262,7 @@ class StreamEvalLoader:
         for images, targets, indices, notes in iterate(make_loader(samples, loading, batch_size=loading.batch_size)):
             count += sum(notes)
             if images is not None:
-                yield images, targets, indices
+                yield images, mapped(targets, self._class_indices), indices
         promised = len(self._dataset)
         if count < promised and not self._skip_broken:
             raise ValueError(

@@ -344,17 +344,33 @@ def test_folders_that_cannot_be(folder):
         open_folder(None)
 
 
-def test_same_classes(folder):
-    train, val = open_folder(folder), open_folder(folder, train=False)
-    datasets.check_same_classes(train, val)
-    shutil.move(folder / "val/b", folder / "val/c")
-    with pytest.raises(ValueError, match=r"only in train: b; only in val: c$"):
-        datasets.check_same_classes(train, open_folder(folder, train=False))
-    shutil.move(folder / "val/c", folder / "val/b")
+def test_classes_are_matched_by_name(folder, caplog):
+    val = open_folder(folder, train=False)
+    caplog.set_level(logging.INFO)
+    assert datasets.match_classes(val, ("a", "b")) is None
+    assert datasets.match_classes(val, ["a", "b"]) is None
+    assert datasets.match_classes(val, None) is None
+    assert not caplog.records
+    assert datasets.match_classes(val, ("b", "a")) == (1, 0)
+    assert "another order: they are matched by name" in caplog.messages[-1]
+    assert datasets.match_classes(val, ("x", "b", "a", "y", "y"), of="the training data") == (2, 1)
+    assert caplog.messages[-1] == "the validation data lack 3 of the 5 classes of the training data: x, y, y"
     for i in range(7):
         save(folder / f"val/x{i}/x.png")
-    with pytest.raises(ValueError, match=r"classes; only in val: x0, x1, x2, x3, x4 and 2 more$"):
-        datasets.check_same_classes(train, open_folder(folder, train=False))
+    more = open_folder(folder, train=False)
+    with pytest.raises(ValueError, match=r"unknown to the network: x0, x1, x2, x3, x4 and 2 more \(known: a, b\)$"):
+        datasets.match_classes(more, ("a", "b"))
+    with pytest.raises(ValueError, match=r"unknown to the training data: b \(known: B, a\)$"):
+        datasets.match_classes(val, ("B", "a"), of="the training data")
+    with pytest.raises(ValueError, match="the network has two of the name b"):
+        datasets.match_classes(val, ("b", "a", "b"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_evaluation_loader_gives_the_indices_asked_for(folder, num_workers):
+    val = open_folder(folder, train=False)
+    targets = torch.cat([batch[1] for batch in eval_loader(val, num_workers=num_workers, class_indices=(7, 2))])
+    assert targets.tolist() == [7, 7, 2, 2]
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "imnet", "hfds", "bucket/x"])
@@ -875,6 +891,7 @@ def test_real_labels_that_do_not_fit(tmp_path):
     dataset = imagenet_like(tmp_path, ["x1.JPEG", "x2.JPEG", "x3.JPEG"])
     good = {"x1.JPEG": [0], "x2.JPEG": [1], "x3.JPEG": []}
     assert datasets.real_targets(good, dataset) == [[1], [0], []]
+    assert datasets.real_targets({**good, "x1.JPEG": [8]}, dataset, 9)[1] == [8]  # of a network that knows more classes
     with pytest.raises(ValueError, match=r"no entry for the validation image x2\.JPEG$"):
         datasets.real_targets({"x1.JPEG": [0]}, dataset)
     with pytest.raises(ValueError, match="names class 2, but there are only 2 classes"):
@@ -1012,6 +1029,8 @@ def test_stream_for_evaluation(shards, world_size, num_workers):
     assert sorted(numbers(batches)) == list(range(11))
     assert len({index for *_, indices in batches for index in indices.tolist()}) == 11
     assert all(loader.broken == set() for loader in loaders)
+    renamed = eval_loader(dataset, num_workers=num_workers, class_indices=(7, 8, 9))
+    assert sorted(torch.cat([targets for _, targets, _ in renamed])) == sorted(7 + number % 3 for number in range(11))
 
 
 @needs_webdataset

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import models
 import networks
 import utils
 from loading import loaders
+from loading.transforms import Preprocessing, build_eval_transform
 from optim_factory import cosine_schedule
 from records.checkpoints import load_checkpoint, load_weights
 from runs import BASE, EMBEDDED, ROOT, rows, torchrun
@@ -216,6 +218,31 @@ def test_every_image_once_on_any_number_of_ranks(folders, straight, capsys):
     assert alone == together
     assert alone["images"] == 101
     assert {"top-1", "top-5", "ReaL", "loss"} <= set(alone)
+
+
+def test_validation_data_without_some_classes(folders, tmp_path, capsys):
+    """Trained on class0 to class9, evaluated on class4 and class7: their targets are 4 and 7 of 10."""
+    shutil.copytree(folders / "val", tmp_path / "train")
+    for name in ("class4", "class7"):
+        shutil.copytree(folders / "val" / name, tmp_path / "val" / name)
+    arguments = ["--output_dir", tmp_path / "out", "--eval", "false", "--epochs", 1, "--warmup_epochs", 0]
+    run(tmp_path, *arguments, base=FOLDER)
+    assert "the validation data lack 8 of the 10 classes of the training data: class0, " in capsys.readouterr().err
+    checkpoint = load_checkpoint(tmp_path / "out" / "checkpoint-last.pth")
+    assert checkpoint["classes"] == [f"class{i}" for i in range(10)]
+    model = models.VanillaNet(**vanillanet_6_tiny()).eval()
+    load_weights(model, checkpoint["model"])
+    model.change_act(checkpoint["act_learn"])
+    transform = build_eval_transform(Preprocessing(32))
+    losses = []
+    for name in ("class4", "class7"):
+        images = [transform(Image.open(path).convert("RGB")) for path in sorted((tmp_path / "val" / name).iterdir())]
+        logits = model(torch.stack(images))
+        losses += torch.nn.functional.cross_entropy(
+            logits, torch.full((len(images),), int(name[-1])), reduction="none"
+        ).tolist()
+    summary, _ = rows(tmp_path / "out")
+    assert float(summary[0]["test_loss"]) == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
 def test_a_mid_ramp_checkpoint_evaluates_as_it_trained(tiny_fmnist, straight, capsys):

@@ -73,11 +73,7 @@ CASES = [
     (None, "--data_set image_folder --data_path no/such/folder", "no/such/folder"),
     (None, "--data_set image_folder --data_path empty", "no class folders"),
     (None, "--data_set image_folder --data_path 'no images'", "no image"),
-    (
-        None,
-        "--eval false --data_set image_folder --data_path other",
-        "different classes; only in train: a; only in val: b",
-    ),
+    (None, "--eval false --data_set image_folder --data_path other", "unknown to the training data: b (known: a)"),
     (None, "--real_labels no/real.json", "real.json"),
     (None, "--device cuda:77", "--device"),
     (None, "--device no_such_device", "--device"),
