@@ -25,7 +25,7 @@ from loading.streams import TIMM_PACKAGES, StreamDataset, names_of, open_timm, t
 from loading.transforms import Transform
 from records.files import first_line
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("data_sets")  # Hugging Face's package sets the level of the one that has its name
 
 STREAMS = ("hfids", "tfds", "wds")
 
