@@ -6,7 +6,6 @@ python ablation.py --report                   # reports from the CSV files in re
 An interrupted run goes on where it was; one whose CSV file is in results/ablation/ is not run again.
 """
 
-import argparse
 import csv
 import math
 import os
@@ -20,9 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev, variance
 from textwrap import fill
 
-import datasets
-from pictures import style
-from pictures.seeds import seeds_figure
+from options import COUNT, Arguments, Parser, boolean, file_path, parse_checked, path
 
 ROOT = Path(__file__).resolve().parent
 RECORDS = ROOT / "results" / "ablation"
@@ -190,6 +187,8 @@ def run_all(names: Iterable[str], data_path: str, output_dir: Path, jobs: int) -
     missing = [trial for trial in wanted if not trial.record(RECORDS).exists()]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     if missing:
+        import datasets
+
         for train in (True, False):  # runs beside each other would all download them, into the same files
             datasets.build_dataset("FMNIST", data_path, train=train, transform=None, download=True)
     print(f"{len(missing)} of {len(wanted)} runs to do, {jobs} at a time, {threads} thread(s) each", flush=True)
@@ -310,6 +309,9 @@ def measured() -> dict[str, dict[str, list[float]]]:
 
 
 def report() -> None:
+    from pictures import style
+    from pictures.seeds import seeds_figure
+
     found = measured()
     if not found:  # the page would lose what it has
         raise ValueError(f"no row has its {SEEDS} seeds in {RECORDS}: run without --report")
@@ -328,22 +330,37 @@ def report() -> None:
 # -- the command line
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ablation.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", help="folder with Fashion-MNIST's four idx files, or to download them to")
-    parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS), metavar="NAME")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time [one a core]")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablation"), help="folder of the runs")
-    parser.add_argument("--report", action="store_true", help="run nothing, write docs/RESULTS.md and the figure")
-    args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error("--jobs must be at least 1")
+def build_parser() -> Parser:
+    parser = Parser(prog="ablation.py", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data_path", type=file_path, help="folder with Fashion-MNIST's four idx files, or to download them to"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(EXPERIMENTS),
+        default=list(EXPERIMENTS),
+        metavar="NAME",
+        help="experiments to run",
+    )
+    parser.add_argument("--jobs", type=COUNT, default=os.cpu_count() or 1, help="runs at a time [one a core]")
+    parser.add_argument("--output_dir", type=path, default=Path("outputs/ablation"), help="folder of the runs")
+    parser.add_argument(
+        "--report", type=boolean, default=False, help="run nothing; write docs/RESULTS.md and the figure"
+    )
+    return parser
+
+
+def _check(args: Arguments) -> None:
     if not args.report and not args.data_path:
-        parser.error("--data_path is missing; --report does without")
-    return args
+        raise ValueError("--data_path is missing; --report does without")
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: Sequence[str] | None = None) -> Arguments:
+    return parse_checked(build_parser(), argv, _check)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         if not args.report:

@@ -6,6 +6,11 @@ python main.py --eval true --finetune FILE --data_path DIR               # evalu
 python main.py --switch_to_deploy NEW --finetune FILE --data_path DIR    # fuse, compare, evaluate
 """
 
+from options import Arguments, parse_args, plain_args
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
+
 import argparse
 import copy
 import functools
@@ -30,7 +35,6 @@ from loading import loaders, transforms
 from loading.processes import Loading
 from loading.streams import StreamDataset
 from optim_factory import activation_slope, cosine_schedule
-from options import parse_args, plain_args
 from records import logs
 from records.checkpoints import checkpoint_weights, load_checkpoint, load_weights, save_checkpoint
 from training import Run, broken_count, build_precision, launch, layout_of, meet, until_stopped
@@ -540,8 +544,8 @@ def train(args: argparse.Namespace, world: utils.World) -> None:
         logger.info("best top-1: %s", ", ".join(f"{score:.3f} ({name})" for name, score in run.best.items()))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
+    args = args or parse_args(argv)
     if args.switch_to_deploy is not None:
         body = deploy_checkpoint
     elif args.eval:
@@ -552,4 +556,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args=ARGS)

@@ -39,6 +39,7 @@ __all__ = [
     "number",
     "parse_args",
     "parse_checked",
+    "path",
     "plain_args",
     "save_args",
 ]
@@ -97,7 +98,12 @@ def file_path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-file_path.metavar = "PATH"
+def path(text: str) -> Path:
+    """A type for argparse: as `file_path`, as a pathlib path."""
+    return Path(file_path(text))
+
+
+file_path.metavar = path.metavar = "PATH"
 
 COUNT = number(int, low=1, high=2**31 - 1)
 WHOLE = number(int, low=0, high=2**31 - 1)
@@ -251,23 +257,23 @@ class Parser(argparse.ArgumentParser):
             found.append(token)
         return found
 
-    def _read_recipe(self, path: str, found: list[str], inside: tuple[str, ...] = ()) -> None:
+    def _read_recipe(self, file: str, found: list[str], inside: tuple[str, ...] = ()) -> None:
         """Append the flags and values of a recipe to `found`; a run's args.yaml states all flags and replaces it."""
-        path = file_path(path)
+        file = file_path(file)
         try:
-            if path in inside:
+            if file in inside:
                 raise ValueError("it reads itself")
-            text = Path(path).read_text(encoding="utf-8-sig")
-            if path.endswith((".yaml", ".yml")):
+            text = Path(file).read_text(encoding="utf-8-sig")
+            if file.endswith((".yaml", ".yml")):
                 found[:] = self._tokens_of(yaml.safe_load(text))
                 return
             tokens = [token for line in text.splitlines() for token in shlex.split(line, comments=True)]
         except (OSError, ValueError, yaml.YAMLError) as error:
             cause = error.strerror if isinstance(error, OSError) else error
-            self.error(f"cannot read the recipe {path}: {cause}")
+            self.error(f"cannot read the recipe {file}: {cause}")
         for token in tokens:
             if token.startswith("@"):
-                self._read_recipe(token[1:], found, (*inside, path))
+                self._read_recipe(token[1:], found, (*inside, file))
             else:
                 found.append(canonical(token))
 

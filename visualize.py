@@ -6,10 +6,87 @@ python visualize.py figures --output_dir docs
 python visualize.py detections IMAGE_OR_FOLDER --network CHECKPOINT --output FILE.png
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from options import COUNT, FRACTION, WHOLE, Arguments, Parser, file_path, path
+
+PAPER_RESULTS = Path(__file__).parent / "docs" / "paper_results.csv"
+
+
+def _add_images(parser: Parser, *, shown: str) -> None:
+    """What images a command is about, and where the picture goes."""
+    parser.add_argument(
+        "images", nargs="+", type=file_path, metavar="IMAGES", help="image files, folders of them, or idx files"
+    )
+    parser.add_argument("--output", type=path, required=True, metavar="FILE.png", help="picture to write")
+    parser.add_argument("--max_images", type=COUNT, default=8, help=f"largest number of {shown}")
+
+
+def _named_file(text: str) -> str:
+    """MODEL=FILE, FILE or MODEL, with `~` expanded."""
+    name, equals, file = text.rpartition("=")
+    return f"{name}{equals}{file_path(file)}"
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="visualize.py", description="Draw pictures of networks, runs and results.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    cam = commands.add_parser("cam", help="class-activation maps: where a network looks")
+    _add_images(cam, shown="images, each a row of the picture")
+    cam.add_argument(
+        "--network",
+        type=_named_file,
+        action="append",
+        required=True,
+        metavar="[MODEL=]CHECKPOINT",
+        help="a column; repeat it to compare. MODEL alone takes timm's pretrained weights",
+    )
+    cam.add_argument(
+        "--target", type=WHOLE, metavar="CLASS", help="number of the class to explain [that which is predicted]"
+    )
+    cam.add_argument(
+        "--level", type=int, metavar="N", help="feature map to look at, as an index of timm's feature_info [the last]"
+    )
+    cam.add_argument(
+        "--model_key", metavar="KEY", help="key of the weights in the checkpoints [model_ema, or else model]"
+    )
+
+    curves = commands.add_parser("curves", help="training curves of several runs over each other")
+    curves.add_argument("runs", nargs="+", type=path, metavar="RUN_DIR", help="output folders of main.py")
+    curves.add_argument("--output", type=path, required=True, metavar="FILE.png", help="picture to write")
+
+    figures = commands.add_parser("figures", help="the paper's depth and latency against accuracy")
+    figures.add_argument(
+        "--output_dir", type=path, required=True, help="folder for depth_accuracy.png and latency_accuracy.png"
+    )
+    figures.add_argument(
+        "--paper", type=path, default=PAPER_RESULTS, help="table of the paper's results [docs/paper_results.csv]"
+    )
+    figures.add_argument("--measured", type=path, help="table of our own results, drawn beside the paper's")
+
+    detections = commands.add_parser("detections", help="boxes and masks that a detector finds in images")
+    _add_images(detections, shown="images in the picture")
+    detections.add_argument(
+        "--network", type=file_path, required=True, metavar="CHECKPOINT", help="checkpoint of object_detection/main.py"
+    )
+    detections.add_argument("--threshold", type=FRACTION, default=0.5, help="score from which a detection is drawn")
+    detections.add_argument(
+        "--model_key", default="model_ema|model", metavar="KEY", help="key of the weights in the checkpoint"
+    )
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Arguments:
+    """Parse a command. Errors end the process with exit code 2 and one line on standard error."""
+    return build_parser().parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
+
+import argparse
 
 import torch
 from matplotlib.figure import Figure
@@ -18,14 +95,11 @@ from torchvision.transforms.functional import to_tensor
 
 from object_detection.checkpoints import open_detector
 from object_detection.draw import draw_images
-from options import COUNT, FRACTION, WHOLE, Parser, canonical
 from pictures.cam import View, activation_maps, cam_figure
 from pictures.figures import read_results, results_figures
 from pictures.subjects import Network, open_network, read_images
 from records import curves, logs
 from records.files import mistakes_end
-
-PAPER_RESULTS = Path(__file__).parent / "docs" / "paper_results.csv"
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -127,64 +201,12 @@ def draw_detected(args: argparse.Namespace) -> None:
     print(args.output)
 
 
-# -- the command line
-
-
-def _add_images(parser: argparse.ArgumentParser, *, shown: str) -> None:
-    """What images a command is about, and where the picture goes."""
-    parser.add_argument("images", nargs="+", metavar="IMAGES", help="image files, folders of them, or idx files")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.png")
-    parser.add_argument("--max_images", type=COUNT, default=8, help=shown)
-
-
-def build_parser() -> Parser:
-    parser = Parser(prog="visualize.py", description="Draw pictures of networks, runs and results.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    cam = commands.add_parser("cam", help="class-activation maps: where a network looks")
-    cam.set_defaults(draw=draw_cam)
-    _add_images(cam, shown="rows of the picture")
-    cam.add_argument(
-        "--network",
-        action="append",
-        required=True,
-        metavar="[MODEL=]CHECKPOINT",
-        help="a column; repeat it to compare. MODEL alone takes timm's pretrained weights",
-    )
-    cam.add_argument("--target", type=WHOLE, metavar="CLASS", help="number of the class to explain [the predicted one]")
-    cam.add_argument("--level", type=int, help="index of timm's feature_info [the last feature map]")
-    cam.add_argument("--model_key", help="of the weights in the checkpoints [model_ema, or else model]")
-
-    curves = commands.add_parser("curves", help="training curves of several runs over each other")
-    curves.set_defaults(draw=draw_curves)
-    curves.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="output folders of main.py")
-    curves.add_argument("--output", type=Path, required=True, metavar="FILE.png")
-
-    figures = commands.add_parser("figures", help="the paper's depth and latency against accuracy")
-    figures.set_defaults(draw=draw_figures)
-    figures.add_argument("--output_dir", type=Path, required=True, help="for depth_accuracy.png, latency_accuracy.png")
-    figures.add_argument("--paper", type=Path, default=PAPER_RESULTS, metavar="FILE", help="[docs/paper_results.csv]")
-    figures.add_argument("--measured", type=Path, metavar="FILE", help="results of our own, drawn beside the paper's")
-
-    detections = commands.add_parser("detections", help="boxes and masks that a detector finds in images")
-    detections.set_defaults(draw=draw_detected)
-    _add_images(detections, shown="images in the picture")
-    detections.add_argument("--network", required=True, metavar="CHECKPOINT", help="of object_detection/main.py")
-    detections.add_argument("--threshold", type=FRACTION, default=0.5, help="score from which a detection is drawn")
-    detections.add_argument("--model_key", default="model_ema|model", help="of the weights in the checkpoint")
-    return parser
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse a command. Errors end the process with exit code 2 and one line on standard error."""
-    return build_parser().parse_args([canonical(token) for token in (sys.argv[1:] if argv is None else argv)])
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
+    args = args or parse_args(argv)
+    draw = {"cam": draw_cam, "curves": draw_curves, "figures": draw_figures, "detections": draw_detected}
     with mistakes_end("visualize.py"):
-        args.draw(args)
+        draw[args.command](args)
 
 
 if __name__ == "__main__":
-    main()
+    main(args=ARGS)

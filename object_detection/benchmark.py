@@ -7,11 +7,53 @@ to go through and, of Mask R-CNN, how many masks it makes. So each detector gets
 `--candidates` of them through.
 """
 
+from collections.abc import Sequence
+
+from object_detection import FRAMEWORKS
+from options import COUNT, WHOLE, Arguments, Parser, boolean
+
+NETWORKS = ("vanillanet_11", "resnet50", "swin_tiny_patch4_window7_224")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="object_detection.benchmark", description="Speed of detectors on several networks.")
+    parser.add_argument(
+        "--frameworks",
+        nargs="+",
+        choices=[name.rstrip("_") for name in FRAMEWORKS],
+        default=[name.rstrip("_") for name in FRAMEWORKS],
+        help="kinds of detectors to measure",
+    )
+    parser.add_argument(
+        "--networks", nargs="+", default=list(NETWORKS), metavar="NAME", help="VanillaNet variants or timm models"
+    )
+    parser.add_argument(
+        "--size",
+        type=COUNT,
+        nargs=2,
+        default=[800, 1280],
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of the image in pixels",
+    )
+    parser.add_argument("--device", default="cuda", help="what to compute on: cuda, cuda:N or cpu")
+    parser.add_argument("--channels_last", type=boolean, default=False, help="memory format of images and weights")
+    parser.add_argument("--candidates", type=COUNT, default=1000, help="boxes that pass the score threshold")
+    parser.add_argument("--rounds", type=COUNT, default=50, help="forward passes that count, of each detector")
+    parser.add_argument("--seed", type=WHOLE, default=0, help="seed of weights and image")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Arguments:
+    """Parse a command. Errors end the process with exit code 2 and one line on standard error."""
+    return build_parser().parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
+
 import argparse
 import copy
 import logging
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +63,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import utils
 from benchmarking import profiling
 from object_detection.detectors import Detector, create_detector
-from options import COUNT, WHOLE, Parser, boolean, canonical
 from records import logs
+from records.files import mistakes_end
 
 __all__ = ["Cost", "calibrate", "count_macs", "main"]
 
 logger = logging.getLogger("object_detection")
 
-NETWORKS = ("vanillanet_11", "resnet50", "swin_tiny_patch4_window7_224")
 CLASSES = 81  # COCO's, and the background
 PROPOSALS, MASKS = 1000, 100  # that multiply-accumulates are counted for, as is usual
 
@@ -91,19 +132,6 @@ def calibrate(detector: Detector, image: torch.Tensor, candidates: int) -> None:
     detector.selection.score_thresh = scores.topk(min(candidates, len(scores))).values[-1].item()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="object_detection.benchmark", description="Speed of detectors on several networks.")
-    parser.add_argument("--frameworks", nargs="+", default=["retinanet", "mask_rcnn"], help="retinanet, mask_rcnn")
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="VanillaNet variants or timm models")
-    parser.add_argument("--size", type=COUNT, nargs=2, default=[800, 1280], metavar=("HEIGHT", "WIDTH"), help="px")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
-    parser.add_argument("--channels_last", type=boolean, default=False, help="memory format")
-    parser.add_argument("--candidates", type=COUNT, default=1000, help="boxes that pass the score threshold")
-    parser.add_argument("--rounds", type=COUNT, default=50, help="forward passes that count, of each detector")
-    parser.add_argument("--seed", type=WHOLE, default=0)
-    return parser
-
-
 def build_forms(name: str, device: torch.device, *, channels_last: bool) -> dict[str, Detector]:
     """A detector in eval mode, and if its network has one, in its deploy form."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -138,18 +166,15 @@ def run(args: argparse.Namespace, device: torch.device) -> str:
     return logs.table(rows, f"{width}x{height} px, batch 1, float32")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
-    args = parser.parse_args([canonical(token) for token in (sys.argv[1:] if argv is None else argv)])
+def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
+    args = args or parse_args(argv)
     utils.setup_logging(0)
-    try:
+    with mistakes_end("object_detection.benchmark"):
         world = utils.init_world(args.device)
         print(run(args, world.device))
-    except ValueError as error:
-        parser.error(str(error))
     threads = f"{torch.get_num_threads()} threads" if world.device.type == "cpu" else torch.cuda.get_device_name()
     print(f"images/s: median of {args.rounds} rounds in which the detectors take turns, {threads}; random weights")
 
 
 if __name__ == "__main__":
-    main()
+    main(args=ARGS)

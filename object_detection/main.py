@@ -6,12 +6,23 @@ python object_detection/main.py @RECIPE --switch_to_deploy NEW --finetune FILE
 python object_detection/main.py @RECIPE --export_onnx NEW --finetune FILE
 """
 
+import sys
+from pathlib import Path
+
+# Started as a file, Python looks for modules in this folder, where `options` is another one.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from object_detection.options import parse_args
+from options import Arguments, plain_args
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
+
 import argparse
 import contextlib
 import copy
 import functools
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +30,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-# Started as a file, Python looks for modules in this folder, where `options` is another one.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import runtimes
 import utils
@@ -43,9 +51,7 @@ from object_detection.comparing import largest_difference
 from object_detection.detectors import Detector
 from object_detection.draw import draw_images
 from object_detection.evaluation import KINDS, STATISTICS, average_precision, detect
-from object_detection.options import parse_args
 from optim_factory import step_schedule
-from options import plain_args
 from records import curves, logs
 from records.checkpoints import save_checkpoint
 from training import Run, broken_count, build_precision, launch, layout_of, until_stopped
@@ -314,8 +320,8 @@ def train(args: argparse.Namespace, world: utils.World) -> None:
         logger.info("best box AP %.2f %%", 100 * run.best["best"])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
+    args = args or parse_args(argv)
     if args.export_onnx:
         body = export_checkpoint
     elif args.switch_to_deploy is not None:
@@ -329,4 +335,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args=ARGS)

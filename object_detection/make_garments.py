@@ -6,10 +6,8 @@ Each image has up to five garments at random places, sizes and tints; the later 
 masks and boxes are of what is left to see. Some images are empty. The result depends on nothing but the seed.
 """
 
-import argparse
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from datasets import read_idx
-from options import COUNT, WHOLE, Parser, canonical, number
+from options import COUNT, WHOLE, Parser, number, path
+from records.files import mistakes_end
 
 __all__ = ["main", "make_image", "make_split"]
 
@@ -137,27 +136,26 @@ def make_split(folder: Path, split: str, *, source: Path, images: int, side: int
     return len(data["annotations"])
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(prog="make_garments", description="Make a small data set in COCO's format of Fashion-MNIST.")
-    parser.add_argument("folder", type=Path, help="to write train/, val/, train.json and val.json to")
-    parser.add_argument("--source", type=Path, default=SOURCE, help="folder with Fashion-MNIST's four idx files")
-    parser.add_argument("--train", type=COUNT, default=1500, help="training images")
-    parser.add_argument("--val", type=COUNT, default=200, help="test images")
-    parser.add_argument("--side", type=number(int, low=LARGEST), default=128, help="px")
-    parser.add_argument("--seed", type=WHOLE, default=0)
+    parser.add_argument("folder", type=path, help="folder to write train/, val/, train.json and val.json to")
+    parser.add_argument("--source", type=path, default=SOURCE, help="folder with Fashion-MNIST's four idx files")
+    parser.add_argument("--train", type=COUNT, default=1500, help="number of training images")
+    parser.add_argument("--val", type=COUNT, default=200, help="number of test images")
+    parser.add_argument(
+        "--side", type=number(int, low=LARGEST), default=128, help="height and width of the images in pixels"
+    )
+    parser.add_argument("--seed", type=WHOLE, default=0, help="seed of all random numbers")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
-    args = parser.parse_args([canonical(token) for token in (sys.argv[1:] if argv is None else argv)])
+    args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for split, images in (("train", args.train), ("val", args.val)):
-        try:
+    with mistakes_end("make_garments"):
+        for split, images in (("train", args.train), ("val", args.val)):
             objects = make_split(args.folder, split, source=args.source, images=images, side=args.side, seed=args.seed)
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
-        logger.info("%s: %d images with %d garments in %s", split, images, objects, args.folder)
+            logger.info("%s: %d images with %d garments in %s", split, images, objects, args.folder)
 
 
 if __name__ == "__main__":

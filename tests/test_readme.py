@@ -51,7 +51,7 @@ PARSERS = {
     "predict.py": predict.parse_args,
     "benchmark.py": benchmark.parse_args,
     "object_detection/main.py": object_detection.options.parse_args,
-    "object_detection.benchmark": lambda arguments: object_detection.benchmark.build_parser().parse_args(arguments),
+    "object_detection.benchmark": object_detection.benchmark.parse_args,
 }
 # What else a block of commands may call.
 OTHER_COMMANDS = {"curl", ".", "pip"}
