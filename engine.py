@@ -1,11 +1,12 @@
-"""One epoch of training, and evaluation. Numbers come back; where they go is the caller's affair."""
+"""One epoch of training, the state that it changes, and evaluation."""
 
+import logging
 import math
-import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,11 +16,26 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from records.logs import SumMeter
+import utils
+from optim_factory import set_hyperparameters
+from records.checkpoints import CheckpointError, checkpoint_weights, load_weights
+from records.logs import StepLog, SumMeter
+from utils import World
+
+logger = logging.getLogger(__name__)
+
+GROUP_SETTINGS = ("betas", "eps", "momentum", "weight_decay", "lr_scale")  # of an optimizer's parameter group
+
+Schedule = Callable[[int], tuple[float, float]]  # of the optimizer steps taken: learning rate and weight decay
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(utils.RunError):
     """A loss or gradient is not finite; the message names ranks and step. The parameters are as they were before it."""
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """What autocast left in 16 bits as float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def build_criterion(*, mixing: bool, smoothing: float, bce: bool, bce_target_thresh: float | None) -> nn.Module:
@@ -88,7 +104,7 @@ class Distiller:
             wanted = self.teacher(images)
         soft = F.kl_div(
             F.log_softmax(logits / self.tau, dim=1),
-            F.log_softmax(wanted.float() / self.tau, dim=1),
+            F.log_softmax(at_least_float32(wanted) / self.tau, dim=1),
             reduction="batchmean",
             log_target=True,
         )
@@ -107,15 +123,16 @@ class FiniteGuard:
     Args:
         model: the network that the optimizer changes, unwrapped.
         rank, world_size: of this process.
+        deferred: read the verdict late; None does so wherever the network is not on the CPU.
     """
 
     LOSS, GRADIENT = 1, 2
 
-    def __init__(self, model: nn.Module, *, rank: int, world_size: int):
+    def __init__(self, model: nn.Module, *, rank: int, world_size: int, deferred: bool | None = None):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.rank, self.world_size = rank, world_size
-        self.deferred = self.device.type != "cpu"
+        self.deferred = self.device.type != "cpu" if deferred is None else deferred
         self.backup = [torch.empty_like(p) for p in self.parameters] if self.deferred else []
         self.verdict = torch.zeros(world_size, dtype=torch.int32, device=self.device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
@@ -127,6 +144,7 @@ class FiniteGuard:
     def _watch(self, gradient: torch.Tensor) -> None:
         self.local_gradient |= ~torch.isfinite(gradient).all()
 
+    @torch.no_grad()  # else the copies would hang on to the graph of every step before
     def examine(self, loss: torch.Tensor, grad_norm: torch.Tensor, *, step: int, scaled: bool) -> None:
         """Judge this step. Raises NonFiniteError at once on the CPU.
 
@@ -189,13 +207,167 @@ class Progress:
     updates: int = 0
     samples: int = 0
 
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.samples = self.epoch + 1, 0, 0
+
+
+class TrainState:
+    """Everything that a run changes, which is what a checkpoint holds.
+
+    Args:
+        model: the network on its device, as checkpoints, averages and evaluation take it.
+        optimizer: of its parameters.
+        meter: the epoch's sums on this rank, of the objective's names.
+        scaler: see `Precision.scaler`; None scales nothing.
+        averages: moving averages of the weights, by their key in a checkpoint.
+        steps_per_epoch: accumulation windows of an epoch.
+        start_epoch: that a new run begins with.
+        broken: indices of the training images that could not be read; the loader adds to it.
+        world: the processes among which the run is spread; None is this one alone.
+
+    Attributes:
+        network: what batches go through: the model, or DistributedDataParallel around it.
+        guard: see `FiniteGuard`.
+        progress: see `Progress`.
+        best: the best score so far, by the name of the checkpoint that has it.
+        start_slope: lambda of the network that the run began with.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        meter: SumMeter,
+        scaler: torch.amp.GradScaler | None = None,
+        averages: Mapping[str, ModelEmaV3] | None = None,
+        steps_per_epoch: int = 1,
+        start_epoch: int = 0,
+        broken: set[int] | None = None,
+        world: World | None = None,
+    ):
+        device = next(model.parameters()).device
+        self.model, self.optimizer, self.meter = model, optimizer, meter
+        self.scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+        self.averages = dict(averages or {})
+        self.steps_per_epoch = steps_per_epoch
+        self.broken = set() if broken is None else broken
+        self.world = world or World(0, 1, device)
+        self.progress = Progress(epoch=start_epoch, updates=start_epoch * steps_per_epoch)
+        self.best: dict[str, float] = {}
+        self.start_slope = 1.0
+        self.guard = FiniteGuard(model, rank=self.world.rank, world_size=self.world.size)
+        self.network = model
+        if self.world.distributed:
+            self.network = nn.parallel.DistributedDataParallel(
+                model, device_ids=[device] if device.type == "cuda" else None
+            )
+
+    def synchronizing(self, wanted: bool) -> AbstractContextManager:
+        """A context whose backward pass averages the gradients over the ranks, or leaves that to a later one."""
+        return nullcontext() if wanted or not self.world.distributed else self.network.no_sync()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rest of the run depends on. A collective: every rank calls it.
+
+        `epoch` is the last one that was finished, or with `step` above 0 the one that `step` steps were taken of.
+        """
+        progress = self.progress
+        own = {
+            "rng": utils.rng_state(self.world.device),
+            "meter": self.meter.sums.cpu(),
+            "broken": sorted(self.broken),
+        }
+        return {
+            "model": self.model.state_dict(),
+            **{key: average.module.state_dict() for key, average in self.averages.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": progress.epoch if progress.step else progress.epoch - 1,
+            "step": progress.step,
+            "samples": progress.samples,
+            "updates": progress.updates,
+            "steps_per_epoch": self.steps_per_epoch,
+            "best": dict(self.best),
+            "start_slope": self.start_slope,
+            "ranks": self.world.gather(own),
+        }
+
+    def load_state_dict(self, checkpoint: Mapping[str, Any], *, path: str | Path, new_settings: bool = False) -> None:
+        """Go on from a checkpoint, of the published code, too, which holds less.
+
+        With another number of processes an epoch has another number of steps; the place in it stays.
+
+        Args:
+            path: of the checkpoint, for messages.
+            new_settings: keep this run's settings of the optimizer instead of the checkpoint's.
+
+        Raises:
+            CheckpointError: something is missing, or does not fit.
+        """
+        absent = [key for key in ("model", "optimizer", "epoch", *self.averages) if key not in checkpoint]
+        if absent:
+            raise CheckpointError(
+                f"cannot resume from {path}: it has no {', '.join(absent)}; use --finetune for weights"
+            )
+        networks = {"model": self.model, **{key: average.module for key, average in self.averages.items()}}
+        for key, network in networks.items():
+            load_weights(network, checkpoint_weights(checkpoint, key=key, path=path), path=path)
+        self._load_optimizer(checkpoint["optimizer"], path=path, new_settings=new_settings)
+        if checkpoint.get("scaler"):
+            self.scaler.load_state_dict(checkpoint["scaler"])
+
+        # The place in the run.
+        step, progress = checkpoint.get("step", 0), self.progress
+        progress.epoch = checkpoint["epoch"] + (0 if step else 1)
+        progress.samples = checkpoint.get("samples", 0)
+        old_steps = checkpoint.get("steps_per_epoch", self.steps_per_epoch)
+        progress.updates = round(
+            checkpoint.get("updates", progress.epoch * old_steps) * self.steps_per_epoch / old_steps
+        )
+        progress.step = round(step * self.steps_per_epoch / old_steps)
+        self.best.update(checkpoint.get("best", {}))
+        self.start_slope = checkpoint.get("start_slope", self.start_slope)
+
+        # What each process had for itself.
+        ranks = checkpoint.get("ranks") or []
+        self.broken.update(index for rank in ranks for index in rank["broken"])
+        if len(ranks) == self.world.size:
+            own = ranks[self.world.rank]
+            utils.set_rng_state(own["rng"], self.world.device)
+            self.meter.sums.copy_(own["meter"])
+        elif ranks:
+            logger.warning("%s is of %d process(es): random numbers are seeded anew", path, len(ranks))
+            if self.world.is_main:
+                self.meter.sums.copy_(sum(rank["meter"] for rank in ranks))
+
+    def _load_optimizer(self, saved: Mapping[str, Any], *, path: str | Path, new_settings: bool) -> None:
+        own = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(saved)
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"cannot resume from {path}: its optimizer differs ({error})") from None
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            for key, value in settings.items():
+                if key not in group or (new_settings and key in GROUP_SETTINGS):  # older versions had fewer settings
+                    group[key] = value
+
 
 class Objective(Protocol):
-    """What a batch is trained for."""
+    """What a batch is trained for.
+
+    Attributes:
+        sums: names of what a call adds to the meter; `count`, the number of images, is one of them.
+    """
+
+    sums: Sequence[str]
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
-        """The loss, a float32 scalar to take the gradient of, and the batch's sums for the meter; `count`, the number
-        of images, is one of them."""
+        """The loss, a scalar of float32 or more to take the gradient of, and the batch's sums by name."""
+        ...
+
+    def averages(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """What an epoch's row says of the training data, from the sums of all batches."""
         ...
 
 
@@ -205,7 +377,7 @@ class Classification:
 
     Args:
         criterion: of logits (N, classes) and targets, see `build_criterion`.
-        precision: to compute in; the loss is taken in float32 whatever it is.
+        precision: to compute in; the loss is taken in float32 at least.
         mixup: mixes a batch and makes its targets soft.
         distiller: adds a teacher's part to the loss.
     """
@@ -214,6 +386,13 @@ class Classification:
     precision: Precision
     mixup: Mixup | None = None
     distiller: Distiller | None = None
+    sums: ClassVar[Sequence[str]] = ("loss", "correct", "count")
+
+    def averages(self, sums: Mapping[str, float]) -> dict[str, float]:
+        averages = {"train_loss": sums["loss"] / sums["count"]}
+        if self.mixup is None:  # else the labels are not what the batch was trained for
+            averages["train_acc1"] = 100 * sums["correct"] / sums["count"]
+        return averages
 
     def __call__(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]):
         images, targets = batch
@@ -223,9 +402,10 @@ class Classification:
             images, targets = self.mixup(images, targets)
         with self.precision.autocast():
             logits = model(images)
-        loss = self.criterion(logits.float(), targets)
+        logits = at_least_float32(logits)
+        loss = self.criterion(logits, targets)
         if self.distiller is not None:
-            loss = self.distiller(images, logits.float(), loss)
+            loss = self.distiller(images, logits, loss)
         return loss, {
             "loss": loss.detach() * len(labels),
             "correct": (logits.detach().argmax(1) == labels).sum(),
@@ -234,43 +414,31 @@ class Classification:
 
 
 def train_one_epoch(
-    model: nn.Module,
+    state: TrainState,
     batches: Iterable[Any],
     *,
     objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    precision: Precision,
-    scaler: torch.amp.GradScaler,
-    guard: FiniteGuard,
-    progress: Progress,
-    meter: SumMeter,
+    schedule: Schedule,
     num_batches: int,
-    set_schedules: Callable[[int], None],
-    emas: Sequence[ModelEmaV3] = (),
-    ema_source: nn.Module | None = None,
     update_freq: int = 1,
     clip_grad: float | None = None,
-    world_size: int = 1,
-    log_every: int = 10,
-    on_log: Callable[[int, dict[str, float]], None] | None = None,
+    log: StepLog | None = None,
     after_step: Callable[[], bool] | None = None,
 ) -> bool:
     """Train over `batches` to the end of the epoch, or until `after_step` asks to stop.
 
+    The host waits for the device at logging steps and in `after_step` only, except that float16's scaler waits by
+    itself.
+
     Args:
-        model: put into train mode; wrapped in DistributedDataParallel on several ranks.
+        state: changed in place.
         batches: what is left of the epoch.
         objective: the loss of a batch.
-        guard: see `FiniteGuard`.
-        progress: moved on in place after each step.
-        meter: the epoch's sums on this rank, of the objective's names; added to in place.
-        num_batches: how many `batches` holds; the last accumulation window may be shorter than the others.
-        set_schedules: writes the hyperparameters for the number of optimizer steps taken.
-        emas, ema_source: moving averages, and the unwrapped network that they follow.
+        schedule: learning rate and weight decay by the number of optimizer steps taken.
+        num_batches: how many `batches` holds.
         update_freq: batches accumulated for one optimizer step.
         clip_grad: largest norm of the gradients, in any precision.
-        log_every: steps between calls of `on_log(step in the epoch, metrics of this rank)`; the only place, with the
-            checks of `after_step`, where the host waits for the device, except that float16's scaler does by itself.
+        log: takes the numbers of a step.
         after_step: called after every step; True ends the epoch early.
 
     Returns:
@@ -279,58 +447,55 @@ def train_one_epoch(
     Raises:
         NonFiniteError: see `FiniteGuard`.
     """
-    model.train()
-    parameters = guard.parameters
-    iterator = iter(batches)
-    rate = _Rate()
-    remaining = num_batches
+    state.network.train()
+    progress, optimizer, scaler, guard = state.progress, state.optimizer, state.scaler, state.guard
+    iterator, remaining = iter(batches), num_batches
     while remaining > 0:
-        set_schedules(progress.updates)
+        # Schedules count optimizer steps, so that a step which the scaler skips does not move them.
+        lr, weight_decay = schedule(progress.updates)
+        set_hyperparameters(optimizer, lr, weight_decay)
+
+        # Forward and backward. A window's loss is the mean of its batches; the epoch's last window may be shorter.
         window = min(update_freq, remaining)
         remaining -= window
-        loss_sum = torch.zeros((), device=precision.device)
-        images_seen = 0
+        loss, images = 0.0, 0
         for micro in range(window):
             batch = next(iterator)
-            last = micro == window - 1
-            with nullcontext() if last or world_size == 1 else model.no_sync():
-                loss, sums = objective(model, batch)
-                scaler.scale(loss / window).backward()
-            loss_sum += loss.detach() / window
-            images_seen += sums["count"]
-            meter.add(**sums)
+            with state.synchronizing(micro == window - 1):  # once a window is enough
+                batch_loss, sums = objective(state.network, batch)
+                scaler.scale(batch_loss / window).backward()
+            loss += batch_loss.detach() / window
+            images += sums["count"]
+            state.meter.add(**sums)
+
+        # Clip the true gradients, not the scaled ones.
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip_grad is None else clip_grad)
-        guard.examine(loss_sum, grad_norm, step=progress.step, scaled=scaler.is_enabled())
+        grad_norm = nn.utils.clip_grad_norm_(guard.parameters, math.inf if clip_grad is None else clip_grad)
+
+        # Guard and step: what is not finite on any rank must not reach the parameters.
+        guard.examine(loss, grad_norm, step=progress.step, scaled=scaler.is_enabled())
         skipped = _step(optimizer, scaler)
         guard.undo_if_bad()
         optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        progress.samples += images_seen * world_size
-        rate.add(images_seen * world_size)
+        progress.samples += images * state.world.size
+
+        # Averages follow the steps that were taken.
         if not skipped:
             progress.updates += 1
-            for ema in emas:
-                ema.update(ema_source)
-        if progress.step % log_every == 0 or remaining == 0:
+            for average in state.averages.values():
+                average.update(state.model)
+
+        # Log: the one place where the numbers of a step are read.
+        if log is not None:
+            log.images += images * state.world.size
+        if remaining == 0 or (log is not None and progress.step % log.every == 0):
             guard.check()
-            if on_log is not None:
-                on_log(
-                    progress.step,
-                    {
-                        "loss": loss_sum.item(),
-                        "grad_norm": grad_norm.item(),
-                        "images_per_second": rate.take(),
-                    },
-                )
+            if log is not None:
+                log(progress.step, loss=loss.item(), grad_norm=grad_norm.item(), lr=lr, weight_decay=weight_decay)
         if after_step is not None and after_step():
             return remaining == 0
     return True
-
-
-def train_meter(device: torch.device) -> SumMeter:
-    """The sums of an epoch of `Classification`: loss and correct top-1 weighted by images, and images."""
-    return SumMeter(("loss", "correct", "count"), device)
 
 
 def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
@@ -344,22 +509,6 @@ def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> boo
     if skipped and scale <= 2.0**-14:
         raise NonFiniteError("float16 gradients overflow at every loss scale; use --amp_dtype bf16 or lower --lr")
     return skipped
-
-
-class _Rate:
-    """Images a second since it was last asked."""
-
-    def __init__(self):
-        self.start, self.images = time.perf_counter(), 0
-
-    def add(self, images: int) -> None:
-        self.images += images
-
-    def take(self) -> float:
-        now = time.perf_counter()
-        rate = self.images / (now - self.start)
-        self.start, self.images = now, 0
-        return rate
 
 
 @dataclass(frozen=True)
@@ -414,7 +563,7 @@ def evaluate(
         targets = targets.to(precision.device, non_blocking=True)
         with precision.autocast():
             logits = model(precision.images(images))
-        logits = logits.float()
+        logits = at_least_float32(logits)
         top = logits.topk(min(5, logits.shape[1])).indices  # (N, 5), best first
         hits = top == targets[:, None]
         meter.add(

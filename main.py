@@ -15,12 +15,14 @@ import argparse
 import copy
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.data import Mixup
 from torch import nn
 
 import datasets
@@ -30,14 +32,25 @@ import networks
 import runtimes
 import utils
 from benchmarking import profiling
-from engine import Classification, Distiller, EvalResult, Precision, build_criterion, evaluate, train_meter
+from engine import Classification, Distiller, EvalResult, Precision, Schedule, build_criterion, evaluate
 from loading import loaders, transforms
-from loading.processes import Loading
 from loading.streams import StreamDataset
 from optim_factory import activation_slope, cosine_schedule
 from records import logs
 from records.checkpoints import checkpoint_weights, load_checkpoint, load_weights, save_checkpoint
-from training import Run, broken_count, build_precision, launch, layout_of, meet, until_stopped
+from training import (
+    Task,
+    broken_count,
+    build_precision,
+    build_state,
+    check_warmup,
+    fit,
+    layout_of,
+    loading_of,
+    meet,
+    place,
+    until_stopped,
+)
 
 logger = logging.getLogger("main")
 
@@ -94,14 +107,7 @@ def build_eval_loader(
     of: str = "the network",
 ):
     """The validation loader, and ReaL's labels by index if there are any; for the rest see `match_classes`."""
-    rank, size = (world.rank, world.size) if args.dist_eval else (0, 1)
-    loading = Loading(
-        args.batch_size,
-        rank=rank,
-        world_size=size,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and world.device.type == "cuda",
-    )
+    loading = loading_of(args, world if args.dist_eval else utils.World(0, 1, world.device))
     indices = datasets.match_classes(dataset, classes, of=of)
     loader = loaders.build_eval_loader(dataset, loading, skip_broken=args.skip_broken_eval, class_indices=indices)
     real = None
@@ -399,149 +405,156 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
 # -- training
 
 
-class ClassificationRun(Run):
-    """Training a classifier, with deep training where the network has it."""
+@dataclass(frozen=True)
+class Data:
+    """What a classifier is trained on.
 
-    schedule_flags = (
-        *Run.schedule_flags, "min_lr", "warmup_epochs", "weight_decay_end", "decay_epochs", "decay_linear"
-    )  # fmt: skip
+    Attributes:
+        loader: this rank's training batches.
+        validation: this rank's validation batches, None with --disable_eval.
+        real: ReaL's labels of the validation images by index, if there are any.
+        classes: their names, None for a stream that does not know them.
+        num_classes: how many there are.
+        mixup: mixes a training batch; None mixes nothing.
+    """
 
-    def build_data(self) -> None:
-        args, world = self.args, self.world
-        self.eval_loader = self.real = None
-        train_dataset = build_dataset(args, world, train=True)
-        if not args.disable_eval:
-            eval_dataset = build_dataset(args, world, train=False)
-            self.eval_loader, self.real = build_eval_loader(
-                args, eval_dataset, world, classes=train_dataset.classes, of="the training data"
-            )
-        self.num_classes, self.classes = class_count(args, train_dataset), train_dataset.classes
-        self.loader = loaders.build_train_loader(train_dataset, self.loading())
-        self.mixup = transforms.build_mixup(
-            args.batch_size,
-            self.num_classes,
-            mixup=args.mixup,
-            cutmix=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            mixup_prob=args.mixup_prob,
-            mixup_switch_prob=args.mixup_switch_prob,
-            mixup_mode=args.mixup_mode,
-            smoothing=args.smoothing,
+    loader: Any
+    validation: Any | None
+    real: Sequence[Sequence[int]] | None
+    classes: Sequence[str] | None
+    num_classes: int
+    mixup: Mixup | None
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    return transforms.build_mixup(
+        args.batch_size,
+        num_classes,
+        mixup=args.mixup,
+        cutmix=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        mixup_prob=args.mixup_prob,
+        mixup_switch_prob=args.mixup_switch_prob,
+        mixup_mode=args.mixup_mode,
+        smoothing=args.smoothing,
+    )
+
+
+def open_data(args: argparse.Namespace, world: utils.World) -> Data:
+    dataset = build_dataset(args, world, train=True)
+    validation = real = None
+    if not args.disable_eval:
+        eval_dataset = build_dataset(args, world, train=False)
+        validation, real = build_eval_loader(args, eval_dataset, world, classes=dataset.classes, of="the training data")
+    if args.batch_size == 1 and not args.sync_bn:
+        raise ValueError("BatchNorm needs more than one image in a batch: raise --batch_size")
+    num_classes = class_count(args, dataset)
+    loader = loaders.build_train_loader(dataset, loading_of(args, world))
+    return Data(loader, validation, real, dataset.classes, num_classes, build_mixup(args, num_classes))
+
+
+def open_network(args: argparse.Namespace, world: utils.World, data: Data) -> tuple[nn.Module, float]:
+    """The network to train on its device, and lambda to begin with: that of --finetune, else 0."""
+    utils.seed_everything(args.seed)  # the same on all ranks, so that the initial weights are
+    model, start_slope = build_model(args, data.num_classes), 0.0
+    if args.finetune:
+        slope, _ = load_network(args, model, fine_tuning=True)
+        start_slope = 0.0 if args.restart_decay else slope
+    asked, layers = args.layer_decay_num_layers, len(getattr(model, "stages", ()))
+    if layers and asked != layers:
+        args.moot("layer_decay_num_layers", f"--layer_decay_num_layers {asked}, but {args.model} has {layers}")
+    if start_slope < 1 and hasattr(model, "change_act") and args.epochs <= args.decay_epochs:
+        logger.warning(
+            "--epochs %d ends before --decay_epochs %d: lambda will not reach 1, so the network cannot be deployed",
+            args.epochs,
+            args.decay_epochs,
         )
-        if args.batch_size == 1 and not args.sync_bn:
-            raise ValueError("BatchNorm needs more than one image in a batch: raise --batch_size")
+    return place(args, model, world.device), start_slope
 
-    def build_model(self) -> nn.Module:
-        args, world = self.args, self.world
-        model = build_model(args, self.num_classes)
-        self.start_slope = 0.0
-        if args.finetune:
-            slope, _ = load_network(args, model, fine_tuning=True)
-            self.start_slope = 0.0 if args.restart_decay else slope
-        model = self.place(model)
-        asked, layers = args.layer_decay_num_layers, len(getattr(model, "stages", ()))
-        if layers and asked != layers:
-            args.moot("layer_decay_num_layers", f"--layer_decay_num_layers {asked}, but {args.model} has {layers}")
-        self.distiller = None
-        if args.teacher:
-            teacher = build_teacher(args, self.classes, self.num_classes)
-            teacher = teacher.to(world.device, memory_format=layout_of(args))
-            self.distiller = Distiller(teacher, args.distill_alpha, args.distill_tau, self.precision)
-        return model
 
-    def build_meter(self) -> logs.SumMeter:
-        return train_meter(self.world.device)
+def open_objective(args: argparse.Namespace, world: utils.World, data: Data) -> Classification:
+    """The loss of a batch, to which --teacher adds its part."""
+    precision = build_precision(args, world.device)
+    distiller = None
+    if args.teacher:
+        teacher = build_teacher(args, data.classes, data.num_classes)
+        teacher = teacher.to(world.device, memory_format=layout_of(args))
+        distiller = Distiller(teacher, args.distill_alpha, args.distill_tau, precision)
+    criterion = build_criterion(
+        mixing=data.mixup is not None,
+        smoothing=args.smoothing,
+        bce=args.bce_loss,
+        bce_target_thresh=args.bce_target_thresh,
+    )
+    return Classification(criterion, precision, data.mixup, distiller)
 
-    def build_schedules(self) -> None:
-        super().build_schedules()
-        args = self.args
-        if self.start_slope < 1 and hasattr(self.model, "change_act") and args.epochs <= args.decay_epochs:
-            logger.warning(
-                "--epochs %d ends before --decay_epochs %d: lambda will not reach 1, so the network cannot be deployed",
-                args.epochs,
-                args.decay_epochs,
-            )
 
-    def count_warmup_steps(self) -> int:
-        args = self.args
-        return args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * self.steps_per_epoch
+def open_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
+    """Half a cosine for learning rate and weight decay, after a warm-up of the former."""
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
+    check_warmup(args, warmup_steps=warmup_steps, total_steps=total_steps)
+    end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
 
-    def schedule(self, updates: int) -> tuple[float, float]:
-        args = self.args
-        lr = cosine_schedule(updates, self.total_steps, base=args.lr, final=args.min_lr, warmup_steps=self.warmup_steps)
-        end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-        return lr, cosine_schedule(updates, self.total_steps, base=args.weight_decay, final=end)
+    def schedule(updates: int) -> tuple[float, float]:
+        lr = cosine_schedule(updates, total_steps, base=args.lr, final=args.min_lr, warmup_steps=warmup_steps)
+        return lr, cosine_schedule(updates, total_steps, base=args.weight_decay, final=end)
 
-    def wrap(self) -> None:
-        if self.args.compile:
-            self.model.compile()
-        super().wrap()
-
-    def slope(self) -> float:
-        args = self.args
-        return activation_slope(
-            self.progress.epoch, decay_epochs=args.decay_epochs, linear=args.decay_linear, start=self.start_slope
-        )
-
-    def begin_epoch(self) -> None:
-        networks.set_slope(self.slope(), self.model, *(ema.module for ema in self.emas))
-
-    def objective(self) -> Classification:
-        args = self.args
-        criterion = build_criterion(
-            mixing=self.mixup is not None,
-            smoothing=args.smoothing,
-            bce=args.bce_loss,
-            bce_target_thresh=args.bce_target_thresh,
-        )
-        return Classification(criterion, self.precision, self.mixup, self.distiller)
-
-    def averages(self, sums: dict[str, float]) -> dict[str, float]:
-        row = super().averages(sums)
-        if self.mixup is None:
-            row["train_acc1"] = 100 * sums["correct"] / sums["count"]
-        return row
-
-    def conditions(self) -> dict[str, float]:
-        return {"act_learn": self.slope()}
-
-    def extra_state(self) -> dict[str, Any]:
-        state = {"act_learn": self.slope(), "start_slope": self.start_slope}
-        return state | ({"classes": list(self.classes)} if self.classes else {})
-
-    def load_extra_state(self, checkpoint: dict[str, Any]) -> None:
-        self.start_slope = checkpoint.get("start_slope", self.start_slope)
-
-    def evaluate(self) -> dict[str, float] | None:
-        if self.eval_loader is None:
-            return None
-        found = {}
-        for prefix, network in self.networks_to_evaluate():
-            result = run_eval(
-                self.args, self.world, network, self.eval_loader, self.real, self.precision, prefix, self.stop
-            )
-            found |= result.metrics(prefix) if result else {}
-        return found
-
-    def scores(self, found: dict[str, float]) -> dict[str, float]:
-        return {"best": found["test_acc1"], **self.ema_scores(found, "acc1")}
+    return schedule
 
 
 def train(args: argparse.Namespace, world: utils.World) -> None:
-    run = ClassificationRun(args, world, utils.StopRequest())
-    parameters = sum(p.numel() for p in run.model.parameters())
+    """A run: data, network, state, and then epoch by epoch, as `training.fit` shows it."""
+    stop = utils.StopRequest()
+    data = open_data(args, world)
+    model, start_slope = open_network(args, world, data)
+    objective = open_objective(args, world, data)
+    state = build_state(args, world, model, loader=data.loader, objective=objective)
+    state.start_slope = start_slope
+    if args.compile:
+        model.compile()
+
+    def slope(epoch: int) -> float:
+        return activation_slope(
+            epoch, decay_epochs=args.decay_epochs, linear=args.decay_linear, start=state.start_slope
+        )
+
+    def evaluate_all(forms: Mapping[str, nn.Module]) -> dict[str, float]:
+        found = {}
+        for prefix, network in forms.items():
+            result = run_eval(args, world, network, data.validation, data.real, objective.precision, prefix, stop)
+            found |= result.metrics(prefix) if result else {}
+        return found
+
+    def restored(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+        if data.classes and checkpoint.get("classes", list(data.classes)) != list(data.classes):
+            raise ValueError(
+                f"{path} was trained on other classes than the data's, or on them in another order: "
+                "begin anew with --finetune"
+            )
+
     logger.info(
         "%s: %.3f M parameters, %d classes, %d steps an epoch of %d images, on %s",
         args.model,
-        parameters / 1e6,
-        run.num_classes,
-        run.steps_per_epoch,
+        profiling.count_params(model) / 1e6,
+        data.num_classes,
+        state.steps_per_epoch,
         args.batch_size * args.update_freq * world.size,
         world.device,
     )
-    run.run()
-    if "best" in run.best:
-        logger.info("best top-1: %s", ", ".join(f"{score:.3f} ({name})" for name, score in run.best.items()))
+    task = Task(
+        data.loader,
+        objective,
+        open_schedule(args, state.steps_per_epoch),
+        evaluate=evaluate_all if data.validation else None,
+        score="acc1",
+        describe=lambda: {"classes": list(data.classes)} if data.classes else {},
+        restored=restored,
+        slope=slope,
+    )
+    fit(args, state, task, stop)
+    if state.best:
+        logger.info("best top-1: %s", ", ".join(f"{score:.3f} ({name})" for name, score in state.best.items()))
 
 
 def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
@@ -552,7 +565,7 @@ def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) ->
         body = evaluate_deployed if args.engine else evaluate_checkpoint
     else:
         body = train
-    launch("main.py", args, functools.partial(body, args), output_dir=args.output_dir if body is train else None)
+    utils.launch("main.py", args, functools.partial(body, args), output_dir=args.output_dir if body is train else None)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Processes: distributed set-up, locks, signals, seeding, logging."""
 
+import argparse
 import contextlib
 import ctypes
 import fcntl
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from records.files import cannot_write, first_line
+from records.files import cannot_write, first_line, one_line
 
 logger = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -31,6 +32,10 @@ LARGEST_KEPT = 1 << 30  # bytes
 
 
 # -- processes
+
+
+class RunError(RuntimeError):
+    """Ends a run with exit code 1; the message is one line that tells the user what to do."""
 
 
 @dataclass(frozen=True)
@@ -320,3 +325,89 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# -- starting
+
+
+def _explained(error: BaseException) -> str | None:
+    """One line for the user on what went wrong in the machine and what to do; None for a mistake of ours."""
+    if isinstance(error, RunError):
+        return str(error)
+    if re.search(r"DataLoader worker \(pid", str(error)):
+        worker = first_line(error).rstrip(" .")
+        return (
+            f"{worker}. Most often the memory is full: lower --num_workers and start again, a training run with "
+            "--auto_resume true"
+        )
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "out of memory: lower --batch_size (and raise --update_freq by as much), the image size or --num_workers"
+    if lost_contact(error):
+        first = first_line(error).split(". ")[0]
+        cause = re.sub(r"^\[\S+:\d+\] ", "", first)  # without the line of gloo's source
+        return (
+            f"another process of the run has ended or cannot be reached ({cause}). Look at what it wrote last, then "
+            "start all of them again, a training run with --auto_resume true"
+        )
+    return None
+
+
+def _last_line(error: BaseException) -> str:
+    """The message; of an error in a loader process, which brings its traceback along, the last line of that."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if any("Original Traceback" in line for line in lines) else str(error)
+
+
+def launch(
+    prog: str,
+    args: argparse.Namespace,
+    body: Callable[[World], None],
+    *,
+    output_dir: str | None = None,
+) -> None:
+    """Run `body` among the processes of the command, and turn what the user can mend into a line and an exit code.
+
+    Exit codes: 2 for a wrong argument or a file that cannot be read or written, 130 for SIGINT where no checkpoint can
+    be saved, and 1 for a loss or gradient that is not finite, too little memory, or a process that was lost.
+
+    Args:
+        output_dir: a folder that `body` must have for itself.
+    """
+    world = World(0, 1, torch.device("cpu"))
+    failure = None
+    held = contextlib.ExitStack()
+
+    def lock() -> None:
+        held.callback(FolderLock(output_dir).release)
+
+    try:
+        world = init_world(
+            args.device,
+            dist_url=args.dist_url,
+            on_itp=args.dist_on_itp,
+            world_size=args.world_size,
+            local_rank=args.local_rank,
+            timeout=timedelta(seconds=args.dist_timeout),
+        )
+        setup_logging(world.rank)
+        for note in args.notes:
+            logger.info("%s", note)
+        if output_dir:
+            world.from_main(lock)
+        body(world)
+    except (ValueError, OSError) as error:
+        failure = 2, _last_line(error)
+    except (RuntimeError, MemoryError) as error:
+        failure = 1, _explained(error)
+        if failure[1] is None:
+            raise
+    except KeyboardInterrupt:
+        failure = 128 + signal.SIGINT, "interrupted"
+    finally:
+        # Past the except clauses, so that no traceback holds on to the networks of a distributed run any more.
+        close_world(world)
+        held.close()
+    if failure:
+        code, message = failure
+        sys.stderr.write(f"{prog}: error: {one_line(message)}\n")
+        raise SystemExit(code)

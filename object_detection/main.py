@@ -23,7 +23,7 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,9 @@ from torch import nn
 import runtimes
 import utils
 from benchmarking import profiling
-from engine import Precision
+from engine import Precision, Schedule, at_least_float32
 from loading import loaders
 from loading.images import BrokenImageError
-from loading.processes import Loading
 from object_detection.checkpoints import (
     build_detector,
     check_categories,
@@ -54,7 +53,18 @@ from object_detection.evaluation import KINDS, STATISTICS, average_precision, de
 from optim_factory import step_schedule
 from records import curves, logs
 from records.checkpoints import save_checkpoint
-from training import Run, broken_count, build_precision, launch, layout_of, until_stopped
+from training import (
+    Task,
+    broken_count,
+    build_precision,
+    build_state,
+    check_warmup,
+    fit,
+    layout_of,
+    loading_of,
+    place,
+    until_stopped,
+)
 
 logger = logging.getLogger("object_detection")
 
@@ -79,14 +89,7 @@ def build_dataset(args: argparse.Namespace, *, train: bool) -> CocoDataset:
 def build_eval_loader(args: argparse.Namespace, dataset: CocoDataset, world: utils.World) -> loaders.EvalLoader:
     """Image by image: in a batch, what is found in an image would depend a little on the others, which pad it, and so
     AP on the number of processes."""
-    loading = Loading(
-        batch_size=1,
-        rank=world.rank,
-        world_size=world.size,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and world.device.type == "cuda",
-        collate=collate,
-    )
+    loading = replace(loading_of(args, world), batch_size=1, collate=collate)
     return loaders.build_eval_loader(dataset, loading, skip_broken=args.skip_broken_eval)
 
 
@@ -217,9 +220,18 @@ def export_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
 
 @dataclass(frozen=True)
 class Detection:
-    """The loss of a list of images (3, H, W) with their targets: the sum of the detector's losses."""
+    """The loss of a list of images (3, H, W) with their targets: the sum of the detector's losses.
+
+    Args:
+        precision: to compute in; the losses are summed in float32 at least.
+        sums: the names of the losses, with `loss` and `count`.
+    """
 
     precision: Precision
+    sums: Sequence[str]
+
+    def averages(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return {f"train_{name}": sums[name] / sums["count"] for name in self.sums if name != "count"}
 
     def __call__(self, model: nn.Module, batch: tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]):
         device = self.precision.device
@@ -227,97 +239,85 @@ class Detection:
         targets = [{name: x.to(device, non_blocking=True) for name, x in target.items()} for target in batch[1]]
         with self.precision.autocast():
             losses = model(images, targets)
-        losses = {name: value.float() for name, value in losses.items()}
+        losses = {name: at_least_float32(value) for name, value in losses.items()}
         loss = sum(losses.values())
         sums = {name: value.detach() * len(images) for name, value in {"loss": loss, **losses}.items()}
         return loss, {**sums, "count": len(images)}
 
 
-class DetectionRun(Run):
-    """Training a detector; lambda is 1 throughout."""
+def open_detector(args: argparse.Namespace, world: utils.World, dataset: CocoDataset) -> Detector:
+    """The detector to train on its device, from --finetune, from a classifier, or anew."""
+    utils.seed_everything(args.seed)  # the same on all ranks, so that the initial weights are
+    detector = build_detector(args, len(dataset.classes) + 1)
+    if args.finetune:
+        load_detector(args, detector, dataset)
+    elif args.backbone_weights and not args.resume:
+        load_classifier(args, detector)
+    return place(args, detector, world.device)
 
-    panels = curves.DETECTION_CURVES
-    schedule_flags = (*Run.schedule_flags, "lr_steps", "lr_gamma")
 
-    def build_data(self) -> None:
-        args, world = self.args, self.world
-        self.dataset = build_dataset(args, train=True)
-        self.loader = loaders.build_train_loader(self.dataset, replace(self.loading(), collate=collate))
-        self.eval_dataset = None
-        if not args.disable_eval:
-            self.eval_dataset = build_dataset(args, train=False)
-            if self.eval_dataset.classes != self.dataset.classes:
-                raise ValueError(f"{self.dataset.path} and {self.eval_dataset.path} have different categories")
-            self.eval_loader = build_eval_loader(args, self.eval_dataset, world)
+def open_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
+    """The learning rate falls at --lr_steps; the weight decay stays."""
+    check_warmup(args, warmup_steps=args.warmup_steps, total_steps=args.epochs * steps_per_epoch)
+    milestones = [epoch * steps_per_epoch for epoch in args.lr_steps]
 
-    def build_model(self) -> Detector:
-        args = self.args
-        detector = build_detector(args, len(self.dataset.classes) + 1)
-        if args.finetune:
-            load_detector(args, detector, self.dataset)
-        elif args.backbone_weights and not args.resume:
-            load_classifier(args, detector)
-        return self.place(detector)
-
-    def build_meter(self) -> logs.SumMeter:
-        return logs.SumMeter(("loss", *self.model.losses, "count"), self.world.device)
-
-    def count_warmup_steps(self) -> int:
-        return self.args.warmup_steps
-
-    def schedule(self, updates: int) -> tuple[float, float]:
-        args = self.args
-        milestones = [epoch * self.steps_per_epoch for epoch in args.lr_steps]
+    def schedule(updates: int) -> tuple[float, float]:
         lr = step_schedule(
-            updates, base=args.lr, milestones=milestones, gamma=args.lr_gamma, warmup_steps=self.warmup_steps
+            updates, base=args.lr, milestones=milestones, gamma=args.lr_gamma, warmup_steps=args.warmup_steps
         )
         return lr, args.weight_decay
 
-    def objective(self) -> Detection:
-        return Detection(self.precision)
-
-    def averages(self, sums: dict[str, float]) -> dict[str, float]:
-        return {f"train_{name}": sums[name] / sums["count"] for name in self.meter.names if name != "count"}
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"act_learn": 1.0, **describe(self.model, self.dataset)}
-
-    def load_extra_state(self, checkpoint: dict[str, Any]) -> None:
-        check_categories(checkpoint, self.dataset, path=self.args.resume or self.args.output_dir)
-        for detector in (self.model, *(ema.module for ema in self.emas)):
-            set_normalization(detector, checkpoint)
-
-    def evaluate(self) -> dict[str, float] | None:
-        if self.eval_dataset is None:
-            return None
-        found = {}
-        for prefix, network in self.networks_to_evaluate():
-            values = evaluate(
-                network, self.eval_loader, self.eval_dataset, self.world, self.precision, prefix, self.stop
-            )
-            found |= {f"{prefix}_{name}": value for name, value in values.items()}
-        return found
-
-    def scores(self, found: dict[str, float]) -> dict[str, float]:
-        """By the AP of boxes, which both detectors have."""
-        best = {"best": found["test_box_AP"]} if "test_box_AP" in found else {}  # without objects there is none
-        return best | self.ema_scores(found, "box_AP")
+    return schedule
 
 
 def train(args: argparse.Namespace, world: utils.World) -> None:
-    run = DetectionRun(args, world, utils.StopRequest())
+    """A run: data, detector, state, and then epoch by epoch, as `training.fit` shows it; lambda is 1 throughout."""
+    stop = utils.StopRequest()
+    dataset, eval_dataset = build_dataset(args, train=True), None
+    loader = loaders.build_train_loader(dataset, replace(loading_of(args, world), collate=collate))
+    if not args.disable_eval:
+        eval_dataset = build_dataset(args, train=False)
+        if eval_dataset.classes != dataset.classes:
+            raise ValueError(f"{dataset.path} and {eval_dataset.path} have different categories")
+        eval_loader = build_eval_loader(args, eval_dataset, world)
+    detector = open_detector(args, world, dataset)
+    objective = Detection(build_precision(args, world.device), ("loss", *detector.losses, "count"))
+    state = build_state(args, world, detector, loader=loader, objective=objective)
+
+    def evaluate_all(forms: Mapping[str, Detector]) -> dict[str, float]:
+        found = {}
+        for prefix, form in forms.items():
+            values = evaluate(form, eval_loader, eval_dataset, world, objective.precision, prefix, stop)
+            found |= {f"{prefix}_{name}": value for name, value in values.items()}
+        return found
+
+    def restored(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+        check_categories(checkpoint, dataset, path=path)
+        for form in (detector, *(average.module for average in state.averages.values())):
+            set_normalization(form, checkpoint)
+
     logger.info(
         "%s: %.3f M parameters, %d categories, %d steps an epoch of %d images, on %s",
         args.model,
-        profiling.count_params(run.model) / 1e6,
-        len(run.dataset.classes),
-        run.steps_per_epoch,
+        profiling.count_params(detector) / 1e6,
+        len(dataset.classes),
+        state.steps_per_epoch,
         args.batch_size * args.update_freq * world.size,
         world.device,
     )
-    run.run()
-    if "best" in run.best:
-        logger.info("best box AP %.2f %%", 100 * run.best["best"])
+    task = Task(
+        loader,
+        objective,
+        open_schedule(args, state.steps_per_epoch),
+        evaluate=evaluate_all if eval_dataset else None,
+        score="box_AP",
+        describe=lambda: describe(detector, dataset),
+        restored=restored,
+        panels=curves.DETECTION_CURVES,
+    )
+    fit(args, state, task, stop)
+    if "best" in state.best:
+        logger.info("best box AP %.2f %%", 100 * state.best["best"])
 
 
 def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) ->
     else:
         body = train
     folder = args.output_dir if body is train else None
-    launch("object_detection/main.py", args, functools.partial(body, args), output_dir=folder)
+    utils.launch("object_detection/main.py", args, functools.partial(body, args), output_dir=folder)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -190,6 +190,28 @@ class WandbSink:
 
     def close(self) -> None:
         self.run.finish()
+
+
+class StepLog:
+    """Takes the numbers of every `every`th step, and adds the images a second since the last time.
+
+    Args:
+        every: steps.
+        write: is given the step in its epoch, counted from 1, and its numbers.
+
+    Attributes:
+        images: seen since the last time, on all ranks; the caller adds to it.
+    """
+
+    def __init__(self, every: int, write: Callable[[int, Metrics], None]):
+        self.every, self.write = every, write
+        self.images, self.start = 0, time.perf_counter()
+
+    def __call__(self, step: int, **numbers: float) -> None:
+        now = time.perf_counter()
+        rate = self.images / (now - self.start)
+        self.images, self.start = 0, now
+        self.write(step, {"images_per_second": rate, **numbers})
 
 
 class Sinks:

@@ -24,6 +24,7 @@ from loading.transforms import Preprocessing, build_eval_transform
 from optim_factory import cosine_schedule
 from records.checkpoints import load_checkpoint, load_weights
 from runs import BASE, EMBEDDED, ROOT, rows, torchrun
+from training import RunFolder
 
 
 def run(data, *arguments, base=BASE):
@@ -71,7 +72,7 @@ def test_a_learning_rate_of_each_step(straight):
     """Cosine after one epoch of warm-up, as a function of the steps taken."""
     _, lines = rows(straight)
     expected = {
-        line["step"]: cosine_schedule(line["step"], 32, base=1e-2, final=1e-6, warmup_steps=8) for line in lines
+        line["step"]: cosine_schedule(line["step"] - 1, 32, base=1e-2, final=1e-6, warmup_steps=8) for line in lines
     }
     assert {line["step"]: line["lr"] for line in lines} == expected
 
@@ -142,30 +143,35 @@ def test_what_a_resumed_run_cannot_do_is_refused(tiny_fmnist, straight, tmp_path
     assert {path.name: path.stat().st_mtime_ns for path in straight.glob("*.pth")} == before
 
 
-def run_of(tiny_fmnist, *flags):
-    args = main.parse_args([*BASE, "--data_path", str(tiny_fmnist), *map(str, flags)])
-    return main.ClassificationRun(args, utils.World(0, 1, torch.device("cpu")), utils.StopRequest())
+def folder_of(monkeypatch, tiny_fmnist, *flags):
+    """The run folder of a command, opened as `training.fit` does it, without its epochs."""
+    found = []
+    monkeypatch.setattr(main, "fit", lambda args, state, task, stop: found.append(RunFolder(args, state, task)))
+    run(tiny_fmnist, *flags)
+    found[0].restore()
+    return found[0]
 
 
-def test_new_schedules_bring_new_settings_of_the_optimizer(tiny_fmnist, straight, tmp_path):
+def test_new_schedules_bring_new_settings_of_the_optimizer(tiny_fmnist, straight, tmp_path, monkeypatch):
     flags = ["--resume_new_sched", "--opt_eps", 1e-3, "--opt_betas", 0.5, 0.6]
-    resumed = run_of(tiny_fmnist, "--output_dir", tmp_path, "--resume", straight / "checkpoint-1.pth", *flags)
-    groups = resumed.optimizer.param_groups
+    resumed = ["--output_dir", tmp_path, "--resume", straight / "checkpoint-1.pth"]
+    groups = folder_of(monkeypatch, tiny_fmnist, *resumed, *flags).state.optimizer.param_groups
     assert {tuple(group["betas"]) for group in groups} == {(0.5, 0.6)}
     assert {group["eps"] for group in groups} == {1e-3}
-    resumed.close()
 
 
-def test_a_run_on_a_stream_saves_only_whole_epochs(tiny_fmnist, tmp_path, monkeypatch):
+def test_a_run_on_a_stream_saves_only_whole_epochs(tiny_fmnist, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loaders.TrainLoader, "resumable", False)
-    begun = run_of(tiny_fmnist, "--output_dir", tmp_path)
-    begun.save(finished_epoch=False)
+    begun = folder_of(monkeypatch, tiny_fmnist, "--output_dir", tmp_path)
+    begun.state.progress.step = 3
+    begun.save()
     assert not list(tmp_path.glob("*.pth"))
-    begun.save(finished_epoch=True)
+    begun.state.progress.next_epoch()
+    begun.save()
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-last.pth"]
-    begun.close()
-    with pytest.raises(ValueError, match="--save_ckpt_steps 3: FMNIST is a stream"):
-        run_of(tiny_fmnist, "--output_dir", tmp_path / "b", "--save_ckpt_steps", 3)
+    with pytest.raises(SystemExit):
+        folder_of(monkeypatch, tiny_fmnist, "--output_dir", tmp_path / "b", "--save_ckpt_steps", 3)
+    assert "--save_ckpt_steps 3: FMNIST is a stream" in capsys.readouterr().err
 
 
 def test_a_used_folder_is_not_overwritten(tiny_fmnist, straight, capsys):

@@ -9,10 +9,10 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import engine
-from engine import Classification, FiniteGuard, Precision, Progress, train_one_epoch
+from engine import Classification, Precision, TrainState, train_one_epoch
 from harness import flags
 from records.checkpoints import load_checkpoint
+from records.logs import SumMeter
 from runs import differences
 from workers import small_network
 
@@ -61,44 +61,43 @@ def test_a_step_that_float16_skips(thorough, report):
     """The loss scale is too high in every other step."""
     steps = 40 if thorough else 6
     model = small_network()
-    emas = [ModelEmaV3(model, 0.9)]
+    average = ModelEmaV3(model, decay=0.9)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     precision = Precision(torch.device("cpu"), torch.float16)
     scaler = precision.scaler()
     scaler.scale(torch.ones(()))  # it begins with its first use
-    progress, updates = Progress(), []
+    objective, updates = Classification(nn.CrossEntropyLoss(), precision), []
+    state = TrainState(
+        model,
+        optimizer,
+        meter=SumMeter(objective.sums, precision.device),
+        scaler=scaler,
+        averages={"model_ema": average},
+    )
     generator = torch.Generator().manual_seed(0)
     skipped = 0
 
-    def state():
+    def snapshot():
         return {
             "model": [p.detach().clone() for p in model.parameters()],
-            "ema": {name: value.clone() for name, value in emas[0].module.state_dict().items()},
+            "ema": {name: value.clone() for name, value in average.module.state_dict().items()},
             "optimizer": json.dumps(optimizer.state_dict(), default=lambda tensor: tensor.tolist()),
-            "updates": progress.updates,
+            "updates": state.progress.updates,
         }
 
     for step in range(steps):
         scaler.update(2.0**40 if step % 2 else 2.0**8)
-        before = state()
+        before = snapshot()
         images = torch.randn(4, 3, 16, 16, generator=generator)
         train_one_epoch(
-            model,
+            state,
             [(images, torch.randint(10, (4,), generator=generator))],
-            objective=Classification(nn.CrossEntropyLoss(), precision),
-            optimizer=optimizer,
-            precision=precision,
-            scaler=scaler,
-            guard=FiniteGuard(model, rank=0, world_size=1),
-            progress=progress,
-            meter=engine.train_meter(precision.device),
+            objective=objective,
+            schedule=lambda taken: updates.append(taken) or (1e-3, 0.0),
             num_batches=1,
-            set_schedules=updates.append,
-            emas=emas,
-            ema_source=model,
         )
         assert math.isfinite(sum(p.sum().item() for p in model.parameters()))
-        changed = differences(before, state())
+        changed = differences(before, snapshot())
         if step % 2:
             skipped += 1
             assert changed == []

@@ -14,9 +14,10 @@ import datasets
 import engine
 import models
 import utils
-from engine import Classification, FiniteGuard, NonFiniteError, Precision, Progress, train_one_epoch
+from engine import Classification, NonFiniteError, Precision, TrainState, train_one_epoch
 from loading import loaders, transforms
 from loading.processes import Loading
+from records.logs import SumMeter
 
 STEPS, WINDOW = 3, 2  # of batches
 
@@ -58,35 +59,32 @@ def train_badly(arguments: list[str]) -> None:
             return gradient * math.inf if len(seen) == bad_batch + 1 else gradient
 
         model.cls2[0].weight.register_hook(poison)
-    guard = FiniteGuard(model, rank=world.rank, world_size=world.size)
-    emas = [ModelEmaV3(model, 0.5)]
-    precision = Precision(world.device)
-    states, error = [(flat(model), flat(emas[0]))], None
+    objective = Classification(nn.CrossEntropyLoss(), Precision(world.device))
+    average = ModelEmaV3(model, decay=0.5)
+    state = TrainState(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        meter=SumMeter(objective.sums, world.device),
+        averages={"model_ema": average},
+        world=world,
+    )
+    states, error = [(flat(model), flat(average))], None
     start = time.monotonic()
 
     def after_step() -> bool:
         nonlocal start
-        states.append((flat(model), flat(emas[0])))
+        states.append((flat(model), flat(average)))
         start = time.monotonic()
         return False
 
     try:
         train_one_epoch(
-            nn.parallel.DistributedDataParallel(model) if world.distributed else model,
+            state,
             data,
-            objective=Classification(nn.CrossEntropyLoss(), precision),
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-            precision=precision,
-            scaler=precision.scaler(),
-            guard=guard,
-            progress=Progress(),
-            meter=engine.train_meter(world.device),
+            objective=objective,
+            schedule=lambda updates: (0.1, 0.0),
             num_batches=len(data),
-            set_schedules=lambda updates: None,
-            emas=emas,
-            ema_source=model,
             update_freq=WINDOW,
-            world_size=world.size,
             after_step=after_step,
         )
     except NonFiniteError as found:
@@ -95,7 +93,7 @@ def train_badly(arguments: list[str]) -> None:
         "error": error,
         "steps": len(states) - 1,
         "seconds": time.monotonic() - start,
-        "unchanged": torch.equal(states[-1][0], flat(model)) and torch.equal(states[-1][1], flat(emas[0])),
+        "unchanged": torch.equal(states[-1][0], flat(model)) and torch.equal(states[-1][1], flat(average)),
         "sum": flat(model).double().sum().item(),
     }
     (Path(folder) / f"{world.rank}.json").write_text(json.dumps(found))
