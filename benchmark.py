@@ -1,39 +1,22 @@
 """Measure networks in engines: latency, throughput, memory, training steps; beside each other and the machine's limit.
 
 python benchmark.py --quick true
-python benchmark.py --models all --peers paper --runtimes all --output results/cpu.csv
+python benchmark.py --model all --peers paper --output results/cpu.csv
 python benchmark.py --report results/cpu.csv --docs docs/benchmark.md --figures docs
 """
 
-import argparse
-import itertools
-import sys
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-import timm
-import torch
+from collections.abc import Sequence
 
 import runtimes
-from benchmarking import profiling, report, results
-from benchmarking.spec import Spec
-from benchmarking.subjects import PAPER_PEERS, create, deployed, is_vanillanet
-from benchmarking.worker import Worker, WorkerError, closing, prepare
-from options import COUNT, POSITIVE, Parser, boolean, canonical
-from records import logs
-from records.files import mistakes_end
+from options import COUNT, POSITIVE, Arguments, Parser, boolean, file_path, parse_checked, path
 
 TRAINING_ENGINES = ("plain", "channels_last", "compile")
 TRAINING_PRECISIONS = ("fp32", "bf16")
 QUICK = {
-    "models": ["vanillanet_5"],
+    "model": ["vanillanet_5"],
     "peers": ["resnet18"],
-    "runtimes": ["eager", "aotinductor", "onnxruntime", "openvino"],
-    "precisions": ["fp32", "bf16"],
+    "engine": ["eager", "aotinductor", "onnxruntime", "openvino"],
+    "precision": ["fp32", "bf16"],
     "calls": 10,
     "together": 2,
 }
@@ -43,67 +26,117 @@ CALLS_PER_TURN = 5
 # -- the command line
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(prog="benchmark.py", description="Measure networks in engines, beside each other.")
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--models", nargs="+", help="VanillaNet variants, timm models, checkpoints; all: every variant")
-    what.add_argument("--peers", nargs="+", default=[], help="further timm models; paper: those of the paper's table")
-    what.add_argument("--runtimes", nargs="+", default=["all"], help="engines; all: those that can run here")
-    what.add_argument("--precisions", nargs="+", help="[all that an engine has]", choices=runtimes.PRECISIONS)
-    what.add_argument("--resolutions", nargs="+", type=COUNT, default=[224], help="px")
-    what.add_argument("--batches", nargs="+", type=COUNT, default=[1], help="images a call")
-    what.add_argument("--training", type=boolean, default=False, help="training steps instead of inference")
-    what.add_argument("--profile", type=boolean, default=False, help="layers' times by the engines' own clocks instead")
-    what.add_argument("--twins", type=boolean, default=False, help="each VanillaNet also as built in deploy form")
     what.add_argument(
-        "--int8_depthwise", type=boolean, default=False, help="int8 also with the series activations quantized"
+        "--model",
+        "--models",
+        nargs="+",
+        type=file_path,
+        default=[],
+        help="VanillaNet variants, timm models and checkpoints; all: every variant",
     )
-    what.add_argument("--width_mult", type=POSITIVE, help="factor on VanillaNets' channels, for trials")
+    what.add_argument(
+        "--peers", nargs="+", default=[], metavar="NAME", help="further timm models; paper: those of the paper's table"
+    )
+    what.add_argument(
+        "--engine",
+        "--runtimes",
+        nargs="+",
+        choices=("all", *runtimes.ENGINES),
+        default=["all"],
+        help="engines; all: those that run on --device",
+    )
+    what.add_argument(
+        "--precision", "--precisions", nargs="+", choices=runtimes.PRECISIONS, help="precisions [all of an engine]"
+    )
+    what.add_argument(
+        "--input_size",
+        "--resolutions",
+        nargs="+",
+        type=COUNT,
+        default=[224],
+        help="heights and widths of the images in pixels",
+    )
+    what.add_argument("--batch_size", "--batches", nargs="+", type=COUNT, default=[1], help="images in a call")
+    what.add_argument("--training", type=boolean, default=False, help="measure training steps instead of inference")
+    what.add_argument(
+        "--profile", type=boolean, default=False, help="print the time of each kind of layer by the engine's own clock"
+    )
+    what.add_argument("--twins", type=boolean, default=False, help="measure VanillaNets as built in deploy form, too")
+    what.add_argument(
+        "--int8_depthwise", type=boolean, default=False, help="measure int8 with quantized series activations, too"
+    )
+    what.add_argument("--width_mult", type=POSITIVE, help="factor on VanillaNets' channels, for trials [their own]")
     how = parser.add_argument_group("how")
-    how.add_argument("--calls", type=COUNT, default=200, help="that count, of each")
-    how.add_argument("--together", type=COUNT, default=1, help="networks whose processes are alive at the same time")
-    how.add_argument("--threads", type=COUNT, help="[as torch chooses]")
-    how.add_argument("--device", default="cpu", help="cpu or cuda")
-    how.add_argument("--quick", type=boolean, default=False, help="a small choice of everything, within two minutes")
+    how.add_argument("--calls", type=COUNT, default=200, help="calls of each network that count")
+    how.add_argument("--together", type=COUNT, default=1, help="networks that are in memory together and take turns")
+    how.add_argument("--threads", type=COUNT, help="threads of each process [as many as torch chooses]")
+    how.add_argument("--device", default="cpu", help="what to compute on: cpu or cuda")
+    how.add_argument("--quick", type=boolean, default=False, help="measure a small choice of everything in two minutes")
     out = parser.add_argument_group("output")
-    out.add_argument("--output", type=Path, metavar="FILE.csv", help="write the results; rows there are kept")
-    out.add_argument("--report", type=Path, nargs="+", metavar="FILE.csv", help="measure nothing; report these results")
-    out.add_argument("--docs", type=Path, metavar="FILE.md", help="write the tables as a page")
-    out.add_argument("--figures", type=Path, metavar="DIR", help="draw the figures there")
+    out.add_argument("--output", type=path, metavar="FILE.csv", help="add the results to this file")
+    out.add_argument(
+        "--report",
+        type=path,
+        nargs="+",
+        metavar="FILE.csv",
+        help="measure nothing; report the results in these files",
+    )
+    out.add_argument("--docs", type=path, metavar="FILE.md", help="write the tables to this page")
+    out.add_argument("--figures", type=path, metavar="DIR", help="draw the figures in this folder")
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check a command. Errors end the process with exit code 2 and one line on standard error."""
-    parser = build_parser()
-    tokens = [canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
-    args = parser.parse_args(tokens)
-    given = {token.split("=")[0].removeprefix("--") for token in tokens if token.startswith("--")}
+def _check(args: Arguments) -> None:
     if args.report:
-        others = given - {"report", "docs", "figures"}
-        if others:
-            parser.error(f"--report measures nothing: leave --{min(others)} out")
-    elif not args.models and not args.quick:
-        parser.error("name --models, or add --quick true")
-    measuring = given & {"training", "docs", "figures", "output", "calls", "together"}
-    if args.profile and measuring:
-        parser.error(f"--profile true prints a table of its own: leave --{min(measuring)} out")
-    if args.training and given & {"runtimes", "twins", "int8_depthwise"}:
-        parser.error("--training true has engines of its own: leave --runtimes, --twins and --int8_depthwise out")
-    if args.training and not set(args.precisions or ()) <= set(TRAINING_PRECISIONS):
-        parser.error(f"--training true computes in {' and '.join(TRAINING_PRECISIONS)}: name no other --precisions")
+        for flag in sorted({*args.given} - {"report", "docs", "figures"}):
+            args.moot(flag, f"--report measures nothing: leave --{flag} out")
+    elif not args.model and not args.quick:
+        raise ValueError("name --model, or add --quick true")
+    for flag in ("calls", "docs", "figures", "output", "together", "training") if args.profile else ():
+        args.moot(flag, f"--profile true prints a table of its own: leave --{flag} out")
+    for flag in ("engine", "twins", "int8_depthwise"):
+        args.needs(flag, not args.training, "--training true has engines of its own")
+    if args.training and not set(args.precision or ()) <= set(TRAINING_PRECISIONS):
+        raise ValueError(f"--training true computes in {' and '.join(TRAINING_PRECISIONS)}: name no other --precision")
     if args.quick:
-        for name, value in QUICK.items():
-            if name not in given:
-                setattr(args, name, value)
-    args.models = args.models or []
-    args.threads = args.threads or torch.get_num_threads()
-    return args
+        for flag in QUICK.keys() - set(args.given):
+            setattr(args, flag, QUICK[flag])
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Arguments:
+    """Parse and check a command. Errors end the process with exit code 2 and one line on standard error."""
+    return parse_checked(build_parser(), argv, _check)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
+
+import argparse
+import itertools
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from benchmarking import profiling, report, results
+from benchmarking.spec import Spec
+from benchmarking.subjects import PAPER_PEERS, create, deployed, is_vanillanet
+from benchmarking.worker import Worker, WorkerError, closing, prepare
+from records import logs
+from records.files import mistakes_end
 
 
 def _networks(args: argparse.Namespace) -> list[str]:
     names = []
-    for name in args.models:
+    for name in args.model:
         names += timm.list_models(filter="vanillanet*") if name == "all" else [name]
     for name in args.peers:
         names += PAPER_PEERS if name == "paper" else [name]
@@ -120,23 +153,23 @@ def _networks(args: argparse.Namespace) -> list[str]:
 def _engines(args: argparse.Namespace) -> list[tuple[str, str]]:
     """(engine, precision) of all that is asked for and can run on this device."""
     if args.training:
-        return list(itertools.product(TRAINING_ENGINES, args.precisions or TRAINING_PRECISIONS))
+        return list(itertools.product(TRAINING_ENGINES, args.precision or TRAINING_PRECISIONS))
     kind = runtimes.device_type(args.device)
-    every = list(runtimes.ENGINES) if "all" in args.runtimes else args.runtimes
+    every = list(runtimes.ENGINES) if "all" in args.engine else args.engine
     pairs = []
     for name in every:
         engine = runtimes.find(name)
         if kind not in engine.computes:
-            if "all" in args.runtimes:
+            if "all" in args.engine:
                 continue
-            raise ValueError(f"{name} does not run on {kind}: leave it out of --runtimes")
+            raise ValueError(f"{name} does not run on {kind}: leave it out of --engine")
         for precision in engine.computes[kind]:
             # In half precision an eager CPU network converts in each operator: no one's choice, and slow to measure.
             fits = (kind, precision) != ("cpu", "fp16")
-            if fits and precision in (args.precisions or engine.precisions):
+            if fits and precision in (args.precision or engine.precisions):
                 pairs.append((name, precision))
     if not pairs:
-        raise ValueError("no engine of --runtimes has a precision of --precisions here")
+        raise ValueError("no engine of --engine has a precision of --precision here")
     return pairs
 
 
@@ -148,7 +181,7 @@ def _specs(args: argparse.Namespace, network: str) -> list[Spec]:
         "width_mult": args.width_mult if is_vanillanet(network) else None,
     }
     specs = []
-    for resolution, batch in itertools.product(args.resolutions, args.batches):
+    for resolution, batch in itertools.product(args.input_size, args.batch_size):
         for engine, precision in _engines(args):
             leaves_depthwise = not args.training and runtimes.find(engine).leaves_depthwise
             for twin in (False, True) if args.twins and is_vanillanet(network) else (False,):
@@ -277,7 +310,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         _specs(args, name)  # says at once what cannot be
     with tempfile.TemporaryDirectory() as temporary, closing([]) as lasting:
         folder = Path(temporary)
-        first = Spec(names[0], "eager", "fp32", args.resolutions[0], device=args.device, width_mult=args.width_mult)
+        first = Spec(names[0], "eager", "fp32", args.input_size[0], device=args.device, width_mult=args.width_mult)
         for spec in (first, Spec("", "limit", "fp32", device=args.device)):
             lasting.append(Worker(spec, folder, threads=args.threads))
             lasting[-1].ready()
@@ -324,6 +357,7 @@ def print_profiles(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    args.threads = args.threads or torch.get_num_threads()
     if args.profile:
         return print_profiles(args)
     if args.report:
@@ -344,11 +378,11 @@ def run(args: argparse.Namespace) -> None:
     return None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
+    args = args or parse_args(argv)
     with mistakes_end("benchmark.py"):
         run(args)
 
 
 if __name__ == "__main__":
-    main()
+    main(args=ARGS)
