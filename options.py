@@ -189,6 +189,18 @@ class _Help(argparse.HelpFormatter):
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return getattr(action.type, "metavar", super()._get_default_metavar_for_optional(action))
 
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs not in ("+", "*"):
+            return super()._format_args(action, default_metavar)
+        return f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..."
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """The names of a flag and, once, what follows it."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        values = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {values}"
+
 
 def canonical(token: str) -> str:
     """`--batch-size=64` -> `--batch_size=64`: flags are spelled with underscores, and dashes are accepted."""
@@ -203,6 +215,15 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(**{"epilog": RECIPES, "formatter_class": _Help, "allow_abbrev": False, **options})
+
+    def format_help(self) -> str:
+        """As argparse does it; the first line has only what the command cannot do without."""
+        if not self._subparsers:
+            needed = [action for action in self._actions if action.required]
+            usage = argparse.HelpFormatter(self.prog, width=1000)
+            usage.add_usage(None, needed, groups=(), prefix="")
+            self.usage = f"{usage.format_help().strip()} [@FILE ...] [--FLAG VALUE ...]"
+        return super().format_help()
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
@@ -308,116 +329,92 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
     )
     first.add_argument("--eval", type=boolean, default=False, help="evaluate --finetune and train nothing")
 
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--early_stop_epochs", type=COUNT, help="end after this many epochs, with the schedules of --epochs"
-    )
-    run.add_argument("--update_freq", type=COUNT, default=1, help="batches accumulated for one optimizer step")
-    run.add_argument("--seed", type=number(int, low=0, high=2**63 - 1), default=0, help="seed of all random numbers")
-    run.add_argument("--num_workers", type=WHOLE, default=10, help="loader processes, of each process")
-    run.add_argument("--pin_mem", type=boolean, default=True, help="load into page-locked memory, for a GPU")
-    run.add_argument("--start_epoch", type=WHOLE, default=0, help="epoch at which schedules and data order begin")
+    add = parser.add_argument_group("run").add_argument
+    add("--early_stop_epochs", type=COUNT, help="end after this many epochs, with the schedules of --epochs")
+    add("--update_freq", type=COUNT, default=1, help="batches accumulated for one optimizer step")
+    add("--seed", type=number(int, low=0, high=2**63 - 1), default=0, help="seed of all random numbers")
+    add("--num_workers", type=WHOLE, default=10, help="loader processes, of each process")
+    add("--pin_mem", type=boolean, default=True, help="load into page-locked memory, for a GPU")
+    add("--start_epoch", type=WHOLE, default=0, help="epoch at which schedules and data order begin")
 
-    ema = parser.add_argument_group("EMA")
-    ema.add_argument("--model_ema", type=boolean, default=False, help="keep exponential moving averages of the weights")
-    ema.add_argument(
-        "--model_ema_decay", type=FRACTION, nargs="+", default=[0.9999], help="decay per step; one average for each"
-    )
-    ema.add_argument("--model_ema_force_cpu", type=boolean, default=False, help="keep the averages in CPU memory")
-    ema.add_argument("--model_ema_eval", type=boolean, default=False, help="evaluate the averages as well")
+    add = parser.add_argument_group("EMA").add_argument
+    add("--model_ema", type=boolean, default=False, help="keep exponential moving averages of the weights")
+    add("--model_ema_decay", type=FRACTION, nargs="+", default=[0.9999], help="decay per step; one average for each")
+    add("--model_ema_force_cpu", type=boolean, default=False, help="keep the averages in CPU memory")
+    add("--model_ema_eval", type=boolean, default=False, help="evaluate the averages as well")
 
-    optimizer = parser.add_argument_group("optimizer")
-    optimizer.add_argument("--opt", default="adamw", metavar="NAME", help="one of timm's optimizers")
-    optimizer.add_argument("--opt_eps", type=POSITIVE, default=1e-8, help="epsilon, of an optimizer that has one")
-    optimizer.add_argument("--opt_betas", type=FRACTION, nargs="+", help="betas [the optimizer's own]")
-    optimizer.add_argument("--momentum", type=FRACTION, default=0.9, help="momentum, of an optimizer that has one")
-    optimizer.add_argument(
-        "--clip_grad", type=POSITIVE, help="largest norm of the gradients; longer ones are scaled to it"
-    )
-    optimizer.add_argument("--weight_decay", type=NONNEGATIVE, default=0.05, help="weight decay, not of biases and BN")
-    optimizer.add_argument(
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--opt", default="adamw", metavar="NAME", help="one of timm's optimizers")
+    add("--opt_eps", type=POSITIVE, default=1e-8, help="epsilon, of an optimizer that has one")
+    add("--opt_betas", type=FRACTION, nargs="+", help="betas [the optimizer's own]")
+    add("--momentum", type=FRACTION, default=0.9, help="momentum, of an optimizer that has one")
+    add("--clip_grad", type=POSITIVE, help="largest norm of the gradients; longer ones are scaled to it")
+    add("--weight_decay", type=NONNEGATIVE, default=0.05, help="weight decay, not of biases and BN")
+    add(
         "--layer_decay",
         type=number(float, above=0, high=1),
         default=1.0,
         help="factor on the learning rate from one layer to the one below it",
     )
 
-    checkpoints = parser.add_argument_group("checkpoints")
-    checkpoints.add_argument(
+    add = parser.add_argument_group("checkpoints").add_argument
+    add(
         "--model_key",
         default="model|module",
         metavar="KEY",
         help="key of the weights in --finetune; | separates alternatives",
     )
-    checkpoints.add_argument(
+    add(
         "--model_prefix",
         default="",
         metavar="PREFIX",
         help="what names in --finetune begin with; other names are left out [none]",
     )
-    checkpoints.add_argument("--resume", type=file_path, help="checkpoint of a run to go on with")
-    checkpoints.add_argument(
-        "--resume_new_sched", type=boolean, default=False, help="resume with schedules other than the checkpoint's"
-    )
-    checkpoints.add_argument(
-        "--auto_resume", type=boolean, default=False, help="resume from the newest intact checkpoint in --output_dir"
-    )
-    checkpoints.add_argument("--save_ckpt", type=boolean, default=True, help="save checkpoints in --output_dir")
-    checkpoints.add_argument("--save_ckpt_freq", type=COUNT, default=1, help="epochs from one checkpoint to the next")
-    checkpoints.add_argument(
+    add("--resume", type=file_path, help="checkpoint of a run to go on with")
+    add("--resume_new_sched", type=boolean, default=False, help="resume with schedules other than the checkpoint's")
+    add("--auto_resume", type=boolean, default=False, help="resume from the newest intact checkpoint in --output_dir")
+    add("--save_ckpt", type=boolean, default=True, help="save checkpoints in --output_dir")
+    add("--save_ckpt_freq", type=COUNT, default=1, help="epochs from one checkpoint to the next")
+    add(
         "--save_ckpt_steps",
         type=WHOLE,
         default=0,
         help="optimizer steps from one checkpoint to the next; 0: epochs only",
     )
-    checkpoints.add_argument(
-        "--save_ckpt_num", type=COUNT, default=10, help="how many of the newest checkpoints to keep"
-    )
-    checkpoints.add_argument("--log_dir", type=file_path, help="folder of TensorBoard events [OUTPUT_DIR/tensorboard]")
+    add("--save_ckpt_num", type=COUNT, default=10, help="how many of the newest checkpoints to keep")
+    add("--log_dir", type=file_path, help="folder of TensorBoard events [OUTPUT_DIR/tensorboard]")
 
-    evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument("--disable_eval", type=boolean, default=False, help="train without evaluating")
-    evaluation.add_argument("--test_freq", type=COUNT, default=20, help="epochs from one evaluation to the next")
-    evaluation.add_argument("--test_epoch", type=WHOLE, default=260, help="epoch from which every epoch is evaluated")
-    evaluation.add_argument(
-        "--skip_broken_eval", type=boolean, default=False, help="go on where a validation image cannot be read"
-    )
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--disable_eval", type=boolean, default=False, help="train without evaluating")
+    add("--test_freq", type=COUNT, default=20, help="epochs from one evaluation to the next")
+    add("--test_epoch", type=WHOLE, default=260, help="epoch from which every epoch is evaluated")
+    add("--skip_broken_eval", type=boolean, default=False, help="go on where a validation image cannot be read")
 
-    processes = parser.add_argument_group("processes")
-    processes.add_argument("--world_size", type=COUNT, help="number of processes, to be checked [the launcher's]")
-    processes.add_argument(
+    add = parser.add_argument_group("processes").add_argument
+    add("--world_size", type=COUNT, help="number of processes, to be checked [the launcher's]")
+    add(
         "--local_rank",
         type=int,
         metavar="N",
         help="rank on this machine, from launchers that pass a flag [the launcher's]",
     )
-    processes.add_argument("--dist_on_itp", type=boolean, default=False, help="take the ranks from OpenMPI")
-    processes.add_argument(
-        "--dist_url", default="env://", metavar="URL", help="where the processes meet: env:// or tcp://HOST:PORT"
-    )
-    processes.add_argument("--dist_timeout", type=COUNT, default=1800, help="seconds to wait for another process")
-    processes.add_argument(
-        "--sync_bn", type=boolean, default=False, help="BatchNorm over the batches of all processes, on GPUs"
-    )
+    add("--dist_on_itp", type=boolean, default=False, help="take the ranks from OpenMPI")
+    add("--dist_url", default="env://", metavar="URL", help="where the processes meet: env:// or tcp://HOST:PORT")
+    add("--dist_timeout", type=COUNT, default=1800, help="seconds to wait for another process")
+    add("--sync_bn", type=boolean, default=False, help="BatchNorm over the batches of all processes, on GPUs")
 
-    precision = parser.add_argument_group("precision and logging")
-    precision.add_argument("--use_amp", type=boolean, default=False, help="compute in half precision (autocast)")
-    precision.add_argument(
-        "--amp_dtype", choices=("bf16", "fp16"), help="of --use_amp [fp16 on a GPU, bf16 on the CPU]"
-    )
-    precision.add_argument(
-        "--channels_last", type=boolean, default=False, help="memory format of images and weights, faster on a CPU"
-    )
-    precision.add_argument("--log_freq", type=COUNT, default=10, help="optimizer steps from one log line to the next")
-    precision.add_argument("--enable_wandb", type=boolean, default=False, help="log to Weights & Biases")
-    precision.add_argument("--wandb_ckpt", type=boolean, default=False, help="upload the last checkpoint there")
+    add = parser.add_argument_group("precision and logging").add_argument
+    add("--use_amp", type=boolean, default=False, help="compute in half precision (autocast)")
+    add("--amp_dtype", choices=("bf16", "fp16"), help="of --use_amp [fp16 on a GPU, bf16 on the CPU]")
+    add("--channels_last", type=boolean, default=False, help="memory format of images and weights, faster on a CPU")
+    add("--log_freq", type=COUNT, default=10, help="optimizer steps from one log line to the next")
+    add("--enable_wandb", type=boolean, default=False, help="log to Weights & Biases")
+    add("--wandb_ckpt", type=boolean, default=False, help="upload the last checkpoint there")
 
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="main.py",
-        usage="main.py [@FILE ...] [--FLAG VALUE ...]",
-        description="Train, evaluate (--eval true) or deploy (--switch_to_deploy FILE) VanillaNet.",
+        prog="main.py", description="Train, evaluate (--eval true) or deploy (--switch_to_deploy FILE) VanillaNet."
     )
     first = parser.add_argument_group("what most runs need")
     first.add_argument("--model", default="vanillanet_5", metavar="NAME", help="a VanillaNet variant or any timm model")
@@ -430,141 +427,111 @@ def build_parser() -> Parser:
     )
     add_training_flags(parser, first)
 
-    deep = parser.add_argument_group("deep training")
-    deep.add_argument(
-        "--decay_epochs", type=WHOLE, default=100, help="epochs until lambda is 1; 0: no deep training, it is always 1"
-    )
-    deep.add_argument(
-        "--decay_linear", type=boolean, default=True, help="lambda rises linearly; false: as half a cosine"
-    )
-    deep.add_argument(
-        "--restart_decay", type=boolean, default=False, help="begin lambda at 0 and not at that of --finetune"
-    )
+    add = parser.add_argument_group("deep training").add_argument
+    add("--decay_epochs", type=WHOLE, default=100, help="epochs until lambda is 1; 0: no deep training, it is always 1")
+    add("--decay_linear", type=boolean, default=True, help="lambda rises linearly; false: as half a cosine")
+    add("--restart_decay", type=boolean, default=False, help="begin lambda at 0 and not at that of --finetune")
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--act_num", type=WHOLE, default=3, help="n of the series activation, whose kernel is 2n+1 wide")
-    model.add_argument("--drop", type=FRACTION, default=0.0, help="dropout before the classifier")
-    model.add_argument("--input_size", type=COUNT, default=224, help="height and width of the images in pixels")
-    model.add_argument("--width_mult", type=POSITIVE, help="factor on the channels [the variant's own]")
-    model.add_argument("--deploy", type=boolean, default=False, help="the network in --finetune is in deploy form")
-    model.add_argument(
+    add = parser.add_argument_group("model").add_argument
+    add("--act_num", type=WHOLE, default=3, help="n of the series activation, whose kernel is 2n+1 wide")
+    add("--drop", type=FRACTION, default=0.0, help="dropout before the classifier")
+    add("--input_size", type=COUNT, default=224, help="height and width of the images in pixels")
+    add("--width_mult", type=POSITIVE, help="factor on the channels [the variant's own]")
+    add("--deploy", type=boolean, default=False, help="the network in --finetune is in deploy form")
+    add(
         "--switch_to_deploy",
         type=file_path,
         help="fuse --finetune, compare and evaluate both forms, and write the fused one to this file",
     )
 
-    schedules = parser.add_argument_group("schedules")
-    schedules.add_argument("--warmup_epochs", type=WHOLE, default=5, help="epochs of linear warm-up from 0")
-    schedules.add_argument(
+    add = parser.add_argument_group("schedules").add_argument
+    add("--warmup_epochs", type=WHOLE, default=5, help="epochs of linear warm-up from 0")
+    add(
         "--warmup_steps",
         type=int,
         default=-1,
         metavar="N",
         help="warm-up in optimizer steps; above 0 it wins over --warmup_epochs",
     )
-    schedules.add_argument("--min_lr", type=NONNEGATIVE, default=1e-6, help="learning rate at the end of half a cosine")
-    schedules.add_argument(
-        "--weight_decay_end", type=NONNEGATIVE, help="weight decay at the end of half a cosine [constant]"
-    )
-    schedules.add_argument(
+    add("--min_lr", type=NONNEGATIVE, default=1e-6, help="learning rate at the end of half a cosine")
+    add("--weight_decay_end", type=NONNEGATIVE, help="weight decay at the end of half a cosine [constant]")
+    add(
         "--layer_decay_num_layers", type=COUNT, default=4, help="number of the network's stages, checked if it is given"
     )
 
-    teacher = parser.add_argument_group("distillation")
-    teacher.add_argument(
+    add = parser.add_argument_group("distillation").add_argument
+    add(
         "--teacher",
         type=file_path,
         metavar="MODEL",
         help="network to learn from: a VanillaNet variant, a timm model, hf-hub:OWNER/NAME, local-dir:FOLDER, or a "
         "checkpoint that records its model",
     )
-    teacher.add_argument(
-        "--teacher_weights", type=file_path, help="checkpoint of --teacher [timm's pretrained weights]"
-    )
-    teacher.add_argument(
+    add("--teacher_weights", type=file_path, help="checkpoint of --teacher [timm's pretrained weights]")
+    add(
         "--teacher_key", default="model_ema|model", metavar="KEY", help="key of the weights in the teacher's checkpoint"
     )
-    teacher.add_argument(
-        "--distill_alpha", type=FRACTION, default=0.5, help="share of the loss that compares with the teacher"
-    )
-    teacher.add_argument("--distill_tau", type=POSITIVE, default=1.0, help="temperature of both softmaxes")
+    add("--distill_alpha", type=FRACTION, default=0.5, help="share of the loss that compares with the teacher")
+    add("--distill_tau", type=POSITIVE, default=1.0, help="temperature of both softmaxes")
 
-    augmentation = parser.add_argument_group("augmentation")
-    augmentation.add_argument(
-        "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's auto-augment policy; none: off"
-    )
-    augmentation.add_argument(
-        "--color_jitter", type=NONNEGATIVE, default=0.4, help="strength of color jitter, with --aa none"
-    )
-    augmentation.add_argument("--smoothing", type=FRACTION, default=0.1, help="label smoothing")
-    augmentation.add_argument(
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's auto-augment policy; none: off")
+    add("--color_jitter", type=NONNEGATIVE, default=0.4, help="strength of color jitter, with --aa none")
+    add("--smoothing", type=FRACTION, default=0.1, help="label smoothing")
+    add(
         "--train_interpolation",
         default="bicubic",
         choices=("random", "bilinear", "bicubic", "lanczos", "nearest"),
         help="interpolation of random-resized crops",
     )
-    augmentation.add_argument("--reprob", type=FRACTION, default=0.25, help="probability of random erasing")
-    augmentation.add_argument(
+    add("--reprob", type=FRACTION, default=0.25, help="probability of random erasing")
+    add(
         "--remode", default="pixel", choices=("const", "rand", "pixel"),
         help="what erases: zeros, a random color, or noise",
     )  # fmt: skip
-    augmentation.add_argument("--recount", type=COUNT, default=1, help="largest number of erased areas in an image")
-    augmentation.add_argument(
-        "--resplit", type=boolean, default=False, help="no erasing in a first augmentation split; there are no splits"
-    )
-    augmentation.add_argument("--mixup", type=NONNEGATIVE, default=0.8, help="alpha of mixup; 0: off")
-    augmentation.add_argument("--cutmix", type=NONNEGATIVE, default=1.0, help="alpha of cutmix; 0: off")
-    augmentation.add_argument(
+    add("--recount", type=COUNT, default=1, help="largest number of erased areas in an image")
+    add("--resplit", type=boolean, default=False, help="no erasing in a first augmentation split; there are no splits")
+    add("--mixup", type=NONNEGATIVE, default=0.8, help="alpha of mixup; 0: off")
+    add("--cutmix", type=NONNEGATIVE, default=1.0, help="alpha of cutmix; 0: off")
+    add(
         "--cutmix_minmax",
         type=FRACTION,
         nargs=2,
         metavar=("MIN", "MAX"),
         help="least and largest side of the area that cutmix replaces, as a share of the image's [drawn by --cutmix]",
     )
-    augmentation.add_argument("--mixup_prob", type=FRACTION, default=1.0, help="probability of mixup or cutmix")
-    augmentation.add_argument(
-        "--mixup_switch_prob", type=FRACTION, default=0.5, help="probability of cutmix where both are on"
-    )
-    augmentation.add_argument(
-        "--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one random draw"
-    )
-    augmentation.add_argument(
-        "--bce_loss", type=boolean, default=False, help="binary cross-entropy over the classes instead of softmax"
-    )
-    augmentation.add_argument(
-        "--bce_target_thresh", type=FRACTION, help="with --bce_loss, targets above it count as 1 and others as 0"
-    )
+    add("--mixup_prob", type=FRACTION, default=1.0, help="probability of mixup or cutmix")
+    add("--mixup_switch_prob", type=FRACTION, default=0.5, help="probability of cutmix where both are on")
+    add("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one random draw")
+    add("--bce_loss", type=boolean, default=False, help="binary cross-entropy over the classes instead of softmax")
+    add("--bce_target_thresh", type=FRACTION, help="with --bce_loss, targets above it count as 1 and others as 0")
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--eval_data_path", type=file_path, help="folder of the validation images [DATA_PATH/val]")
-    data.add_argument("--nb_classes", type=COUNT, default=1000, help="number of classes, checked if it is given")
-    data.add_argument(
+    add = parser.add_argument_group("data").add_argument
+    add("--eval_data_path", type=file_path, help="folder of the validation images [DATA_PATH/val]")
+    add("--nb_classes", type=COUNT, default=1000, help="number of classes, checked if it is given")
+    add(
         "--imagenet_default_mean_and_std",
         type=boolean,
         default=True,
         help="normalize with ImageNet's mean and std; false: with 0.5 for all",
     )
-    data.add_argument(
+    add(
         "--crop_pct",
         type=number(float, above=0, high=1),
         help="share of the resized side that evaluation crops [0.875 below 384 px, 1 from there]",
     )
-    data.add_argument(
-        "--real_labels", type=file_path, help="ImageNet-ReaL's real.json, to report that accuracy as well"
-    )
-    data.add_argument(
-        "--dist_eval", type=boolean, default=True, help="evaluate on all processes; false: on the first alone"
-    )
+    add("--real_labels", type=file_path, help="ImageNet-ReaL's real.json, to report that accuracy as well")
+    add("--dist_eval", type=boolean, default=True, help="evaluate on all processes; false: on the first alone")
 
-    further = parser.add_argument_group("engines")
-    further.add_argument("--compile", type=boolean, default=False, help="compile the network with torch.compile")
-    further.add_argument(
+    add = parser.add_argument_group("engines").add_argument
+    add("--compile", type=boolean, default=False, help="compile the network with torch.compile")
+    add(
         "--engine",
         "--runtime",
         choices=sorted(ENGINES),
         help="with --eval true, evaluate the fused network or an exported file in this engine [PyTorch, unfused]",
     )
-    further.add_argument(
+    add(
         "--precision",
         choices=PRECISIONS,
         help="precision of --engine; int8 is calibrated on training images [the file's, and fp32 for a network]",

@@ -23,7 +23,6 @@ __all__ = ["build_parser", "parse_args"]
 def build_parser() -> Parser:
     parser = Parser(
         prog="object_detection/main.py",
-        usage="object_detection/main.py [@FILE ...] [--FLAG VALUE ...]",
         description="Train, evaluate (--eval true), draw (--draw FILE), fuse (--switch_to_deploy FILE) or export "
         "(--export_onnx FILE) a detector.",
     )
@@ -46,81 +45,69 @@ def build_parser() -> Parser:
         num_workers=4, log_freq=50,
     )  # fmt: skip
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--act_num", type=WHOLE, help="n of the series activation, whose kernel is 2n+1 wide [4]")
-    model.add_argument("--width_mult", type=POSITIVE, help="factor on the network's channels [the variant's own]")
-    model.add_argument("--fpn_channels", type=COUNT, default=256, help="channels of the pyramid and RetinaNet's head")
-    model.add_argument("--box_channels", type=COUNT, help="channels of Mask R-CNN's box head [1024]")
-    model.add_argument(
-        "--mask_channels", type=COUNT, nargs="+", help="channels of Mask R-CNN's mask head, by layer [256 256 256 256]"
-    )
-    model.add_argument("--head_norm", type=boolean, default=False, help="BatchNorm in pyramid and heads")
-    model.add_argument(
-        "--proposals", type=COUNT, nargs=2, metavar=("TRAIN", "TEST"), help="Mask R-CNN's boxes an image [2000 1000]"
-    )
-    model.add_argument("--rois", type=COUNT, help="boxes of an image that Mask R-CNN's box head learns from [512]")
-    model.add_argument(
-        "--anchor_sizes", type=COUNT, nargs=5, default=list(ANCHOR_SIZES), help="sides of the anchors in px, by level"
-    )
-    model.add_argument(
+    add = parser.add_argument_group("model").add_argument
+    add("--act_num", type=WHOLE, help="n of the series activation, whose kernel is 2n+1 wide [4]")
+    add("--width_mult", type=POSITIVE, help="factor on the network's channels [the variant's own]")
+    add("--fpn_channels", type=COUNT, default=256, help="channels of the pyramid and RetinaNet's head")
+    add("--box_channels", type=COUNT, help="channels of Mask R-CNN's box head [1024]")
+    add("--mask_channels", type=COUNT, nargs="+", help="channels of Mask R-CNN's mask head, by layer [256 256 256 256]")
+    add("--head_norm", type=boolean, default=False, help="BatchNorm in pyramid and heads")
+    add("--proposals", type=COUNT, nargs=2, metavar=("TRAIN", "TEST"), help="Mask R-CNN's boxes an image [2000 1000]")
+    add("--rois", type=COUNT, help="boxes of an image that Mask R-CNN's box head learns from [512]")
+    add("--anchor_sizes", type=COUNT, nargs=5, default=list(ANCHOR_SIZES), help="sides of the anchors in px, by level")
+    add(
         "--backbone_key",
         default="model_ema|model|module",
         metavar="KEY",
         help="key of the weights in --backbone_weights; | separates alternatives",
     )
-    model.add_argument("--deploy", type=boolean, default=False, help="the detector in --finetune is in deploy form")
+    add("--deploy", type=boolean, default=False, help="the detector in --finetune is in deploy form")
 
-    data = parser.add_argument_group("data")
-    data.add_argument(
+    add = parser.add_argument_group("data").add_argument
+    add(
         "--annotations",
         type=file_path,
         default="annotations/instances_train2017.json",
         help="COCO's JSON file of the training images",
     )
-    data.add_argument("--images", type=file_path, default="train2017", help="folder of the training images")
-    data.add_argument(
+    add("--images", type=file_path, default="train2017", help="folder of the training images")
+    add(
         "--eval_annotations",
         type=file_path,
         default="annotations/instances_val2017.json",
         help="COCO's JSON file of the validation images",
     )
-    data.add_argument("--eval_images", type=file_path, default="val2017", help="folder of the validation images")
-    data.add_argument(
+    add("--eval_images", type=file_path, default="val2017", help="folder of the validation images")
+    add(
         "--train_sizes",
         type=COUNT,
         nargs="+",
         default=list(TRAIN_SIZES),
         help="px of a training image's short side, drawn at random",
     )
-    data.add_argument("--test_size", type=COUNT, default=800, help="px of the short side in evaluation")
-    data.add_argument("--max_size", type=COUNT, default=1333, help="px of the long side at most")
-    data.add_argument("--flip", type=FRACTION, default=0.5, help="probability of mirroring a training image")
+    add("--test_size", type=COUNT, default=800, help="px of the short side in evaluation")
+    add("--max_size", type=COUNT, default=1333, help="px of the long side at most")
+    add("--flip", type=FRACTION, default=0.5, help="probability of mirroring a training image")
 
-    schedule = parser.add_argument_group("schedule")
-    schedule.add_argument(
-        "--lr_steps", type=WHOLE, nargs="*", default=[8, 11], help="epochs at which the learning rate is lowered"
-    )
-    schedule.add_argument("--lr_gamma", type=FRACTION, default=0.1, help="factor by which --lr_steps lower it")
-    schedule.add_argument("--warmup_steps", type=WHOLE, default=500, help="optimizer steps of a linear warm-up from 0")
+    add = parser.add_argument_group("schedule").add_argument
+    add("--lr_steps", type=WHOLE, nargs="*", default=[8, 11], help="epochs at which the learning rate is lowered")
+    add("--lr_gamma", type=FRACTION, default=0.1, help="factor by which --lr_steps lower it")
+    add("--warmup_steps", type=WHOLE, default=500, help="optimizer steps of a linear warm-up from 0")
 
-    outputs = parser.add_argument_group("further modes")
-    outputs.add_argument(
+    add = parser.add_argument_group("further modes").add_argument
+    add(
         "--switch_to_deploy",
         type=file_path,
         help="fuse --finetune, compare and evaluate both forms, and write the fused one to this file",
     )
-    outputs.add_argument(
+    add(
         "--draw",
         type=file_path,
         help="with --eval true: write a picture of detections in the first images to this file",
     )
-    outputs.add_argument("--draw_images", type=COUNT, default=12, help="number of images in --draw")
-    outputs.add_argument(
-        "--draw_threshold", type=FRACTION, default=0.5, help="score from which --draw shows a detection"
-    )
-    outputs.add_argument(
-        "--export_onnx", type=file_path, help="write --finetune to this ONNX file and compare it with PyTorch"
-    )
+    add("--draw_images", type=COUNT, default=12, help="number of images in --draw")
+    add("--draw_threshold", type=FRACTION, default=0.5, help="score from which --draw shows a detection")
+    add("--export_onnx", type=file_path, help="write --finetune to this ONNX file and compare it with PyTorch")
     return parser
 
 
