@@ -395,6 +395,8 @@ class RunFolder:
             epoch_sinks += [csv, curves.CurvesSink(folder / "curves.png", csv, self.task.panels)]
             next_step = progress.epoch * self.state.steps_per_epoch + progress.step + 1
             step_sinks.append(logs.JsonLinesSink(folder / "log.jsonl", "step", next_step))
+        else:
+            logger.warning("without --output_dir nothing of this run is kept: no checkpoint, no curve, no log")
         events = args.log_dir or (Path(args.output_dir) / "tensorboard" if args.output_dir else None)
         if events:
             step_sinks.append(logs.TensorBoardSink(Path(events), "step"))

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import subprocess
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,67 @@ def test_an_optional_argument_by_place_is_found():
         "line 2: weight_decay of groups",
         "line 2: weight_decay_exclude_1d of groups",
     ]
+
+
+# -- rooms
+
+# Who may import whom: a file imports from its own level and from those below it. The longest entry that fits counts.
+LEVELS = [
+    ["records.files"],
+    ["loading", "models", "optim_factory", "utils"],
+    ["datasets", "engine", "networks", "options", "records", "runtimes"],
+    ["benchmarking", "deployment", "object_detection", "pictures", "training"],
+    ["ablation", "benchmark", "export", "hubconf", "main", "object_detection.main", "predict", "visualize"],
+    ["object_detection.benchmark", "object_detection.make_garments", "data.make_subset"],
+]
+COMMANDS = {*LEVELS[-2], *LEVELS[-1]}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in SOURCES}
+
+
+def level_of(module: str) -> int:
+    fitting = {
+        entry: level
+        for level, entries in enumerate(LEVELS)
+        for entry in entries
+        if f"{module}.".startswith(f"{entry}.")
+    }
+    return fitting[max(fitting, key=len)]
+
+
+def project_imports(module: str) -> set[str]:
+    """The project's modules that a module imports, anywhere in its file."""
+    found: set[str] = set()
+    path = MODULES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= names & MODULES.keys() or {base}
+    return (found & MODULES.keys()) - {module}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_who_imports_whom(module):
+    too_high = {other for other in project_imports(module) if level_of(other) > level_of(module)}
+    commands = project_imports(module) & COMMANDS
+    assert (too_high, commands) == (set(), set())
+
+
+def test_no_circle():
+    graph = {module: project_imports(module) for module in MODULES}
+    assert list(TopologicalSorter(graph).static_order())  # CycleError names the circle
+
+
+def test_no_file_is_too_long_to_read():
+    assert [str(path) for path in SOURCES if len((ROOT / path).read_text().splitlines()) > 700] == []
+    assert len([path for path in SOURCES if len(path.parts) == 1]) <= 14

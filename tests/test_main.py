@@ -23,7 +23,7 @@ from loading import loaders
 from loading.transforms import Preprocessing, build_eval_transform
 from optim_factory import cosine_schedule
 from records.checkpoints import load_checkpoint, load_weights
-from runs import BASE, EMBEDDED, ROOT, rows, torchrun
+from runs import BASE, EMBEDDED, ROOT, assert_same_run, rows, torchrun
 from training import RunFolder
 
 
@@ -172,6 +172,43 @@ def test_a_run_on_a_stream_saves_only_whole_epochs(tiny_fmnist, tmp_path, monkey
     with pytest.raises(SystemExit):
         folder_of(monkeypatch, tiny_fmnist, "--output_dir", tmp_path / "b", "--save_ckpt_steps", 3)
     assert "--save_ckpt_steps 3: FMNIST is a stream" in capsys.readouterr().err
+
+
+def test_a_broken_validation_image_does_not_cost_the_epoch(tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for number in range(count):
+            path = tmp_path / split / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    flags = ["--data_set", "image_folder", "--epochs", 2]
+    run(tmp_path, *flags, "--output_dir", tmp_path / "straight")
+
+    content = path.read_bytes()
+    path.write_bytes(content[:60])
+    mended = [*flags, "--output_dir", tmp_path / "mended"]
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, *mended)
+    assert ended.value.code == 2
+    assert str(path) in capsys.readouterr().err
+    kept = load_checkpoint(tmp_path / "mended" / "checkpoint-0.pth")
+    assert (kept["epoch"], kept["step"]) == (0, kept["steps_per_epoch"])
+    assert not (tmp_path / "mended" / "summary.csv").exists()
+
+    path.write_bytes(content)
+    run(tmp_path, *mended, "--auto_resume", "true")
+    assert assert_same_run(tmp_path / "straight", tmp_path / "mended") > 1000
+
+
+def test_resuming_on_other_classes_is_an_error(tiny_fmnist, straight, tmp_path, capsys):
+    checkpoint = load_checkpoint(straight / "checkpoint-1.pth")
+    checkpoint["classes"] = checkpoint["classes"][::-1]
+    torch.save(checkpoint, tmp_path / "checkpoint-1.pth")
+    for resume in (["--resume", tmp_path / "checkpoint-1.pth"], ["--output_dir", tmp_path, "--auto_resume", "true"]):
+        with pytest.raises(SystemExit) as ended:
+            run(tiny_fmnist, *resume)
+        assert ended.value.code == 2
+        assert "another order" in capsys.readouterr().err
 
 
 def test_a_used_folder_is_not_overwritten(tiny_fmnist, straight, capsys):

@@ -25,7 +25,9 @@ def test_interrupted_and_resumed(server, data, undisturbed, tmp_path, thorough, 
         run = flags(data, folder, *arguments, "--num_workers", workers, "--auto_resume", "true")
         ranks = server.ranks(size, *run)
         if place == "end":
-            until(lambda: (folder / "checkpoint-0.pth").exists(), what="the end of epoch 0")  # noqa: B023  called at once
+            # The file is there before the evaluation already, with the steps of the epoch still counted.
+            first = folder / "checkpoint-0.pth"
+            until(lambda: first.exists() and not load_checkpoint(first)["step"], what="the end of epoch 0")  # noqa: B023
             number = signal.SIGKILL
         else:
             steps = 30 // accumulation // size  # in an epoch
