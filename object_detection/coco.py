@@ -26,7 +26,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
-from torchvision.transforms.functional import hflip, to_tensor
+from torchvision import tv_tensors
+from torchvision.transforms.functional import to_tensor
+from torchvision.transforms.v2.functional import horizontal_flip
 
 from datasets import ImageDataset
 from loading.images import BrokenImageError, decode_image
@@ -35,12 +37,19 @@ __all__ = ["CocoDataset", "collate", "index_annotations", "read_annotations"]
 
 logger = logging.getLogger(__name__)
 
+WHOLE, NUMBER, TEXT = (int,), (int, float), (str,)
+_ID = (int, str)
+# The keys of each table that must be there, and their types.
 REQUIRED = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
+    "images": {"id": _ID, "file_name": TEXT, "height": WHOLE, "width": WHOLE},
+    "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": (list,)},
+    "categories": {"id": _ID, "name": _ID},
 }
+MEANT = {_ID: "a whole number or a text", TEXT: "a text", WHOLE: "a whole number", (list,): "[x, y, width, height]"}
+LARGEST = 2**53  # of a number in a file
 MIN_POLYGON = 6  # numbers, of three points; four would be read as a box
+MAX_COORDINATE = 10**6  # px; pycocotools goes along a polygon's edge step by step
+MIN_SIDE = 0.01  # px; less may be nothing in float32, once a box is mirrored or resized
 
 
 def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]:
@@ -50,12 +59,12 @@ def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]
         ValueError: it is missing, no JSON, or not of COCO's format; one line that names the file and the place.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_bytes())  # in any UTF, with a byte-order mark or without
     except FileNotFoundError:
         raise ValueError(f"the annotation file {path} does not exist") from None
     except OSError as error:
         raise ValueError(f"cannot read the annotation file {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the annotation file {path} is no JSON: {error}") from None
     for table, keys in REQUIRED.items():
         rows = data.get(table) if isinstance(data, dict) else None
@@ -65,23 +74,37 @@ def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]
             absent = [key for key in keys if not isinstance(row, dict) or key not in row]
             if absent:
                 raise ValueError(f"{path}: {table}[{position}] has no {absent[0]}")
+            for key, kinds in keys.items():
+                if type(row[key]) is float and row[key].is_integer():  # as pandas writes a column with a gap in it
+                    row[key] = int(row[key])
+                if not _is(row[key], kinds):
+                    raise ValueError(f"{path}: {key} of {table}[{position}] must be {MEANT[kinds]}, not {row[key]!r}")
+        if len({type(row["id"]) for row in rows}) > 1:
+            raise ValueError(f"{path}: some ids of {table} are numbers and some are texts; make them one kind")
         repeated = [key for key, count in Counter(row["id"] for row in rows).items() if count > 1]
         if repeated:
-            raise ValueError(f"{path}: two of the {table} have the id {repeated[0]}")
+            raise ValueError(f"{path}: two of the {table} have the id {repeated[0]!r}")
     known = {table: {row["id"] for row in data[table]} for table in ("images", "categories")}
     for row in data["annotations"]:
         for key, table in (("image_id", "images"), ("category_id", "categories")):
             if row[key] not in known[table]:
-                raise ValueError(f"{path}: annotation {row['id']} is of {key} {row[key]}, which is none of the {table}")
-        if not _is_box(row["bbox"]):
-            raise ValueError(f"{path}: the bbox of annotation {row['id']} is not [x, y, width, height]: {row['bbox']}")
-        row.setdefault("iscrowd", 0)
-        row.setdefault("area", row["bbox"][2] * row["bbox"][3])
+                raise ValueError(
+                    f"{path}: annotation {row['id']} is of {key} {row[key]!r}, which is none of the {table}"
+                )
+        box = row["bbox"]
+        if len(box) != 4 or not all(_is(side, NUMBER) for side in box):
+            raise ValueError(f"{path}: the bbox of annotation {row['id']} is not [x, y, width, height]: {box}")
+        for key, default in (("iscrowd", 0), ("area", box[2] * box[3])):
+            if row.get(key) is None:
+                row[key] = default
+            if not _is(row[key], (*NUMBER, bool)):
+                raise ValueError(f"{path}: {key} of annotation {row['id']} must be a number, not {row[key]!r}")
     return data
 
 
-def _is_box(box: Any) -> bool:
-    return isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) and x == x for x in box)
+def _is(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a value of a JSON file is of one of the types. True, false, NaN and infinity are no numbers."""
+    return type(value) in kinds and (type(value) not in NUMBER or -LARGEST < value < LARGEST)
 
 
 def index_annotations(data: Mapping[str, Any]) -> COCO:
@@ -100,15 +123,23 @@ def encode_segment(segment: Any, height: int, width: int) -> dict[str, Any] | No
         ValueError: it cannot be read, or is of another image size.
     """
     if isinstance(segment, list):
+        if segment and _is(segment[0], NUMBER):  # one polygon that is not in a list of them
+            segment = [segment]
         polygons = [polygon for polygon in segment if isinstance(polygon, list) and len(polygon) >= MIN_POLYGON]
         if not polygons:
             return None
+        if not all(np.abs(np.asarray(polygon, np.float64)).max() < MAX_COORDINATE for polygon in polygons):
+            raise ValueError(f"a corner is not a number, or {MAX_COORDINATE} px or more away")
         rle = mask_utils.merge(mask_utils.frPyObjects(polygons, height, width))
     elif isinstance(segment, dict) and {"counts", "size"} <= segment.keys():
         if list(segment["size"]) != [height, width]:
             raise ValueError(f"its RLE is of {segment['size']}, the image of {[height, width]}")
-        compressed = isinstance(segment["counts"], (str, bytes))
-        rle = segment if compressed else mask_utils.frPyObjects(segment, height, width)
+        counts = segment["counts"]
+        if isinstance(counts, list) and sum(counts) != height * width:
+            raise ValueError(f"its RLE is of {sum(counts)} px, the image of {height * width}")
+        rle = mask_utils.frPyObjects(segment, height, width) if isinstance(counts, list) else segment
+        if mask_utils.decode(rle).sum() != mask_utils.area(rle):
+            raise ValueError("its RLE is damaged")
     else:
         return None
     return rle if mask_utils.area(rle) > 0 else None
@@ -150,7 +181,7 @@ class CocoDataset(ImageDataset):
         self.data = None if train else data
         categories = sorted(data["categories"], key=lambda category: category["id"])
         self.category_ids = [category["id"] for category in categories]
-        self.classes = tuple(category["name"] for category in categories)
+        self.classes = tuple(str(category["name"]) for category in categories)
         self.labels = {category: label for label, category in enumerate(self.category_ids, 1)}
         self.images = sorted(data["images"], key=lambda image: image["id"])
         self._check_files()
@@ -188,21 +219,20 @@ class CocoDataset(ImageDataset):
         height, width = image["height"], image["width"]
         found = []
         for annotation in annotations:
-            if annotation["iscrowd"]:
-                continue
             x, y, w, h = annotation["bbox"]
             box = (max(x, 0), max(y, 0), min(x + w, width), min(y + h, height))
             rle = None
             if self.masks:
                 try:
                     rle = encode_segment(annotation.get("segmentation"), height, width)
-                except (ValueError, TypeError, IndexError) as error:
+                except (ValueError, TypeError, IndexError, OverflowError) as error:
                     raise ValueError(
                         f"{self.path}: cannot read the segment of annotation {annotation['id']}: {error}"
                     ) from None
-            # In float32, in which two close sides may become one.
             x1, y1, x2, y2 = np.float32(box)
-            if x2 > x1 and y2 > y1 and (rle is not None or not self.masks):
+            if annotation["iscrowd"]:
+                continue
+            if x2 - x1 > MIN_SIDE and y2 - y1 > MIN_SIDE and (rle is not None or not self.masks):
                 found.append((box, self.labels[annotation["category_id"]], rle))
         return found
 
@@ -235,11 +265,12 @@ class CocoDataset(ImageDataset):
         """As a tensor, mirrored by chance."""
         pixels = to_tensor(image)
         if self.flip and random.random() < self.flip:
-            pixels = hflip(pixels)
-            x1, y1, x2, y2 = target["boxes"].unbind(1)
-            target = target | {"boxes": torch.stack([image.width - x2, y1, image.width - x1, y2], 1)}
+            pixels = horizontal_flip(pixels)
+            size = (image.height, image.width)
+            boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
+            target["boxes"] = horizontal_flip(boxes).as_subclass(torch.Tensor)
             if "masks" in target:
-                target["masks"] = target["masks"].flip(-1)
+                target["masks"] = horizontal_flip(tv_tensors.Mask(target["masks"])).as_subclass(torch.Tensor)
         return pixels, target
 
 

@@ -118,6 +118,7 @@ def test_flipping(tmp_path):
     assert before["boxes"].tolist() == [[10, 5, 30, 15]]
     assert target["boxes"].tolist() == [[30, 5, 50, 15]]
     assert np.array_equal(target["masks"][0].numpy(), grid(30, 5, 20, 10))
+    assert {type(value) for value in (image, *target.values())} == {torch.Tensor}
 
 
 def test_loaders_keep_images_of_different_sizes_apart(tmp_path):
@@ -148,6 +149,32 @@ def test_loaders_keep_images_of_different_sizes_apart(tmp_path):
         (lambda d: d["images"][0].update(file_name="no/such.png"), "cannot read the image folder"),
         (lambda d: [a.pop("segmentation", None) for a in d["annotations"]], "use a RetinaNet"),
         (lambda d: [d["images"].clear(), d["annotations"].clear()], "has no image"),
+        (lambda d: d["images"][0].update(width="60"), r"width of images\[0\] must be a whole number, not '60'"),
+        (lambda d: d["images"][0].update(height=None), r"height of images\[0\] must be a whole number, not None"),
+        (lambda d: d["images"][0].update(file_name=5), r"file_name of images\[0\] must be a text, not 5"),
+        (lambda d: d["images"][0].update(id="1"), "some ids of images are numbers and some are texts"),
+        (lambda d: d["images"][0].update(id=[1]), r"id of images\[0\] must be a whole number or a text, not \[1\]"),
+        (lambda d: d["categories"][0].update(id=None), r"id of categories\[0\] must be"),
+        (lambda d: d["categories"][0].update(id="90"), "some ids of categories are numbers and some are texts"),
+        (lambda d: d["annotations"][0].update(id="x"), "some ids of annotations are numbers and some are texts"),
+        (lambda d: d["annotations"][0].update(image_id="1"), "image_id '1', which is none of the images"),
+        (lambda d: d["annotations"][0].update(category_id={}), r"category_id of annotations\[0\] must be"),
+        (lambda d: d["annotations"][0].update(bbox=["1", 2, 3, 4]), r"bbox of annotation 0 is not \[x, y"),
+        (lambda d: d["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), r"bbox of annotation 0 is not \[x, y"),
+        (lambda d: d["annotations"][0].update(bbox=[1, 2, float("inf"), 4]), r"bbox of annotation 0 is not \[x, y"),
+        (lambda d: d["annotations"][0].update(bbox=[10**400, 2, 3, 4]), r"bbox of annotation 0 is not \[x, y"),
+        (lambda d: d["annotations"][0].update(bbox=None), r"bbox of annotations\[0\] must be \[x, y, width, height\]"),
+        (lambda d: d["annotations"][0].update(area="200"), "area of annotation 0 must be a number, not '200'"),
+        (lambda d: d["annotations"][0].update(iscrowd="0"), "iscrowd of annotation 0 must be a number, not '0'"),
+        (
+            lambda d: d["annotations"][0].update(segmentation=[[float("nan")] * 6]),
+            "annotation 0: a corner is not a number",
+        ),
+        (lambda d: d["annotations"][0].update(segmentation=[[0, 0, 1e300, 0, 9, 9]]), "annotation 0: a corner is"),
+        (lambda d: d["annotations"][0].update(segmentation=[["x"] * 6]), "cannot read the segment of annotation 0"),
+        (lambda d: d["annotations"][2]["segmentation"].update(counts=[10, 20]), "annotation 2: its RLE is of 30 px"),
+        (lambda d: d["annotations"][3]["segmentation"].update(counts=[-1, 2401]), "the segment of annotation 3"),
+        (lambda d: d["annotations"][1]["segmentation"].update(counts="garbage!"), "the segment of annotation 1"),
     ],
 )
 def test_broken_annotations(tmp_path, spoil, message):
@@ -159,8 +186,61 @@ def test_broken_annotations(tmp_path, spoil, message):
         CocoDataset(file, images, train=True, masks=True)
 
 
+def test_values_that_are_absent_in_effect(tmp_path):
+    """Null is absent; whole numbers may be floats, as pandas writes them; one polygon need not be in a list."""
+    expected = CocoDataset(*write(tmp_path, quirks()), train=False, masks=True)
+    data = quirks()
+    for row in data["annotations"]:
+        row.setdefault("iscrowd", None)
+        row.update(area=None, image_id=float(row["image_id"]), category_id=float(row["category_id"]))
+        if isinstance(row.get("segmentation"), list) and len(row["segmentation"]) == 1:
+            [row["segmentation"]] = row["segmentation"]
+        row.setdefault("segmentation", None)
+    for row in data["images"]:
+        row.update(width=60.0, height=40.0)
+    found = CocoDataset(*write(tmp_path, data), train=False, masks=True)
+    assert found.data["annotations"][0]["area"] == 200
+    for index in range(len(expected)):
+        a, b = expected[index][1], found[index][1]
+        assert all(torch.equal(a[key], b[key]) for key in ("boxes", "labels", "masks"))
+    truth = average_precision(expected.data, [], masks=True)
+    assert average_precision(found.data, [], masks=True) == truth
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        [-0.3, 10, 0.30000000000000004, 20],
+        [59.999999, 10, 5, 20],
+        [10, 5, 1e-7, 20],
+        [10, 39.9999999, 5, 5],
+        [70, 10, 5, 20],
+        [10, 5, -3, 20],
+    ],
+)
+def test_a_box_with_nothing_left_is_left_out(tmp_path, box, caplog):
+    data = quirks()
+    data["annotations"][0]["bbox"] = box
+    found = CocoDataset(*write(tmp_path, data), train=True, masks=False, flip=1)
+    assert "4 objects without area" not in caplog.text
+    assert "polygon.png" not in [x["file_name"] for x in found.images]
+    boxes = torch.cat([found[index][1]["boxes"] for index in range(len(found))])
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_annotations_in_any_utf(tmp_path, encoding):
+    file, _ = write(tmp_path, quirks())
+    expected = read_annotations(file)
+    file.write_bytes(file.read_text().encode(encoding))
+    assert read_annotations(file) == expected
+
+
 def test_broken_files(tmp_path):
     file, images = write(tmp_path, quirks())
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"deep\.json is no JSON"):
+        read_annotations(tmp_path / "deep.json")
     with pytest.raises(ValueError, match=r"gone\.json does not exist"):
         read_annotations(tmp_path / "gone.json")
     (tmp_path / "cut.json").write_text(file.read_text()[:-100])
