@@ -18,14 +18,17 @@ import torchvision
 from PIL import Image
 from timm.data import ImageDataset as TimmImageDataset
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from loading.images import decode_image, find_images, folder_identity, reading, to_rgb
+from loading.images import EXTENSIONS, LeftOut, decode_image, find_images, folder_identity, reading, some, to_rgb
 from loading.streams import TIMM_PACKAGES, StreamDataset, names_of, open_timm, timm_classes
 from loading.transforms import Transform
 from records.files import first_line
 
 logger = logging.getLogger("data_sets")  # Hugging Face's package sets the level of the one that has its name
+
+# What the folders of the two splits are called, in lower case.
+TRAIN_FOLDERS = ("train", "training", "train_images", "trainset")
+VAL_FOLDERS = ("val", "validation", "valid", "test", "testing", "eval", "dev", "val_images", "valset", "testset")
 
 STREAMS = ("hfids", "tfds", "wds")
 
@@ -63,7 +66,8 @@ class ImageDataset(Dataset, ABC):
 class FolderDataset(ImageDataset):
     """A folder of class folders of image files; the classes are the folders' names in sorted order.
 
-    Files that are no images by their extension are left out, others are only opened when they are loaded.
+    Files that are no images by their extension are left out, and names that begin with a dot; one line of log says how
+    many. Files are only opened when they are loaded.
 
     Raises:
         ValueError: the folder or a part of it is missing, unreadable or empty.
@@ -77,22 +81,23 @@ class FolderDataset(ImageDataset):
             above = {folder_identity(folder) for folder in (real, *real.parents)}
             groups = {}
             prefix = len(os.path.join(root, ""))
-            for name in sorted(os.listdir(root)):
+            left_out = LeftOut()
+            for name in left_out.visible(os.listdir(root)):
                 folder = os.path.join(root, name)
                 if not os.path.isdir(folder):
                     continue
                 if folder_identity(folder) in above:
                     logger.warning("%s is a link to a folder above it and no class", folder)
                     continue
-                groups[name] = [path[prefix:] for path in find_images(folder, above)]
+                groups[name] = [path[prefix:] for path in find_images(folder, left_out, above)]
         except OSError as error:
             raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+        left_out.report(self.root)
         if not groups:
             raise ValueError(f"{self.root} has no class folders: it must hold one folder of images for each class")
         empty = [name for name, paths in groups.items() if not paths]
         if empty:
-            extensions = ", ".join(IMG_EXTENSIONS)
-            raise ValueError(f"no image ({extensions}) in these class folders of {self.root}: {_some(empty)}")
+            raise ValueError(f"no image ({', '.join(EXTENSIONS)}) in these class folders of {self.root}: {some(empty)}")
         self.classes = tuple(groups)
         self.targets = np.repeat(np.arange(len(groups)), [len(paths) for paths in groups.values()])  # (N,)
         # An array instead of a list: reading a Python object writes its reference count, and with that every loader
@@ -206,18 +211,26 @@ def _cifar100(root: Path, *, train: bool, transform: Transform, download: bool) 
 class TimmDataset(ImageDataset):
     """A data set of timm's that can be read by index: hfds/ and torch/. For the arguments see `build_dataset`."""
 
-    def __init__(self, data_set: str, root: Path | None, *, train: bool, transform: Transform, download: bool = False):
+    def __init__(
+        self,
+        data_set: str,
+        root: Path | None,
+        *,
+        train: bool,
+        transform: Transform,
+        split: str | None = None,
+        download: bool = False,
+    ):
         self.name = data_set
         self.transform = transform
-        self._source = open_timm(data_set, root, train=train, download=download)
-        self._arguments = data_set, root, train, transform
+        self._source = open_timm(data_set, root, train=train, split=split, download=download)
+        self._again = partial(TimmDataset, data_set, root, train=train, transform=transform, split=split)
         self.classes = timm_classes(self._source)
 
     def __reduce__(self):
         # Opened anew by a loader process that is not a fork: Hugging Face's objects cannot be unpickled there, because
         # `datasets` is this file.
-        data_set, root, train, transform = self._arguments
-        return partial(TimmDataset, train=train, transform=transform), (data_set, root)
+        return self._again, ()
 
     def __len__(self) -> int:
         return len(self._source)
@@ -243,6 +256,7 @@ def build_dataset(
     train: bool,
     transform: Transform,
     eval_data_path: str | os.PathLike | None = None,
+    split: str | None = None,
     download: bool = False,
 ) -> ImageDataset | StreamDataset:
     """Open one split of a data set.
@@ -258,6 +272,8 @@ def build_dataset(
         transform: from an RGB image to (3, H, W).
         eval_data_path: for the validation split, instead of data_path. For folders of images it is the folder of class
             folders itself, and data_path may then be the one of the training split.
+        split: the name of its folder in data_path, or of timm's split. None is "train" and "val", and for timm's data
+            sets the first of `EVAL_SPLITS` that there is.
         download: let torchvision or timm download what is missing.
 
     Raises:
@@ -268,10 +284,22 @@ def build_dataset(
     if data_set in ("IMNET", "image_folder"):
         if root is None:
             raise ValueError(f"--data_set {data_set} needs --data_path, a folder with train/ and val/ in it")
-        return FolderDataset(_class_folders(root, train=train, is_split=eval_data_path is not None), transform)
+        dataset = FolderDataset(
+            _class_folders(root, split, train=train, own_path=eval_data_path is not None), transform
+        )
+        if train and len(dataset.classes) == 1:
+            logger.warning(
+                "%s holds a single class folder, %s, and with one class there is nothing to learn: is --data_path a "
+                "level too high?",
+                dataset.root,
+                dataset.classes[0],
+            )
+        return dataset
     if data_set in ("FMNIST", "CIFAR"):
         if root is None:
             raise ValueError(f"--data_set {data_set} needs --data_path, the folder that holds it")
+        if split is not None:
+            raise ValueError(f"--{'train' if train else 'val'}_split has no effect on --data_set {data_set}")
         build = _fashion_mnist if data_set == "FMNIST" else _cifar100
         return build(root, train=train, transform=transform, download=download)
     prefix, slash, _ = data_set.partition("/")
@@ -279,17 +307,25 @@ def build_dataset(
         known = ", ".join(["IMNET", "image_folder", "CIFAR", "FMNIST", *(f"{name}/..." for name in TIMM_PACKAGES)])
         raise ValueError(f"unknown --data_set {data_set}; known are {known}")
     kind = StreamDataset if prefix.lower() in STREAMS else TimmDataset
-    return kind(data_set, root, train=train, transform=transform, download=download)
+    return kind(data_set, root, train=train, transform=transform, split=split, download=download)
 
 
-def _class_folders(root: Path, *, train: bool, is_split: bool) -> Path:
-    """The folder of class folders; `is_split` says that the validation split has a path of its own."""
-    if is_split and not train:
+def _class_folders(root: Path, split: str | None, *, train: bool, own_path: bool) -> Path:
+    """The folder of class folders; `own_path` says that the validation split has a path of its own."""
+    if own_path and not train:
+        if split is not None:
+            raise ValueError(f"--eval_data_path names the folder of classes itself: leave out --val_split {split}")
         return root
-    folder = root / ("train" if train else "val")
+    folder = root / (split or ("train" if train else "val"))
+    if folder.is_dir() or not root.is_dir():
+        return folder
     # The published script takes the folder of training classes itself where validation has its own path.
-    if is_split and os.path.isdir(root) and not os.path.isdir(folder):
+    if own_path and split is None:
         return root
+    flag, known = ("--train_split", TRAIN_FOLDERS) if train else ("--val_split", VAL_FOLDERS)
+    there = [entry.name for entry in sorted(root.iterdir()) if entry.is_dir() and entry.name.lower() in known]
+    if there:
+        raise ValueError(f"{root} has no folder {folder.name}, but {some(there)}: add {flag} {there[0]}")
     return folder
 
 
@@ -317,7 +353,7 @@ def match_classes(
     unknown = sorted(set(dataset.classes) - set(names))
     if unknown:
         raise ValueError(
-            f"the validation data have classes that are unknown to {of}: {_some(unknown)} (known: {_some(names)})"
+            f"the validation data have classes that are unknown to {of}: {some(unknown)} (known: {some(names)})"
         )
     twice = sorted(name for name, count in Counter(names).items() if count > 1 and name in dataset.classes)
     if twice:
@@ -325,16 +361,12 @@ def match_classes(
     missing = [name for name in names if name not in dataset.classes]
     if missing:
         logger.warning(
-            "the validation data lack %d of the %d classes of %s: %s", len(missing), len(names), of, _some(missing)
+            "the validation data lack %d of the %d classes of %s: %s", len(missing), len(names), of, some(missing)
         )
     else:
         logger.info("the validation data have the classes of %s in another order: they are matched by name", of)
     indices = {name: index for index, name in enumerate(names)}
     return tuple(indices[name] for name in dataset.classes)
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def load_real_labels(path: str | os.PathLike) -> dict[str, list[int]]:
@@ -346,7 +378,7 @@ def load_real_labels(path: str | os.PathLike) -> dict[str, list[int]]:
     Raises ValueError where it is neither.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_bytes())  # in any UTF, with a byte-order mark or without
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the ReaL labels {path}: {first_line(error)}") from error
     if isinstance(content, list):

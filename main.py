@@ -68,6 +68,7 @@ def build_transform(args: argparse.Namespace, *, train: bool):
         *transforms.mean_and_std(args.imagenet_default_mean_and_std),
         crop_pct=args.crop_pct,
         native=transforms.keeps_native_size(args.data_set, args.input_size),
+        exif_transpose=args.exif_transpose,
     )
     if not train:
         return transforms.build_eval_transform(preprocessing)
@@ -92,6 +93,7 @@ def build_dataset(args: argparse.Namespace, world: utils.World, *, train: bool, 
                 train=train,
                 transform=transform or build_transform(args, train=train),
                 eval_data_path=args.eval_data_path,
+                split=args.train_split if train else args.val_split,
                 download=turn,
             )
         world.barrier()

@@ -508,6 +508,9 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("data").add_argument
     add("--eval_data_path", type=file_path, help="folder of the validation images [DATA_PATH/val]")
+    add("--train_split", metavar="NAME", help="folder in --data_path, or split of timm's [train]")
+    add("--val_split", metavar="NAME", help="as --train_split, for validation [val; timm's: validation, val or test]")
+    add("--exif_transpose", type=boolean, default=False, help="turn photographs upright by their EXIF orientation")
     add("--nb_classes", type=COUNT, default=1000, help="number of classes, checked if it is given")
     add(
         "--imagenet_default_mean_and_std",

@@ -1,19 +1,42 @@
 """Finding, reading and decoding image files."""
 
 import errno
+import importlib.util
+import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from records.files import first_line
 
+logger = logging.getLogger(__name__)
+
+AVIF = importlib.util.find_spec("PIL._avif") is not None  # Pillow reads it from version 11.3 on, where it was built in
 # Pillow reads more, but some of that runs other programs (EPS calls Ghostscript), which no file named .jpg may do.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") + AVIF * ("AVIF",)
+_READ = ".jpg .jpeg .jpe .jfif .mpo .png .apng .gif .bmp .dib .ppm .pgm .pbm .pnm .tif .tiff .webp"
+EXTENSIONS = (*_READ.split(), *AVIF * (".avif",))
+# Images, too, but of formats that are not read; and a name without an extension may be one.
+_OTHERS = """.avif .avifs .heic .heics .heif .heifs .hif .jxl .jp2 .j2k .j2c .jpc .jpf .jpx .jxr .wdp .svg .svgz .eps
+    .ai .psd .xcf .tga .dds .exr .hdr .pfm .pcx .ico .icns .qoi .sgi .ras .xbm .xpm .emf .wmf .fits .dcm .raw .dng .cr2
+    .cr3 .crw .nef .nrw .arw .sr2 .srw .orf .rw2 .raf .pef .x3f .erf .kdc .dcr .mrw .mos .3fr .iiq"""
+OTHER_EXTENSIONS = frozenset(("", *_OTHERS.split()))
+# What archives, synchronization and file systems leave behind, as they do names that begin with a dot.
+LEFT_BEHIND = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db")
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF's orientation
 MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # no fault of the file that was being read
 
 
@@ -49,7 +72,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)  # (H, W); Pillow itself would clip at 255
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("integer pixels beyond 16 bits have no known range: convert the image to 8 or 16 bits")
-        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        grey = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        grey.info = image.info
+        image = grey
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns of the direct way
     return image.convert("RGB")
@@ -61,6 +86,19 @@ def decode_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
         return to_rgb(image)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Turned and mirrored as EXIF's orientation says. Where that cannot be read, the image is as it was."""
+    method = None
+    with suppress(Exception):  # EXIF is written by anything
+        method = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    if method is None:
+        return image
+    image = image.transpose(method)
+    for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # each may say the orientation again
+        image.info.pop(key, None)
+    return image
+
+
 def folder_identity(folder: str | os.PathLike) -> tuple[int, int]:
     status = os.stat(folder)
     return status.st_dev, status.st_ino
@@ -70,11 +108,47 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def find_images(folder: str, above: Collection[tuple[int, int]] = ()) -> list[str]:
+class LeftOut:
+    """What a search for images passes over: by name, and because its format is not read."""
+
+    def __init__(self):
+        self.names: list[str] = []
+        self.extensions: Counter[str] = Counter()
+
+    def visible(self, names: Iterable[str]) -> list[str]:
+        """Those of the names that may be data, sorted; the others are noted."""
+        kept = []
+        for name in sorted(names):
+            (self.names if name.startswith(".") or name in LEFT_BEHIND else kept).append(name)
+        return kept
+
+    def report(self, folder: str) -> None:
+        """One line of log for each of the two reasons."""
+        if self.names:
+            logger.warning(
+                "%s: left out %d names that are no data: %s", folder, len(self.names), some(sorted(set(self.names)))
+            )
+        if self.extensions:
+            found = [f"{count} {ext or 'without an extension'}" for ext, count in self.extensions.most_common()]
+            logger.warning(
+                "%s: left out %d files whose extension is not one that is read (%s): convert or rename them",
+                folder,
+                self.extensions.total(),
+                ", ".join(found),
+            )
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def find_images(folder: str, left_out: LeftOut, above: Collection[tuple[int, int]] = ()) -> list[str]:
     """Paths of the images under a (class) folder by their extensions, in the order of torchvision's ImageFolder.
 
     Links are followed, but each folder is read once, and none of those `above` the class folder: a link upwards would
-    go on for ever, and give the class the images of all others. Raises OSError where a folder cannot be read.
+    go on for ever, and give the class the images of all others. What is passed over inside is noted in `left_out`.
+    Raises OSError where a folder cannot be read.
     """
     seen = set(above)
     found = []
@@ -84,14 +158,12 @@ def find_images(folder: str, above: Collection[tuple[int, int]] = ()) -> list[st
             folders.clear()
             continue
         seen.add(identity)
-        folders.sort()
-        found.append((parent, sorted(files)))
-    return [
-        os.path.join(parent, name)
-        for parent, files in sorted(found)
-        for name in files
-        if name.lower().endswith(IMG_EXTENSIONS)
-    ]
+        folders[:] = left_out.visible(folders)
+        files = left_out.visible(files)
+        extensions = [os.path.splitext(name)[1].lower() for name in files]
+        found.append((parent, [name for name, ext in zip(files, extensions, strict=True) if ext in EXTENSIONS]))
+        left_out.extensions.update(ext for ext in extensions if ext not in EXTENSIONS and ext in OTHER_EXTENSIONS)
+    return [os.path.join(parent, name) for parent, files in sorted(found) for name in files]
 
 
 def list_images(paths: Sequence[str]) -> list[str]:
@@ -102,15 +174,17 @@ def list_images(paths: Sequence[str]) -> list[str]:
     """
     found = []
     for path in paths:
+        left_out = LeftOut()
         if not os.path.isdir(path):
             if not os.path.exists(path):
                 raise ValueError(f"{path} does not exist")
             found.append(os.fspath(path))
             continue
         try:
-            inside = find_images(path)
+            inside = find_images(path, left_out)
         except OSError as error:
             raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+        left_out.report(path)
         if not inside:
             raise ValueError(f"no image is in the folder {path}")
         found += inside
@@ -118,8 +192,8 @@ def list_images(paths: Sequence[str]) -> list[str]:
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
-    """An RGB image; ValueError, which names the file, where there is none."""
+    """An RGB image, upright; ValueError, which names the file, where there is none."""
     try:
-        return decode_image(path)
+        return upright(decode_image(path))
     except BrokenImageError as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error

@@ -37,7 +37,9 @@ def names_of(data_set: str):
     return hugging_face() if data_set.lower().startswith(("hfds/", "hfids/")) else nullcontext()
 
 
-def open_timm(data_set: str, root: Path | None, *, train: bool, download: bool = False, **options) -> Any:
+def open_timm(
+    data_set: str, root: Path | None, *, train: bool, split: str | None = None, download: bool = False, **options
+) -> Any:
     """Open a data set by timm's `create_dataset`. Raises ValueError, also for a package that is missing."""
     prefix = data_set.partition("/")[0].lower()
     package = TIMM_PACKAGES[prefix]
@@ -45,7 +47,7 @@ def open_timm(data_set: str, root: Path | None, *, train: bool, download: bool =
         raise ValueError(f"--data_set {data_set} needs the package {package}: pip install {package}")
     if root is None and prefix in ("wds", "torch"):
         raise ValueError(f"--data_set {data_set} needs --data_path, the folder that holds it")
-    splits = ("train",) if train else EVAL_SPLITS
+    splits = (split,) if split else ("train",) if train else EVAL_SPLITS
     for split in splits:
         try:
             with names_of(data_set):
@@ -79,12 +81,22 @@ class StreamDataset:
         train: which of the two splits it is.
     """
 
-    def __init__(self, data_set: str, root: Path | None, *, train: bool, transform: Transform, download: bool = False):
+    def __init__(
+        self,
+        data_set: str,
+        root: Path | None,
+        *,
+        train: bool,
+        transform: Transform,
+        split: str | None = None,
+        download: bool = False,
+    ):
         self.name = data_set
         self.train = train
         self.transform = transform
         self._root = root
-        source = open_timm(data_set, root, train=train, download=download)
+        self._split = split
+        source = open_timm(data_set, root, train=train, split=split, download=download)
         self.classes = timm_classes(source)
         self._length = int(source.reader.num_samples)
 
@@ -100,6 +112,7 @@ class StreamDataset:
             self.name,
             self._root,
             train=self.train,
+            split=self._split,
             batch_size=loading.batch_size,
             seed=loading.seed,
             input_img_mode=mode,

@@ -19,6 +19,7 @@ from timm.data import (
 )
 from torchvision import transforms
 
+from loading.images import upright
 from records.files import first_line
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -59,6 +60,7 @@ class Preprocessing:
         interpolation: of evaluation's resizing, by timm's name.
         crop_mode: timm's. "center"; "squash" resizes both sides; "border" resizes the longer one and fills the rest.
         native: images are not resized: evaluation crops or pads them, training crops from 4 px of padding.
+        exif_transpose: turn images upright by their EXIF orientation first.
 
     Raises:
         ValueError: crop_pct is out of range, or given with `native`, or interpolation or crop_mode are unknown.
@@ -71,6 +73,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop_mode: str = "center"
     native: bool = False
+    exif_transpose: bool = False
 
     def __post_init__(self):
         if self.native and self.crop_pct is not None:
@@ -110,7 +113,7 @@ def build_train_transform(
     """From an RGB image to a random view of it, float32, (3, input_size, input_size), by timm's `create_transform`.
 
     Args:
-        preprocessing: of which size, mean, std and `native` count.
+        preprocessing: of which crop_pct, interpolation and crop_mode do not count.
         color_jitter: strength; timm leaves it out where `aa` is on, unless that is a "3a" policy.
         aa: timm's auto-augment policy; None, "" and "none" are off.
         interpolation: "random" (bilinear or bicubic), or one of Pillow's by name.
@@ -148,6 +151,8 @@ def build_train_transform(
             _mend_posterize(step)
     if preprocessing.native:
         transform.transforms[0] = transforms.RandomCrop(preprocessing.input_size, padding=4)
+    if preprocessing.exif_transpose:
+        transform.transforms.insert(0, upright)
     return transform
 
 
@@ -170,8 +175,10 @@ class _LimitAspect:
 def build_eval_transform(preprocessing: Preprocessing) -> Transform:
     """From an RGB image to its middle, float32, (3, input_size, input_size), as timm's validate.py makes it."""
     size, mean, std = preprocessing.input_size, preprocessing.mean, preprocessing.std
+    first = [upright] if preprocessing.exif_transpose else []
     if preprocessing.native:
-        return transforms.Compose([transforms.CenterCrop(size), transforms.ToTensor(), transforms.Normalize(mean, std)])
+        steps = [transforms.CenterCrop(size), transforms.ToTensor(), transforms.Normalize(mean, std)]
+        return transforms.Compose([*first, *steps])
     transform = create_transform(
         input_size=size,
         is_training=False,
@@ -182,8 +189,8 @@ def build_eval_transform(preprocessing: Preprocessing) -> Transform:
         crop_mode=preprocessing.crop_mode,
     )
     if preprocessing.crop_mode == "center":
-        transform.transforms.insert(0, _LimitAspect())
-    return transform
+        first.append(_LimitAspect())
+    return transforms.Compose([*first, *transform.transforms])
 
 
 def build_mixup(

@@ -924,6 +924,8 @@ def test_torch_data_set_of_timm(tmp_path):
     dataset = datasets.build_dataset("torch/fashion_mnist", tmp_path, train=False, transform=to_tensor)
     expected = fmnist(False)
     assert len(dataset) == 2000
+    other = datasets.build_dataset("torch/fashion_mnist", tmp_path, train=False, transform=to_tensor, split="train")
+    assert len(other) == len(pickle.loads(pickle.dumps(other))) == len(fmnist()) != 2000
     assert set(dataset.classes) == set(expected.classes)
     for index in (0, 1999):
         assert torch.equal(dataset[index][0], expected[index][0])
