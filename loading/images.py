@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 AVIF = importlib.util.find_spec("PIL._avif") is not None  # Pillow reads it from version 11.3 on, where it was built in
 # Pillow reads more, but some of that runs other programs (EPS calls Ghostscript), which no file named .jpg may do.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") + AVIF * ("AVIF",)
-_READ = ".jpg .jpeg .jpe .jfif .mpo .png .apng .gif .bmp .dib .ppm .pgm .pbm .pnm .tif .tiff .webp"
+_READ = ".jpg .jpeg .jpe .jfif .mpo .png .apng .gif .bmp .ppm .pgm .pbm .pnm .tif .tiff .webp"
 EXTENSIONS = (*_READ.split(), *AVIF * (".avif",))
 # Images, too, but of formats that are not read; and a name without an extension may be one.
-_OTHERS = """.avif .avifs .heic .heics .heif .heifs .hif .jxl .jp2 .j2k .j2c .jpc .jpf .jpx .jxr .wdp .svg .svgz .eps
-    .ai .psd .xcf .tga .dds .exr .hdr .pfm .pcx .ico .icns .qoi .sgi .ras .xbm .xpm .emf .wmf .fits .dcm .raw .dng .cr2
-    .cr3 .crw .nef .nrw .arw .sr2 .srw .orf .rw2 .raf .pef .x3f .erf .kdc .dcr .mrw .mos .3fr .iiq"""
+_OTHERS = """.dib .avif .avifs .heic .heics .heif .heifs .hif .jxl .jp2 .j2k .j2c .jpc .jpf .jpx .jxr .wdp .svg .svgz
+    .eps .ai .psd .xcf .tga .dds .exr .hdr .pfm .pcx .ico .icns .qoi .sgi .ras .xbm .xpm .emf .wmf .fits .dcm .raw .dng
+    .cr2 .cr3 .crw .nef .nrw .arw .sr2 .srw .orf .rw2 .raf .pef .x3f .erf .kdc .dcr .mrw .mos .3fr .iiq"""
 OTHER_EXTENSIONS = frozenset(("", *_OTHERS.split()))
 # What archives, synchronization and file systems leave behind, as they do names that begin with a dot.
 LEFT_BEHIND = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db")
