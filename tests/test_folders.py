@@ -11,6 +11,9 @@ from PIL import Image, ImageOps, features
 from test_datasets import fmnist, open_folder, save
 
 import datasets
+import main
+import options
+import utils
 from loading.images import EXTENSIONS, decode_image, list_images, read_image
 from loading.order import seed_all
 from loading.transforms import Preprocessing, build_eval_transform, build_train_transform
@@ -92,6 +95,7 @@ def test_avif_is_read_where_pillow_reads_it():
 
 def photograph(path, orientation, **options):
     """Four colours in the corners; saved as `orientation` says it has to be turned."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.RandomState(0).randint(0, 255, (3, 5, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -170,6 +174,19 @@ def test_splits_by_other_names(folder):
         open_folder(folder, train=False, split="valid", eval_data_path=folder / "valid")
     with pytest.raises(ValueError, match="--val_split has no effect on --data_set FMNIST"):
         fmnist(False, split="valid")
+
+
+def test_the_flags_of_main(folder):
+    """--train_split, --val_split and --exif_transpose, from the command line to the tensors."""
+    photograph(folder / "elsewhere/a/x.png", 6)
+    flags = f"--data_set image_folder --data_path {folder} --input_size 24 --val_split elsewhere --train_split val"
+    args = options.parse_args([*flags.split(), "--exif_transpose", "true"])
+    world = utils.World(0, 1, torch.device("cpu"))
+    assert len(main.build_dataset(args, world, train=True)) == 4
+    [(image, _)] = main.build_dataset(args, world, train=False)
+    assert torch.equal(image, build_eval_transform(Preprocessing(24))(read_image(folder / "elsewhere/a/x.png")))
+    plain = main.build_dataset(options.parse_args(flags.split()), world, train=False)
+    assert not torch.equal(image, plain[0][0])
 
 
 def test_a_single_class_is_warned_of(folder, caplog):
