@@ -43,7 +43,7 @@ from training import (
     broken_count,
     build_precision,
     build_state,
-    check_warmup,
+    checked_warmup,
     fit,
     layout_of,
     loading_of,
@@ -494,8 +494,10 @@ def open_objective(args: argparse.Namespace, world: utils.World, data: Data) -> 
 def open_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
     """Half a cosine for learning rate and weight decay, after a warm-up of the former."""
     total_steps = args.epochs * steps_per_epoch
-    warmup_steps = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
-    check_warmup(args, warmup_steps=warmup_steps, total_steps=total_steps)
+    flag, warmup_steps = "warmup_steps", args.warmup_steps
+    if warmup_steps <= 0:
+        flag, warmup_steps = "warmup_epochs", args.warmup_epochs * steps_per_epoch
+    warmup_steps = checked_warmup(args, flag, warmup_steps=warmup_steps, total_steps=total_steps)
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
 
     def schedule(updates: int) -> tuple[float, float]:

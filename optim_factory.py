@@ -1,11 +1,17 @@
 """Parameter groups, the optimizer, and the schedules as pure functions of a step."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import (
+    OptimInfo,
+    create_optimizer_v2,
+    get_optimizer_info,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import nn
 
 __all__ = [
@@ -15,6 +21,7 @@ __all__ = [
     "parameter_groups",
     "set_hyperparameters",
     "step_schedule",
+    "taken_by",
 ]
 
 
@@ -95,6 +102,18 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: floa
     ]
 
 
+def _optimizer_info(opt: str) -> OptimInfo:
+    try:
+        return get_optimizer_info(opt.lower().removeprefix("lookahead_"))
+    except ValueError as error:
+        raise ValueError(f"--opt {opt} is not one of timm's optimizers ({error})") from None
+
+
+def taken_by(opt: str) -> list[str]:
+    """Which of eps, betas and momentum one of timm's optimizers takes. ValueError for an unknown one."""
+    return [name for name in ("eps", "betas", "momentum") if getattr(_optimizer_info(opt), f"has_{name}")]
+
+
 def build_optimizer(
     model: nn.Module,
     opt: str,
@@ -105,34 +124,21 @@ def build_optimizer(
     eps: float | None = None,
     betas: Sequence[float] | None = None,
     momentum: float | None = None,
-    explicit: Collection[str] = (),
 ) -> torch.optim.Optimizer:
     """One of timm's optimizers over the `parameter_groups` of the model.
 
     Args:
         eps, betas, momentum: passed on to an optimizer that takes them.
-        explicit: those of the three that the user asked for; one that the optimizer does not take is then an error.
 
     Raises:
-        ValueError: an unknown optimizer, one that needs second derivatives or is not installed, or an argument that it
-            does not take.
+        ValueError: an unknown optimizer, one that needs second derivatives or is not installed, or as many betas as it
+            does not have.
     """
-    try:
-        info = get_optimizer_info(opt.lower().removeprefix("lookahead_"))
-    except ValueError as error:
-        raise ValueError(f"--opt {opt} is not one of timm's optimizers ({error})") from None
+    info = _optimizer_info(opt)
     if info.second_order:
         raise ValueError(f"--opt {opt} needs second derivatives, which this training loop does not compute")
-    kwargs = {}
-    for name, value, taken in (
-        ("eps", eps, info.has_eps),
-        ("betas", betas, info.has_betas),
-        ("momentum", momentum, info.has_momentum),
-    ):
-        if taken and value is not None:
-            kwargs[name] = value
-        elif name in explicit:
-            raise ValueError(f"--opt {opt} takes no {name}; leave that flag out")
+    kwargs = {"eps": eps, "betas": betas, "momentum": momentum}
+    kwargs = {name: kwargs[name] for name in taken_by(opt) if kwargs[name] is not None}
     if "betas" in kwargs and len(kwargs["betas"]) != info.num_betas:
         raise ValueError(f"--opt {opt} takes {info.num_betas} values for --opt_betas, not {len(kwargs['betas'])}")
     try:

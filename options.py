@@ -140,7 +140,7 @@ class Arguments(argparse.Namespace):
         if flag in self.typed:
             raise ValueError(message)
         if flag in self.given:
-            self.notes.append(f"of a recipe: {message}")
+            self.notes.append(f"--{flag} of a recipe is passed over: {message}")
             logger.info("%s", self.notes[-1])
 
     def needs(self, flag: str, condition: object, mend: str) -> None:
@@ -566,6 +566,7 @@ def check_training_flags(args: Arguments, *, exports: bool = False) -> None:
     args.needs("amp_dtype", args.use_amp, "add --use_amp true")
     args.needs("wandb_ckpt", args.enable_wandb, "add --enable_wandb true")
     args.needs("wandb_ckpt", args.save_ckpt and args.output_dir, "it needs --save_ckpt true and --output_dir")
+    args.needs("sync_bn", args.device.startswith("cuda"), "it works on GPUs only; leave it out with --device cpu")
     args.needs("resume_new_sched", args.resume or args.auto_resume, "add --resume or --auto_resume true")
     for flag in ("auto_resume", "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num"):
         args.needs(flag, args.output_dir, "add --output_dir")

@@ -20,7 +20,7 @@ import networks
 import utils
 from engine import Objective, Precision, Schedule, TrainState, train_one_epoch
 from loading.processes import Loading
-from optim_factory import build_optimizer
+from optim_factory import build_optimizer, taken_by
 from options import plain_args, save_args
 from records import curves, logs
 from records.checkpoints import CheckpointFolder, load_checkpoint
@@ -121,8 +121,6 @@ def place(args: argparse.Namespace, model: nn.Module, device: torch.device) -> n
     """A network on the device in its memory format, with the BatchNorms asked for."""
     model = model.to(device, memory_format=layout_of(args))
     if args.sync_bn:
-        if device.type != "cuda":
-            raise ValueError("--sync_bn true works on GPUs only; leave it out with --device cpu")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
 
@@ -132,6 +130,9 @@ def build_state(
 ) -> TrainState:
     """The state at the beginning of a run of `model`, which is in its place."""
     decays = args.model_ema_decay if args.model_ema else []
+    for name, flag in {"eps": "opt_eps", "betas": "opt_betas", "momentum": "momentum"}.items():
+        if name not in taken_by(args.opt):
+            args.moot(flag, f"--opt {args.opt} takes no {name}; leave --{flag} out")
     optimizer = build_optimizer(
         model,
         args.opt,
@@ -141,7 +142,6 @@ def build_state(
         eps=args.opt_eps,
         betas=args.opt_betas,
         momentum=args.momentum,
-        explicit=[name for name in ("eps", "betas", "momentum") if {name, f"opt_{name}"} & set(args.given)],
     )
     return TrainState(
         model,
@@ -166,14 +166,25 @@ def steps_per_epoch(args: argparse.Namespace, loader: Any) -> int:
     return -(-len(loader) // args.update_freq)
 
 
-def check_warmup(args: argparse.Namespace, *, warmup_steps: int, total_steps: int) -> None:
-    """Raises ValueError if the warm-up leaves nothing of the run."""
-    if warmup_steps >= total_steps:
-        flags = [f"--{flag}" for flag in ("warmup_steps", "warmup_epochs") if hasattr(args, flag)]
-        raise ValueError(
-            f"the warm-up ({warmup_steps} steps) leaves nothing of --epochs {args.epochs} ({total_steps} steps): lower "
-            + " or ".join(flags)
-        )
+def checked_warmup(args: argparse.Namespace, flag: str, *, warmup_steps: int, total_steps: int) -> int:
+    """The steps of the warm-up; 0 where a recipe's would leave nothing of the run.
+
+    Args:
+        flag: that sets the warm-up.
+
+    Raises:
+        ValueError: it is not a recipe's, and leaves nothing of the run.
+    """
+    if warmup_steps < total_steps:
+        return warmup_steps
+    message = (
+        f"the warm-up ({warmup_steps} steps) leaves nothing of --epochs {args.epochs} ({total_steps} steps): lower "
+        f"--{flag}"
+    )
+    if flag not in args.given:
+        raise ValueError(message)
+    args.moot(flag, message)
+    return 0
 
 
 # -- the loop
@@ -309,10 +320,11 @@ class RunFolder:
     def __init__(self, args: argparse.Namespace, state: TrainState, task: Task):
         self.args, self.state, self.task = args, state, task
         self.checkpoints = CheckpointFolder(args.output_dir, args.save_ckpt_num) if args.output_dir else None
-        if args.save_ckpt_steps and not task.loader.resumable:
-            raise ValueError(
+        if args.save_ckpt_steps and not task.loader.resumable:  # `save` does nothing then
+            args.moot(
+                "save_ckpt_steps",
                 f"--save_ckpt_steps {args.save_ckpt_steps}: {args.data_set} is a stream, which cannot be resumed in "
-                "the middle of an epoch; leave it out"
+                "the middle of an epoch; leave it out",
             )
 
     def save(self, *, trained: bool = False, names: Sequence[str] = ()) -> None:

@@ -58,7 +58,7 @@ from training import (
     broken_count,
     build_precision,
     build_state,
-    check_warmup,
+    checked_warmup,
     fit,
     layout_of,
     loading_of,
@@ -258,13 +258,12 @@ def open_detector(args: argparse.Namespace, world: utils.World, dataset: CocoDat
 
 def open_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
     """The learning rate falls at --lr_steps; the weight decay stays."""
-    check_warmup(args, warmup_steps=args.warmup_steps, total_steps=args.epochs * steps_per_epoch)
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = checked_warmup(args, "warmup_steps", warmup_steps=args.warmup_steps, total_steps=total_steps)
     milestones = [epoch * steps_per_epoch for epoch in args.lr_steps]
 
     def schedule(updates: int) -> tuple[float, float]:
-        lr = step_schedule(
-            updates, base=args.lr, milestones=milestones, gamma=args.lr_gamma, warmup_steps=args.warmup_steps
-        )
+        lr = step_schedule(updates, base=args.lr, milestones=milestones, gamma=args.lr_gamma, warmup_steps=warmup_steps)
         return lr, args.weight_decay
 
     return schedule

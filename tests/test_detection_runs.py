@@ -318,7 +318,7 @@ def other_categories(data):
         (["--eval", "true", "--deploy", "true"], "does not fit this network"),
         (["--model", "mask_rcnn_vanillanet_4"], "vanillanet_4 is not known"),
         (["--model", "fcos_vanillanet_6"], "fcos_vanillanet_6 is not known: it is retinanet_ or mask_rcnn_"),
-        (["--sync_bn", "true"], "--sync_bn true works on GPUs only"),
+        (["--sync_bn", "true"], "it works on GPUs only"),
         (["--warmup_steps", "99"], "lower --warmup_steps"),
         (["--backbone_weights", "ramp.pth"], "within deep training, at lambda 0.4"),
         (["--backbone_weights", "other.pth"], "does not fit"),

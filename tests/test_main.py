@@ -479,3 +479,17 @@ def test_compile_changes_no_number_and_recompiles_for_no_lambda(tiny_fmnist, tmp
     assert [row["act_learn"] for row in compiled] == ["0.0", "0.2", "0.4"]
     for ours, theirs in zip(compiled, eager, strict=True):
         assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=1e-4)
+
+
+def test_what_a_recipe_says_in_vain_is_a_line_in_the_log(tiny_fmnist, tmp_path, capsys):
+    """A network without stages of ours, another optimizer, and fewer epochs than the recipe's warm-up."""
+    recipe = tmp_path / "recipe.args"
+    recipe.write_text(
+        "--model vanillanet_6 --act_num 2 --width_mult 0.02 --opt sgd --momentum 0.8 --warmup_epochs 1 --nb_classes 7 "
+        "--save_ckpt_num 3 --model_ema_decay 0.5 --sync_bn true --mixup 0 --cutmix 0"
+    )
+    arguments = "--model resnet10t --opt adamw --epochs 1 --device cpu --input_size 32 --num_workers 0 --batch_size 8"
+    main.main([f"@{recipe}", *arguments.split(), "--data_set", "FMNIST", "--data_path", str(tiny_fmnist)])
+    log = capsys.readouterr().err
+    for flag in ("act_num", "width_mult", "momentum", "warmup_epochs", "nb_classes", "save_ckpt_num", "sync_bn"):
+        assert log.count(f"--{flag} of a recipe is passed over") == 1, flag

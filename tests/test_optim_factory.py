@@ -14,6 +14,7 @@ from optim_factory import (
     cosine_schedule,
     parameter_groups,
     set_hyperparameters,
+    taken_by,
 )
 
 
@@ -137,8 +138,6 @@ def test_timm_optimizers_step(opt):
     [
         ("nosuch", {}, "nosuch"),
         ("adahessian", {}, "second derivatives"),
-        ("adamw", {"momentum": 0.9, "explicit": ["momentum"]}, "momentum"),
-        ("sgd", {"betas": (0.9, 0.99), "explicit": ["betas"]}, "betas"),
         ("adamw", {"betas": (0.9,)}, "2 values"),
     ],
 )
@@ -146,3 +145,14 @@ def test_bad_optimizer_is_one_clear_line(opt, kwargs, named):
     with pytest.raises(ValueError, match=named) as raised:
         build_optimizer(tiny(), opt, lr=1e-3, weight_decay=0.0, **kwargs)
     assert "\n" not in str(raised.value)
+
+
+def test_an_optimizer_gets_what_it_takes():
+    assert (taken_by("adamw"), taken_by("sgd"), taken_by("lookahead_lamb")) == (
+        ["eps", "betas"],
+        ["momentum"],
+        ["eps", "betas"],
+    )
+    sgd = build_optimizer(tiny(), "sgd", lr=1e-3, weight_decay=0.0, eps=1e-3, betas=(0.9, 0.99), momentum=0.7)
+    assert sgd.defaults["momentum"] == 0.7
+    assert not {"eps", "betas"} & set(sgd.defaults)
