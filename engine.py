@@ -520,6 +520,7 @@ class EvalResult:
         loss: mean cross-entropy, each image weighted the same.
         acc1, acc5: top-1 and top-5 accuracy in percent; top-5 of fewer than five classes is over all of them.
         real_acc1: top-1 in percent against ImageNet-ReaL's labels, over the images that have one; None without them.
+        confusion: images of true class i that were taken for class j, int64 (classes, classes); None if not asked for.
     """
 
     count: int
@@ -527,6 +528,7 @@ class EvalResult:
     acc1: float
     acc5: float
     real_acc1: float | None = None
+    confusion: torch.Tensor | None = None
 
     def metrics(self, prefix: str) -> dict[str, float]:
         values = {f"{prefix}_loss": self.loss, f"{prefix}_acc1": self.acc1, f"{prefix}_acc5": self.acc5}
@@ -543,6 +545,7 @@ def evaluate(
     precision: Precision,
     real_targets: Sequence[Sequence[int]] | None = None,
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+    confusion: int | None = None,
 ) -> EvalResult:
     """Evaluate in eval mode; the model's mode is put back afterwards.
 
@@ -550,7 +553,8 @@ def evaluate(
         model: (N, 3, H, W) -> (N, classes), not wrapped: ranks may have different numbers of batches.
         batches: images, targets (N,) and each image's index in the data set, (N,).
         real_targets: by index, the labels that count as right.
-        reduce: sums a float64 tensor over the ranks.
+        reduce: sums a tensor over the ranks.
+        confusion: classes of the network; given, the confusion matrix is counted as well.
 
     Raises:
         ValueError: there was no image.
@@ -558,6 +562,7 @@ def evaluate(
     training = model.training
     model.eval()
     meter = SumMeter(("loss", "correct1", "correct5", "count"), precision.device)
+    taken_for = torch.zeros(confusion or 0, confusion or 0, dtype=torch.int64, device=precision.device)
     predictions, indices = [], []
     for images, targets, index in batches:
         targets = targets.to(precision.device, non_blocking=True)
@@ -572,6 +577,8 @@ def evaluate(
             correct5=hits.sum(),
             count=len(targets),
         )
+        if confusion is not None:
+            taken_for.index_put_((targets, top[:, 0]), torch.ones_like(targets), accumulate=True)
         if real_targets is not None:
             predictions.append(top[:, 0])
             indices.append(index)
@@ -591,4 +598,5 @@ def evaluate(
         acc1=100 * correct1 / count,
         acc5=100 * correct5 / count,
         real_acc1=None if real_targets is None else 100 * real_correct / max(real_count, 1),
+        confusion=None if confusion is None else reduce(taken_for).cpu(),
     )
