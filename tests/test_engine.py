@@ -138,17 +138,18 @@ def test_non_finite_stops_before_the_parameters_change(where):
     assert torch.equal(parameters(average), parameters(expected))
 
 
-def test_deferred_guard_undoes_the_bad_step_and_all_after_it():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_deferred_guard_undoes_the_bad_step_and_all_after_it(dtype):
     """What a GPU does, step by step on the CPU: the verdict is read late, and the parameters are still the old ones."""
-    model = tiny()
+    model = tiny().to(dtype)
     guard = FiniteGuard(model, rank=0, world_size=1, deferred=True)
     history = []
-    for step, loss in enumerate([1.0, math.nan, 1.0]):
+    for step, loss in enumerate([1.0, math.nan, math.nan]):
         history.append(parameters(model))
         guard.examine(torch.tensor(loss), torch.tensor(1.0), step=step, scaled=False)
         with torch.no_grad():
             for parameter in guard.parameters:
-                parameter += 1.0
+                parameter += loss  # in the bad step and after it, not a number
         guard.undo_if_bad()
     assert torch.equal(history[1], history[0] + 1.0)
     assert torch.equal(parameters(model), history[1])
