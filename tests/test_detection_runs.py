@@ -70,7 +70,9 @@ def test_outputs(straight):
     # 11 images in batches of 2 are 6, the windows of 2 make 3 steps.
     assert [line["step"] for line in lines] == list(range(1, 13))
     found = {line["step"]: line["lr"] for line in lines}
-    assert found == {step: step_schedule(step, base=2e-3, milestones=[6, 9], warmup_steps=3) for step in range(1, 13)}
+    assert found == {
+        step: step_schedule(step - 1, base=2e-3, milestones=[6, 9], warmup_steps=3) for step in range(1, 13)
+    }
     for name in ("loss", "loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"):
         assert 0 <= float(summary[0][f"train_{name}"]) < 10
     total = sum(float(value) for name, value in summary[1].items() if name.startswith("train_loss_"))
