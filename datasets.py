@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -373,12 +374,13 @@ def load_real_labels(path: str | os.PathLike) -> dict[str, list[int]]:
     """Read ImageNet-ReaL's labels (Beyer et al., arXiv 2006.07159): file name -> the classes that count as right.
 
     The file is `real.json` as published, a list of lists in the order of ILSVRC2012_val_00000001.JPEG and on, or a dict
-    by file name. An image may have no label at all.
+    by file name. An image may have no label at all. "timm" is the file that timm's package brings along.
 
     Raises ValueError where it is neither.
     """
+    file = resources.files("timm.data") / "_info" / "imagenet_real_labels.json" if path == "timm" else Path(path)
     try:
-        content = json.loads(Path(path).read_bytes())  # in any UTF, with a byte-order mark or without
+        content = json.loads(file.read_bytes())  # in any UTF, with a byte-order mark or without
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the ReaL labels {path}: {first_line(error)}") from error
     if isinstance(content, list):

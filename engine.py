@@ -579,7 +579,7 @@ def evaluate(
         top = logits.topk(min(5, logits.shape[1])).indices  # (N, 5), best first
         hits = top == targets[:, None]
         meter.add(
-            loss=F.cross_entropy(logits, targets, reduction="none").double().sum(),
+            loss=F.cross_entropy(logits, targets, reduction="none").sum(dtype=meter.sums.dtype),
             correct1=hits[:, 0].sum(),
             correct5=hits.sum(),
             count=len(targets),
@@ -595,7 +595,7 @@ def evaluate(
         for index, prediction in zip(torch.cat(indices).tolist(), torch.cat(predictions).tolist(), strict=True):
             labels = real_targets[index]
             real += torch.tensor([prediction in labels, len(labels) > 0], dtype=torch.float64)
-    sums = reduce(torch.cat([meter.sums, real.to(meter.sums.device)]))
+    sums = reduce(torch.cat([meter.sums, real.to(meter.sums)]))
     loss, correct1, correct5, count, real_correct, real_count = sums.tolist()
     if not count:
         raise ValueError("there is no image to evaluate: the validation data are empty, or all of them are broken")

@@ -322,7 +322,7 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
     first.add_argument("--batch_size", type=COUNT, default=64, help="images in a batch, of each process")
     first.add_argument("--epochs", type=COUNT, default=300, help="epochs of training")
     first.add_argument("--lr", type=POSITIVE, default=4e-3, help="learning rate after the warm-up")
-    first.add_argument("--device", default="cuda", help="what to compute on: cuda, cuda:N or cpu")
+    first.add_argument("--device", default="cuda", help="what to compute on: cuda, cuda:N, mps or cpu")
     first.add_argument("--output_dir", type=file_path, help="folder for checkpoints, logs and curves [nothing is kept]")
     first.add_argument(
         "--finetune", type=file_path, help="checkpoint with the weights to begin with, to evaluate or to deploy"
@@ -405,10 +405,12 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
 
     add = parser.add_argument_group("precision and logging").add_argument
     add("--use_amp", type=boolean, default=False, help="compute in half precision (autocast)")
-    add("--amp_dtype", choices=("bf16", "fp16"), help="of --use_amp [fp16 on a GPU, bf16 on the CPU]")
+    add("--amp_dtype", choices=("bf16", "fp16"), help="of --use_amp [fp16 with --device cuda, bf16 otherwise]")
     add("--channels_last", type=boolean, default=False, help="memory format of images and weights, faster on a CPU")
     add("--log_freq", type=COUNT, default=10, help="optimizer steps from one log line to the next")
     add("--enable_wandb", type=boolean, default=False, help="log to Weights & Biases")
+    add("--wandb_project", default="vanillanet", metavar="NAME", help="project there that the run belongs to")
+    add("--wandb_name", metavar="NAME", help="name of the run there [one that it makes up]")
     add("--wandb_ckpt", type=boolean, default=False, help="upload the last checkpoint there")
 
 
@@ -523,7 +525,11 @@ def build_parser() -> Parser:
         type=number(float, above=0, high=1),
         help="share of the resized side that evaluation crops [0.875 below 384 px, 1 from there]",
     )
-    add("--real_labels", type=file_path, help="ImageNet-ReaL's real.json, to report that accuracy as well")
+    add(
+        "--real_labels",
+        type=file_path,
+        help="report ImageNet-ReaL accuracy as well, with this real.json; timm: with the one in timm's package",
+    )
     add("--dist_eval", type=boolean, default=True, help="evaluate on all processes; false: on the first alone")
 
     add = parser.add_argument_group("engines").add_argument
@@ -564,7 +570,8 @@ def check_training_flags(args: Arguments, *, exports: bool = False) -> None:
     for flag in ("model_ema_decay", "model_ema_force_cpu", "model_ema_eval"):
         args.needs(flag, args.model_ema, "add --model_ema true")
     args.needs("amp_dtype", args.use_amp, "add --use_amp true")
-    args.needs("wandb_ckpt", args.enable_wandb, "add --enable_wandb true")
+    for flag in ("wandb_project", "wandb_name", "wandb_ckpt"):
+        args.needs(flag, args.enable_wandb, "add --enable_wandb true")
     args.needs("wandb_ckpt", args.save_ckpt and args.output_dir, "it needs --save_ckpt true and --output_dir")
     args.needs("sync_bn", args.device.startswith("cuda"), "it works on GPUs only; leave it out with --device cpu")
     args.needs("resume_new_sched", args.resume or args.auto_resume, "add --resume or --auto_resume true")

@@ -418,7 +418,9 @@ class RunFolder:
                 import wandb
             except ImportError:
                 raise ValueError("--enable_wandb true needs the package wandb: pip install wandb") from None
-            self.wandb = wandb.init(project="vanillanet", config=vars(args), dir=args.output_dir)
+            self.wandb = wandb.init(
+                project=args.wandb_project, name=args.wandb_name, config=vars(args), dir=args.output_dir
+            )
             step_sinks.append(logs.WandbSink(self.wandb, "step"))
             epoch_sinks.append(logs.WandbSink(self.wandb, "epoch"))
         self.step_sinks, self.epoch_sinks = logs.Sinks(*step_sinks), logs.Sinks(*epoch_sinks)

@@ -136,7 +136,7 @@ def init_world(
     """Join the other processes, if there are any: gloo for the CPU, and NCCL besides on GPUs.
 
     Args:
-        device: `cuda` (the local rank picks the card), `cuda:1`, `cpu`, ...
+        device: `cuda` (the local rank picks the card), `cuda:1`, `mps`, `cpu`, ...
         dist_url: `env://` or `tcp://host:port`; under SLURM without MASTER_ADDR, the job's first node.
         on_itp: take the ranks from OpenMPI.
         world_size, local_rank: what the user asked for; checked against, or completing, what the launcher says.
@@ -158,8 +158,13 @@ def init_world(
         target = torch.device(device)
     except RuntimeError:
         target = None
-    if target is None or target.type not in ("cuda", "cpu"):
-        raise ValueError(f"--device {device} is not known; it is cuda, cuda:N or cpu")
+    if target is None or target.type not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"--device must be cuda, cuda:N, mps or cpu, not {device}")
+    if target.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError(f"--device {device}: Metal is not available here; use --device cpu")
+        if size > 1:
+            raise ValueError(f"--device {device} computes in one process, and {size} were started")
     if target.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"--device {device}: no CUDA device is available here; use --device cpu")
@@ -314,6 +319,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        **({"mps": torch.mps.get_rng_state()} if device.type == "mps" else {}),
     }
 
 
@@ -325,6 +331,8 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
 
 
 # -- starting
@@ -392,6 +400,10 @@ def launch(
         setup_logging(world.rank)
         for note in args.notes:
             logger.info("%s", note)
+        if world.device.type == "mps":
+            logger.info(
+                "on Metal, in one process: float32, or bfloat16 with --use_amp; no float64, so sums are kept in float32"
+            )
         if output_dir:
             world.from_main(lock)
         body(world)

@@ -22,7 +22,7 @@ Metrics = Mapping[str, float | int]
 
 
 class SumMeter:
-    """Named sums in one float64 tensor on the device; adding to it does not wait for the device.
+    """Named sums in one tensor on the device, float64 where it has that; adding to it does not wait for the device.
 
     Args:
         names: of the sums, in order.
@@ -30,7 +30,8 @@ class SumMeter:
 
     def __init__(self, names: Iterable[str], device: torch.device):
         self.names = tuple(names)
-        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(len(self.names), dtype=dtype, device=device)
 
     def add(self, **values: torch.Tensor | float) -> None:
         for position, name in enumerate(self.names):

@@ -24,7 +24,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from timm.data import auto_augment, create_transform, resolve_data_config
+from timm.data import RealLabelsImagenet, auto_augment, create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
 
 import datasets
@@ -885,6 +885,12 @@ def test_real_labels_are_matched_by_name(tmp_path):
     for file in ("list.json", "dict.json"):
         found = datasets.real_targets(datasets.load_real_labels(tmp_path / file), dataset)
         assert found == [expected[dataset.filename(i)] for i in range(5)]
+
+
+def test_real_labels_of_timm(tmp_path):
+    """Those that timm's own evaluation uses."""
+    names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 50_001)]
+    assert datasets.load_real_labels("timm") == RealLabelsImagenet(names).real_labels
 
 
 def test_real_labels_that_do_not_fit(tmp_path):

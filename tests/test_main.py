@@ -4,6 +4,8 @@ import argparse
 import json
 import shlex
 import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -493,3 +495,34 @@ def test_what_a_recipe_says_in_vain_is_a_line_in_the_log(tiny_fmnist, tmp_path, 
     log = capsys.readouterr().err
     for flag in ("act_num", "width_mult", "momentum", "warmup_epochs", "nb_classes", "save_ckpt_num", "sync_bn"):
         assert log.count(f"--{flag} of a recipe is passed over") == 1, flag
+
+
+class FakeWandb(types.ModuleType):
+    """Stands in for the package: keeps what it is told."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.begun, self.logged = {}, []
+
+    def init(self, **settings):
+        self.begun = settings
+        return self
+
+    def define_metric(self, name, step_metric=None):
+        pass
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished = True
+
+
+def test_weights_and_biases(tiny_fmnist, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run(tiny_fmnist, "--epochs", 1, "--warmup_epochs", 0, "--enable_wandb", "--wandb_project", "p", "--wandb_name", "n")
+    assert (wandb.begun["project"], wandb.begun["name"]) == ("p", "n")
+    assert wandb.begun["config"]["epochs"] == 1
+    assert any("epoch/test_acc1" in values for values in wandb.logged)
+    assert wandb.finished

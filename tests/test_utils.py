@@ -10,6 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
 import utils
@@ -23,6 +24,7 @@ from records.checkpoints import (
     save_checkpoint,
 )
 from records.files import _umask
+from records.logs import SumMeter
 
 
 def tiny(num_classes=10, **kwargs):
@@ -231,3 +233,21 @@ def test_wrong_world_is_one_clear_line(monkeypatch):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--device cpu"):
             utils.init_world("cuda")
+    with pytest.raises(ValueError, match="--device must be cuda, cuda:N, mps or cpu, not gpu"):
+        utils.init_world("gpu")
+
+
+def test_metal(monkeypatch):
+    """What can be seen of it without a Mac: no float64, one process, and a line where it is missing."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device mps: Metal is not available here; use --device cpu"):
+        utils.init_world("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert utils.init_world("mps").device == torch.device("mps")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--device mps computes in one process, and 2 were started"):
+        utils.init_world("mps")
+    with FakeTensorMode():
+        assert SumMeter(["loss"], torch.device("mps")).sums.dtype == torch.float32
+    assert SumMeter(["loss"], torch.device("cpu")).sums.dtype == torch.float64
