@@ -38,11 +38,14 @@ demo-detection: setup
 ablation: setup
 	$(BIN)/python ablation.py --data_path $(FASHION_MNIST)
 
+# A process a core, each with the tests of whole files, which share what they train; one thread each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 10
+
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The thorough form of tests/faults/; it writes the page only if all of it holds.
 faults: setup
