@@ -353,7 +353,9 @@ class TrainState:
         try:
             self.optimizer.load_state_dict(saved)
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"cannot resume from {path}: its optimizer differs ({error})") from None
+            raise CheckpointError(
+                f"cannot resume from {path}: its optimizer differs ({error}): begin anew with --finetune"
+            ) from None
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             for key, value in settings.items():
                 if key not in group or (new_settings and key in GROUP_SETTINGS):  # older versions had fewer settings

@@ -212,7 +212,7 @@ class StepLog:
         now = time.perf_counter()
         rate = self.images / (now - self.start)
         self.images, self.start = 0, now
-        self.write(step, {"images_per_second": rate, **numbers})
+        self.write(step, {**numbers, "images_per_second": rate})
 
 
 class Sinks:
