@@ -2,13 +2,14 @@
 
 python benchmark.py --quick true
 python benchmark.py --model all --peers paper --output results/cpu.csv
+python benchmark.py --loading true --data_path DIR
 python benchmark.py --report results/cpu.csv --docs docs/benchmark.md --figures docs
 """
 
 from collections.abc import Sequence
 
 import runtimes
-from options import COUNT, POSITIVE, Arguments, Parser, boolean, file_path, parse_checked, path
+from options import COUNT, POSITIVE, WHOLE, Arguments, Parser, boolean, file_path, parse_checked, path
 
 TRAINING_ENGINES = ("plain", "channels_last", "compile")
 TRAINING_PRECISIONS = ("fp32", "bf16")
@@ -21,6 +22,7 @@ QUICK = {
     "together": 2,
 }
 CALLS_PER_TURN = 5
+LOADING = {"loading", "data_path", "num_workers", "input_size", "batch_size", "threads", "device", "output"}
 
 
 # -- the command line
@@ -62,6 +64,11 @@ def build_parser() -> Parser:
     what.add_argument("--batch_size", "--batches", nargs="+", type=COUNT, default=[1], help="images in a call")
     what.add_argument("--training", type=boolean, default=False, help="measure training steps instead of inference")
     what.add_argument(
+        "--loading", type=boolean, default=False, help="measure training's loader beside timm's instead of networks"
+    )
+    what.add_argument("--data_path", type=path, metavar="DIR", help="with --loading true, a folder with images in it")
+    what.add_argument("--num_workers", type=WHOLE, default=2, help="with --loading true, loader processes")
+    what.add_argument(
         "--profile", type=boolean, default=False, help="print the time of each kind of layer by the engine's own clock"
     )
     what.add_argument("--twins", type=boolean, default=False, help="measure VanillaNets as built in deploy form, too")
@@ -93,10 +100,19 @@ def _check(args: Arguments) -> None:
     if args.report:
         for flag in sorted({*args.given} - {"report", "docs", "figures"}):
             args.moot(flag, f"--report measures nothing: leave --{flag} out")
+    elif args.loading:
+        if args.data_path is None:
+            raise ValueError("--loading true needs --data_path, a folder with images in it")
+        for flag in sorted({*args.given} - LOADING):
+            args.moot(flag, f"--loading true measures no network: leave --{flag} out")
+        if "batch_size" not in args.given:
+            args.batch_size = [64]
     elif not args.model and not args.quick:
         raise ValueError("name --model, or add --quick true")
     for flag in ("calls", "docs", "figures", "output", "together", "training") if args.profile else ():
         args.moot(flag, f"--profile true prints a table of its own: leave --{flag} out")
+    for flag in ("data_path", "num_workers"):
+        args.needs(flag, args.loading or flag not in args.given, "it is for --loading true")
     for flag in ("engine", "twins", "int8_depthwise"):
         args.needs(flag, not args.training, "--training true has engines of its own")
     if args.training and not set(args.precision or ()) <= set(TRAINING_PRECISIONS):
@@ -126,7 +142,7 @@ from typing import Any
 import timm
 import torch
 
-from benchmarking import profiling, report, results
+from benchmarking import loading, profiling, report, results
 from benchmarking.spec import Spec
 from benchmarking.subjects import PAPER_PEERS, create, deployed, is_vanillanet
 from benchmarking.worker import Worker, WorkerError, closing, prepare
@@ -356,8 +372,33 @@ def print_profiles(args: argparse.Namespace) -> None:
 # -- the command
 
 
+def measure_loading(args: argparse.Namespace) -> None:
+    """Print what training's loader and timm's do by turns, and write it to --output."""
+    kept = results.read(args.output, loading.COLUMNS) if args.output and args.output.exists() else []
+    for resolution, batch in itertools.product(args.input_size, args.batch_size):
+        found = loading.measure(
+            args.data_path,
+            resolution=resolution,
+            batch=batch,
+            workers=args.num_workers,
+            device=torch.device(args.device),
+            threads=args.threads,
+        )
+        cells = []
+        for row in found:
+            speed = f"{row['images_per_s']:.0f}" if row["stage"] == "all" else ""
+            cells.append([row["loader"], row["stage"], f"{row['ms_per_image']:.2f}", speed])
+        title = f"{resolution} px, batch {batch}, {args.num_workers} loader processes: {found[0]['ratio']:.2f} x timm"
+        print(logs.table([["loader", "stage", "ms an image", "images/s"], *cells], title, text_columns=2))
+        kept += found
+        if args.output:
+            results.write(args.output, kept, loading.COLUMNS)
+
+
 def run(args: argparse.Namespace) -> None:
     args.threads = args.threads or torch.get_num_threads()
+    if args.loading:
+        return measure_loading(args)
     if args.profile:
         return print_profiles(args)
     if args.report:

@@ -20,9 +20,20 @@ from PIL import Image
 from timm.data import ImageDataset as TimmImageDataset
 from torch.utils.data import Dataset
 
-from loading.images import EXTENSIONS, LeftOut, decode_image, find_images, folder_identity, reading, some, to_rgb
+from loading.images import (
+    EXTENSIONS,
+    LeftOut,
+    decode_for_training,
+    decode_image,
+    find_images,
+    folder_identity,
+    reading,
+    some,
+    to_rgb,
+)
 from loading.streams import TIMM_PACKAGES, StreamDataset, names_of, open_timm, timm_classes
 from loading.transforms import Transform
+from loading.views import TrainTransform
 from records.files import first_line
 
 logger = logging.getLogger("data_sets")  # Hugging Face's package sets the level of the one that has its name
@@ -117,7 +128,8 @@ class FolderDataset(ImageDataset):
         return os.path.basename(self.describe(index))
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        return decode_image(self.describe(index)), int(self.targets[index])
+        decode = decode_for_training if isinstance(self.transform, TrainTransform) else decode_image
+        return decode(self.describe(index)), int(self.targets[index])
 
 
 class ArrayDataset(ImageDataset):

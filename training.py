@@ -114,6 +114,7 @@ def loading_of(args: argparse.Namespace, world: utils.World) -> Loading:
         seed=args.seed,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and world.device.type == "cuda",
+        device=world.device,
     )
 
 

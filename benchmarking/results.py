@@ -76,11 +76,11 @@ def _cell(value: object) -> object:
     return f"{value:.5g}" if isinstance(value, float) else value
 
 
-def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+def write(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str] = COLUMNS) -> None:
     """Write all rows, atomically; a column that a row lacks is empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
 
@@ -88,7 +88,7 @@ def write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 NUMBERS = frozenset(COLUMNS[5:23]) | {"threads"}
 
 
-def read(path: Path) -> list[dict[str, object]]:
+def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, object]]:
     """The rows of a file that `write` wrote, with numbers as floats and None for empty cells.
 
     Raises:
@@ -100,12 +100,12 @@ def read(path: Path) -> list[dict[str, object]]:
             rows = list(reader)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text'}") from error
-    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    missing = [name for name in columns if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{path} is no table of benchmark.py: it has no column {missing[0]}")
     try:
         return [
-            {name: (float(row[name]) if row[name] else None) if name in NUMBERS else row[name] for name in COLUMNS}
+            {name: (float(row[name]) if row[name] else None) if name in NUMBERS else row[name] for name in columns}
             for row in rows
         ]
     except (ValueError, TypeError) as error:

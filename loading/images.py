@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import io
 import logging
 import os
 from collections import Counter
@@ -10,7 +11,9 @@ from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from records.files import first_line
 
@@ -77,12 +80,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = grey
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns of the direct way
-    return image.convert("RGB")
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()  # instead of a copy
+    return image
 
 
 def decode_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
     """Read a file of one of `FORMATS`, told by its content, as RGB. Raises BrokenImageError."""
     with reading(), Image.open(source, formats=FORMATS) as image:
+        return to_rgb(image)
+
+
+def decode_for_training(path: str | os.PathLike) -> Image.Image:
+    """As `decode_image`; a JPEG also has `pixels`, the same ones as torchvision's tensor: uint8, (3, H, W).
+
+    Both are libjpeg's, but Pillow's take four bytes each. Here it decodes them only when something asks for them.
+    """
+    with reading():
+        with open(path, "rb") as file:
+            content = bytearray(file.read())
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        if image.format in ("JPEG", "MPO") and image.mode == "RGB":
+            with suppress(RuntimeError):  # Pillow says what is the matter, or copes with it
+                image.pixels = decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), mode=ImageReadMode.RGB)
+                return image
         return to_rgb(image)
 
 

@@ -16,6 +16,7 @@ from loading.images import BrokenImageError
 from loading.order import EpochSampler, kept_random_states, seed_all
 from loading.processes import Loading, Sample, iterate, make_loader, mapped
 from loading.streams import StreamDataset, StreamEvalLoader, StreamTrainLoader
+from loading.views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class _TrainSamples(Dataset):
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset = dataset
+        self.view = getattr(getattr(dataset, "transform", None), "view", None)
         self.seed = seed
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
@@ -43,7 +45,11 @@ class _TrainSamples(Dataset):
             except BrokenImageError as error:
                 notes.append((candidate, str(error)))
                 continue
-            return *self.dataset.apply(image, target), candidate, notes
+            if self.view is None:
+                image, target = self.dataset.apply(image, target)
+            else:
+                image = self.view(image)
+            return image, target, candidate, notes
         return None, -1, index, notes
 
     def _candidates(self, index: int) -> Iterator[int]:
@@ -71,6 +77,8 @@ class _EvalSamples(Dataset):
 class TrainLoader:
     """Batches of one rank: images (B, 3, H, W), float32, and classes (B,), int64; all of the same size.
 
+    The images are on `loading.device` if the transform has two halves, as that of `build_train_transform` has.
+
     Attributes:
         broken: indices of the images that this rank found broken so far. Each is logged once.
         resumable: whether an epoch can begin elsewhere than at its start.
@@ -82,6 +90,7 @@ class TrainLoader:
         self.broken: set[int] = set()
         self._dataset = dataset
         self._batch_size = loading.batch_size
+        self._device = loading.device
         self._sampler = EpochSampler(len(dataset), loading)
         self._loader = make_loader(
             _TrainSamples(dataset, loading.seed),
@@ -107,12 +116,14 @@ class TrainLoader:
         """Raises ValueError if no readable image is found for a place in a batch."""
         for images, targets, _, notes in iterate(self._loader):
             _note_broken(notes, self.broken, self._dataset)
-            if images is None or len(images) < self._batch_size:
+            if targets is None or len(targets) < self._batch_size:
                 index, reason = notes[-1]
                 raise ValueError(
                     f"no readable training image in {min(len(self._dataset), MAX_TRIES)} tries, the last was "
                     f"{self._dataset.describe(index)}: {reason}; replace such files"
                 )
+            if isinstance(images, Views):
+                images = self._dataset.transform.finish(images, self._device)
             yield images, targets
 
 

@@ -15,13 +15,19 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from loading.views import Views, stack_views
+from utils import keep_freed_memory
+
 # Signals that reach a whole group of processes, and that the main process answers.
 GROUP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 # What a loader process sends for each image: (image or None, class, index, notes), the notes for the main process.
-Sample = tuple[torch.Tensor | None, Any, int, Sequence]
+Sample = tuple[torch.Tensor | Views | None, Any, int, Sequence]
 # Batches (image, target, index): by default (B, 3, H, W), (B,), (B,).
 Collate = Callable[[list[tuple]], Sequence]
+
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Loading:
         num_workers: loader processes; 0 loads in this process.
         pin_memory: put batches in page-locked memory, for a GPU.
         collate: batches (image, target, index).
+        device: where training's views are finished, and so where its images are.
 
     Raises:
         ValueError: a value is out of range.
@@ -47,6 +54,7 @@ class Loading:
     num_workers: int = 0
     pin_memory: bool = False
     collate: Collate = default_collate
+    device: torch.device = CPU
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -61,8 +69,13 @@ def _collate(samples: list[Sample], batch: Collate) -> tuple[Any, Any, Any, list
     """Batch the samples that have an image, and the notes of all."""
     notes = [note for sample in samples for note in sample[3]]
     kept = [sample[:3] for sample in samples if sample[0] is not None]
-    images, targets, indices = batch(kept) if kept else (None, None, None)
-    return images, targets, indices, notes
+    if not kept:
+        return None, None, None, notes
+    if not isinstance(kept[0][0], Views):
+        return *batch(kept), notes
+    views = [image for image, _, _ in kept]
+    pixels, targets, indices = batch([(view.pixels[0], *rest) for view, (_, *rest) in zip(views, kept, strict=True)])
+    return stack_views(pixels, views), targets, indices, notes
 
 
 @cache
@@ -97,6 +110,7 @@ def _start_worker(exiting: Any, worker_id: int) -> None:
         if exiting.value:
             os._exit(0)
 
+    keep_freed_memory()
     for number in GROUP_SIGNALS:
         signal.signal(number, terminate if number == signal.SIGTERM else signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):

@@ -19,6 +19,7 @@ from loading.images import to_rgb
 from loading.order import kept_random_states, seed_all
 from loading.processes import Loading, Sample, iterate, make_loader, mapped
 from loading.transforms import Transform
+from loading.views import Views
 from records.files import first_line
 
 # The prefixes of timm's data set names, with the package that each needs.
@@ -150,7 +151,7 @@ class _TrainStream(IterableDataset):
         for position, (image, target) in enumerate(_stream(self.name, self.source)):
             with kept_random_states():
                 seed_all(*self.key, worker, position)
-                view = self.transform(image)
+                view = getattr(self.transform, "view", self.transform)(image)
             yield view, target, position, ()
 
 
@@ -227,6 +228,8 @@ class StreamTrainLoader:
         count = 0
         for images, targets, _, _ in iterate(loader):
             count += 1
+            if isinstance(images, Views):
+                images = self._dataset.transform.finish(images, loading.device)
             yield images, targets
         if count < self._length:
             raise ValueError(

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -17,9 +18,12 @@ from timm.data import (
     auto_augment,
     create_transform,
 )
+from timm.data.random_erasing import RandomErasing
 from torchvision import transforms
 
 from loading.images import upright
+from loading.resampling import RandomResizedCrop, move
+from loading.views import TrainTransform
 from records.files import first_line
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -92,11 +96,25 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
-def _mend_posterize(policy: Any) -> None:
-    """Put `_posterize` into a policy of timm's, in place."""
+MOVES = (
+    auto_augment.shear_x,
+    auto_augment.shear_y,
+    auto_augment.translate_x_abs,
+    auto_augment.translate_x_rel,
+    auto_augment.translate_y_abs,
+    auto_augment.translate_y_rel,
+)
+
+
+def _mend(policy: Any) -> None:
+    """Put `_posterize`, `move` and a filter that Pillow can rotate with into a policy of timm's, in place."""
     for op in getattr(policy, "ops", None) or chain.from_iterable(policy.policy):
+        if op.kwargs.get("resample") == Image.Resampling.LANCZOS:
+            op.kwargs["resample"] = Image.Resampling.BICUBIC
         if op.aug_fn is auto_augment.posterize:
             op.aug_fn = _posterize
+        elif op.aug_fn in MOVES:
+            op.aug_fn = partial(move, op.aug_fn)
 
 
 def build_train_transform(
@@ -109,8 +127,8 @@ def build_train_transform(
     remode: str = "pixel",
     recount: int = 1,
     hflip: float = 0.5,
-) -> Transform:
-    """From an RGB image to a random view of it, float32, (3, input_size, input_size), by timm's `create_transform`.
+) -> TrainTransform:
+    """From an RGB image to a random view of it, float32, (3, input_size, input_size), as timm's `create_transform`.
 
     Args:
         preprocessing: of which crop_pct, interpolation and crop_mode do not count.
@@ -128,9 +146,10 @@ def build_train_transform(
         unknown = [part for part in (policy or "").split("-")[1:] if not re.search(r"\d|^t", part)]
         if unknown:  # timm passes over them
             raise ValueError(f"unknown section {unknown[0]}")
-        transform = create_transform(
+        first, second, last = create_transform(
             input_size=preprocessing.input_size,
             is_training=True,
+            separate=True,
             hflip=hflip,
             color_jitter=color_jitter or None,
             auto_augment=policy,
@@ -146,14 +165,18 @@ def build_train_transform(
             f"timm cannot augment by --aa {aa} --train_interpolation {interpolation} --remode {remode}: "
             f"{first_line(error)}"
         ) from error
-    for step in transform.transforms:
+    steps = [*first.transforms, *second.transforms]
+    for step in steps:
         if isinstance(step, auto_augment.RandAugment | auto_augment.AutoAugment | auto_augment.AugMixAugment):
-            _mend_posterize(step)
+            _mend(step)
     if preprocessing.native:
-        transform.transforms[0] = transforms.RandomCrop(preprocessing.input_size, padding=4)
+        steps[0] = transforms.RandomCrop(preprocessing.input_size, padding=4)
+    else:
+        steps[0] = RandomResizedCrop(preprocessing.input_size, interpolation=interpolation)
     if preprocessing.exif_transpose:
-        transform.transforms.insert(0, upright)
-    return transform
+        steps.insert(0, upright)
+    erase = next((step for step in last.transforms if isinstance(step, RandomErasing)), None)
+    return TrainTransform(steps, erase=erase, mean=preprocessing.mean, std=preprocessing.std)
 
 
 class _LimitAspect:

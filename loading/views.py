@@ -1,0 +1,115 @@
+"""Random views of training images in two halves: bytes in a loader process, floats in the process that trains.
+
+Loader processes send uint8, a quarter of the memory of float32; a whole batch is normalized and erased on the device.
+All random numbers are drawn in the first half, so the second is a function of what it is given.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.random_erasing import RandomErasing
+
+SINGLE_THREADED = 32_767  # the most values that an elementwise operation of torch handles in one thread
+
+
+class Views(NamedTuple):
+    """Views of one or several images before normalizing.
+
+    Attributes:
+        pixels: uint8, (B, H, W, 3).
+        areas: to be erased: (image, top, left, height, width, number of values).
+        values: float32, what fills the areas one after the other: (3, height, width) or (3, 1, 1) each, flattened.
+    """
+
+    pixels: torch.Tensor
+    areas: list[tuple[int, int, int, int, int, int]]
+    values: torch.Tensor
+
+
+def stack_views(pixels: torch.Tensor, views: Sequence[Views]) -> Views:
+    """The views of single images as those of a batch, whose pixels are stacked already."""
+    areas = [(number, *area[1:]) for number, view in enumerate(views) for area in view.areas]
+    return Views(pixels, areas, torch.cat([view.values for view in views]))
+
+
+class _Areas(list):
+    """Takes the place of an image (3, H, W) in timm's random erasing, and notes what would be written where."""
+
+    dtype = torch.float32
+
+    def __init__(self, height: int, width: int):
+        super().__init__()
+        self._size = (3, height, width)
+
+    def size(self) -> tuple[int, int, int]:
+        return self._size
+
+    def __setitem__(self, place: tuple[slice, slice, slice], values: torch.Tensor) -> None:
+        _, rows, columns = place
+        self.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start, values))
+
+
+@cache
+def _row(channels: tuple[float, ...], width: int, device: torch.device) -> torch.Tensor:
+    """A value of each channel for each pixel of a row, (W * 3,)."""
+    return torch.tensor(channels, device=device).repeat(width)
+
+
+class TrainTransform:
+    """From an RGB image to a random view of it, float32, (3, H, W), normalized, with areas of it erased.
+
+    Args:
+        transforms: from an image to an image of the final size.
+        erase: timm's random erasing; None is none.
+        mean, std: of each channel, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        transforms: Sequence[Callable[[Image.Image], Image.Image]],
+        *,
+        erase: RandomErasing | None,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ):
+        self.transforms = list(transforms)
+        self.erase = erase
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def view(self, image: Image.Image) -> Views:
+        """The first half, of one image; all random numbers are drawn here."""
+        for transform in self.transforms:
+            image = transform(image)
+        pixels = torch.from_numpy(np.array(image))
+        areas = _Areas(*pixels.shape[:2])
+        if self.erase is not None:
+            self.erase(areas)
+        values = [area[4].flatten() for area in areas]
+        noted = [(0, *area[:4], value.numel()) for area, value in zip(areas, values, strict=True)]
+        return Views(pixels[None], noted, torch.cat(values) if values else torch.empty(0))
+
+    def finish(self, views: Views, device: torch.device) -> torch.Tensor:
+        """The second half, of a batch: images (B, 3, H, W), float32, on the device, in memory (B, H, W, 3)."""
+        pixels, values = views.pixels.to(device, non_blocking=True), views.values.to(device, non_blocking=True)
+        width = pixels.shape[2]
+        mean, std = _row(self.mean, width, device), _row(self.std, width, device)
+        images = torch.empty(pixels.shape, device=device)
+        # On a CPU by a few rows: they stay in its cache, and torch starts no threads, which would wait for each other
+        # while loader processes have the cores.
+        rows = max(1, SINGLE_THREADED // (3 * width)) if device.type == "cpu" else len(pixels) * pixels.shape[1]
+        flat = (tensor.view(-1, 3 * width).split(rows) for tensor in (images, pixels))
+        for floats, whole in zip(*flat, strict=True):
+            floats.copy_(whole).div_(255).sub_(mean).div_(std)
+        begin = 0
+        for number, top, left, h, w, count in views.areas:
+            fill = values[begin : begin + count].view(3, *((h, w) if count > 3 else (1, 1)))
+            images[number, top : top + h, left : left + w] = fill.permute(1, 2, 0)
+            begin += count
+        return images.permute(0, 3, 1, 2)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self.finish(self.view(image), torch.device("cpu"))[0]
