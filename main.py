@@ -15,29 +15,29 @@ import argparse
 import copy
 import functools
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import Mixup
 from torch import nn
 
 import datasets
-import deployment
-import models  # noqa: F401  registers the variants
 import networks
 import runtimes
 import utils
 from benchmarking import profiling
+from deployment.fusing import COMPARED_BATCHES, deployed, largest_difference, write_deployed
+from deployment.images import spread, transform
 from engine import Classification, Distiller, EvalResult, Precision, Schedule, build_criterion, evaluate
 from loading import loaders, transforms
 from loading.streams import StreamDataset
-from optim_factory import activation_slope, cosine_schedule
+from loading.transforms import Preprocessing
+from optim_factory import activation_slope, cosine_schedule, freeze
 from records import logs
-from records.checkpoints import checkpoint_weights, load_checkpoint, load_weights, save_checkpoint
+from records.checkpoints import load_weights
 from training import (
     Task,
     broken_count,
@@ -54,44 +54,33 @@ from training import (
 
 logger = logging.getLogger("main")
 
-DEPLOY_TOLERANCE = 1e-4  # largest difference of fused from unfused logits, relative to the largest logit
-COMPARED_BATCHES = 4
 CALIBRATION_IMAGES = 300
 
 
 # -- the parts, built from the arguments
 
 
-def build_transform(args: argparse.Namespace, *, train: bool):
-    preprocessing = transforms.Preprocessing(
-        args.input_size,
-        *transforms.mean_and_std(args.imagenet_default_mean_and_std),
-        crop_pct=args.crop_pct,
-        native=transforms.keeps_native_size(args.data_set, args.input_size),
-        exif_transpose=args.exif_transpose,
-    )
-    if not train:
-        return transforms.build_eval_transform(preprocessing)
+def build_train_transform(args: argparse.Namespace, preprocessing: Preprocessing) -> transforms.Transform:
     return transforms.build_train_transform(
         preprocessing,
         color_jitter=args.color_jitter,
         aa=args.aa,
-        interpolation=args.train_interpolation,
+        interpolation=args.train_interpolation if "train_interpolation" in args.given else preprocessing.interpolation,
         reprob=args.reprob,
         remode=args.remode,
         recount=args.recount,
     )
 
 
-def build_dataset(args: argparse.Namespace, world: utils.World, *, train: bool, transform=None):
-    """One split, with its own transform if none is given. Rank 0 opens it first, since that may download it."""
+def build_dataset(args: argparse.Namespace, world: utils.World, *, train: bool, transform: transforms.Transform):
+    """One split. Rank 0 opens it first, since that may download it."""
     for turn in (True, False):
         if world.is_main is turn:
             dataset = datasets.build_dataset(
                 args.data_set,
                 args.data_path,
                 train=train,
-                transform=transform or build_transform(args, train=train),
+                transform=transform,
                 eval_data_path=args.eval_data_path,
                 split=args.train_split if train else args.val_split,
                 download=turn,
@@ -105,17 +94,26 @@ def build_eval_loader(
     dataset,
     world: utils.World,
     *,
-    classes: Sequence[str] | None = None,
-    of: str = "the network",
+    classes: Sequence[str] | None,
+    num_classes: int,
+    of: str,
 ):
-    """The validation loader, and ReaL's labels by index if there are any; for the rest see `match_classes`."""
-    loading = loading_of(args, world if args.dist_eval else utils.World(0, 1, world.device))
+    """The validation loader, and ReaL's labels by index if there are any.
+
+    Args:
+        classes: of the network or the training data, among which `match_classes` finds those of the data set.
+        num_classes: how many these are.
+        of: whose they are, for messages.
+    """
+    classes = networks.known_classes(classes, num_classes, dataset.classes)
     indices = datasets.match_classes(dataset, classes, of=of)
+    if (classes is None or dataset.classes is None) and class_count(args, dataset) != num_classes:
+        raise ValueError(f"{of} knows {num_classes} classes, the data have {class_count(args, dataset)}")
+    loading = loading_of(args, world if args.dist_eval else utils.World(0, 1, world.device))
     loader = loaders.build_eval_loader(dataset, loading, skip_broken=args.skip_broken_eval, class_indices=indices)
     real = None
     if args.real_labels:
-        labels = datasets.load_real_labels(args.real_labels)
-        real = datasets.real_targets(labels, dataset, None if classes is None else len(classes))
+        real = datasets.real_targets(datasets.load_real_labels(args.real_labels), dataset, num_classes)
     return loader, real
 
 
@@ -128,75 +126,113 @@ def class_count(args: argparse.Namespace, dataset) -> int:
     return len(dataset.classes)
 
 
-def build_model(args: argparse.Namespace, num_classes: int, *, deploy: bool = False) -> nn.Module:
-    """The network on the CPU, initialized from the current seed."""
-    kwargs: dict[str, Any] = {"num_classes": num_classes, "drop_rate": args.drop}
-    networks.check_name(args.model, "--model", family="vanillanet*")
-    if args.model.startswith("vanillanet"):
-        kwargs.update(act_num=args.act_num, deploy=deploy)
-        if args.width_mult is not None:
-            kwargs["width_mult"] = args.width_mult
-    for flag in ("act_num", "width_mult", "deploy"):
-        if flag not in kwargs:
-            args.moot(flag, f"--{flag} belongs to VanillaNet, --model {args.model} has no such thing")
-    model = timm.create_model(args.model, **kwargs)
-    networks.check_input_size(model, args.input_size, f"--model {args.model}")
-    return model
-
-
-def load_network(args: argparse.Namespace, model: nn.Module, *, fine_tuning: bool) -> tuple[float, dict[str, Any]]:
-    """Load --finetune into `model`. Returns the checkpoint's lambda, to which the model is set, and the checkpoint."""
-    path = args.finetune or args.resume
-    checkpoint = load_checkpoint(path)
-    weights = checkpoint_weights(
-        checkpoint,
-        key=args.model_key,
-        whole_file="model_key" not in args.given,
+def open_source(args: argparse.Namespace) -> networks.Network:
+    """The network of --finetune, or of --resume, with the classes that it was trained on."""
+    own = {flag: getattr(args, flag) for flag in ("act_num", "width_mult") if flag in args.typed}
+    return networks.open(
+        args.finetune or args.resume,
+        name=args.model if "model" in args.typed and args.model != args.finetune else None,
+        fallback=args.model,
+        key=args.model_key if "model_key" in args.given else None,
+        order=networks.NETWORK_FIRST,
         prefix=args.model_prefix,
-        path=path,
+        mend="give a file of weights",
+        drop_rate=args.drop,
+        **own,
     )
-    skipped = load_weights(model, weights, path=path, allow_other_classes=fine_tuning)
-    if skipped:
-        logger.info("%s has other classes: its classifier (%d tensors) is not loaded", path, len(skipped))
-    slope = networks.recorded_slope(checkpoint)
-    networks.set_slope(slope, model)
-    return slope, checkpoint
 
 
-def build_teacher(args: argparse.Namespace, classes: Sequence[str] | None, num_classes: int) -> nn.Module:
+def settle(args: argparse.Namespace, network: networks.Network | None, *, train: bool = False) -> Preprocessing:
+    """How images are prepared: as the network's file records it, else as timm has it; a flag wins over both.
+
+    What the file decides goes into `args`, too, for the reports and the record of the run; the log says what a flag
+    overrides.
+
+    Args:
+        network: that was opened; None for one of random weights, --model.
+        train: for the training of a network, whose data decide whether images are resized.
+    """
+    recorded = network.record.preprocessing if network else {}
+    flags = {"data_set": args.data_set}
+    if networks.is_vanillanet(network.name if network else args.model):
+        flags["crop_pct"] = None  # the published script's crop follows from the size
+    mean, std = transforms.mean_and_std(args.imagenet_default_mean_and_std)
+    changes: dict[str, Any] = {}
+    for flag, values in (
+        ("input_size", {"input_size": args.input_size}),
+        ("crop_pct", {"crop_pct": args.crop_pct}),
+        ("exif_transpose", {"exif_transpose": args.exif_transpose}),
+        ("imagenet_default_mean_and_std", {"mean": mean, "std": std}),
+    ):
+        told = any(recorded.get(name) is not None for name in values)
+        if flag in (args.typed if told else args.given):
+            changes |= values
+            if other := {name: recorded[name] for name in values if recorded.get(name, values[name]) != values[name]}:
+                logger.info("--%s %s instead of what %s records, %s", flag, getattr(args, flag), network.source, other)
+    preprocessing = network.preprocessing if network else networks.named_preprocessing(args.model)
+    native = None
+    if train:
+        native = transforms.keeps_native_size(args.data_set, changes.get("input_size", preprocessing.input_size))
+    preprocessing = networks.prepare(
+        preprocessing, network.record.arguments if recorded else flags, native=native, **changes
+    )
+    args.input_size = preprocessing.input_size
+    if network:
+        args.model = network.name
+        networks.check_input_size(network.module, args.input_size, f"--model {args.model}")
+        if networks.is_vanillanet(args.model):
+            args.width_mult = network.record.arguments.get("width_mult", args.width_mult)
+    return preprocessing
+
+
+def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The network on the CPU, initialized from the current seed."""
+    own = {flag: getattr(args, flag) for flag in ("act_num", "width_mult") if flag in args.given}
+    if not networks.is_vanillanet(args.model):
+        for flag in own:
+            args.moot(flag, f"--{flag} belongs to VanillaNet, --model {args.model} has no such thing")
+        own = {}
+    model = networks.open(args.model, pretrained=False, num_classes=num_classes, drop_rate=args.drop, **own).module
+    networks.check_input_size(model, args.input_size, f"--model {args.model}")
+    return model.train()
+
+
+def build_teacher(
+    args: argparse.Namespace, preprocessing: Preprocessing, *, classes: Sequence[str] | None, num_classes: int
+) -> nn.Module:
     """The network to learn from, on the CPU in eval mode, for images as the student gets them.
 
     It is a checkpoint's (--teacher FILE, or --teacher MODEL --teacher_weights FILE), or a model of timm's.
 
     Args:
+        preprocessing: of the student's images.
         classes: names of the data's, where they are known.
     """
-    checkpoint: dict[str, Any] = {}
-    is_file = Path(args.teacher).is_file()
-    if is_file and args.teacher_weights:
-        args.moot("teacher_weights", f"--teacher {args.teacher} has weights already: leave out --teacher_weights")
-    if is_file or args.teacher_weights:
-        _, teacher, checkpoint = networks.create_trained(
-            args.teacher if is_file else args.teacher_weights,
-            name=None if is_file else args.teacher,
-            num_classes=num_classes,
-            key=args.teacher_key,
-            whole_file="teacher_key" not in args.given,
-            flag="--teacher MODEL --teacher_weights FILE",
-        )
-    else:
-        teacher = networks.create_pretrained(args.teacher, "--teacher", mend="add --teacher_weights")
-    if teacher.num_classes != num_classes:
-        raise ValueError(f"--teacher {args.teacher} knows {teacher.num_classes} classes, the data have {num_classes}")
-    if classes and checkpoint.get("classes", list(classes)) != list(classes):
+    source, name = args.teacher, None
+    if args.teacher_weights:
+        if networks.is_file(args.teacher):
+            args.moot("teacher_weights", f"--teacher {args.teacher} has weights already: leave out --teacher_weights")
+        else:
+            source, name = args.teacher_weights, args.teacher
+    teacher = networks.open(
+        source,
+        name=name,
+        key=args.teacher_key if "teacher_key" in args.given else None,
+        flag="--teacher MODEL --teacher_weights FILE" if networks.is_file(source) else "--teacher",
+        mend="add --teacher_weights",
+    )
+    found = teacher.module.num_classes
+    if found != num_classes:
+        raise ValueError(f"--teacher {args.teacher} knows {found} classes, the data have {num_classes}")
+    if classes and teacher.weights and tuple(classes) != (teacher.classes or tuple(classes)):
         raise ValueError(
             f"--teacher {args.teacher} was trained on other classes than the data's, or on them in another order"
         )
-    networks.check_input_size(teacher, args.input_size, f"--teacher {args.teacher}")
+    networks.check_input_size(teacher.module, preprocessing.input_size, f"--teacher {args.teacher}")
     return networks.renormalized(
-        teacher.requires_grad_(False),
-        given=transforms.mean_and_std(args.imagenet_default_mean_and_std),
-        wanted=networks.mean_and_std(teacher, checkpoint),
+        teacher.module.requires_grad_(False),
+        given=(preprocessing.mean, preprocessing.std),
+        wanted=(teacher.preprocessing.mean, teacher.preprocessing.std),
     )
 
 
@@ -246,22 +282,28 @@ def report_eval(name: str, result: EvalResult, broken: int) -> None:
 
 
 def prepare_eval(args: argparse.Namespace, world: utils.World):
-    """What --eval and --switch_to_deploy share: the loader, ReaL labels, the loaded network and its checkpoint."""
-    dataset = build_dataset(args, world, train=False)
-    loader, real = build_eval_loader(args, dataset, world)
-    model = build_model(args, class_count(args, dataset), deploy=args.deploy)
-    _, checkpoint = load_network(args, model, fine_tuning=False)
-    return loader, real, model.to(world.device, memory_format=layout_of(args)).eval(), checkpoint
+    """What --eval and --switch_to_deploy share: the loader, ReaL labels, and the network, which is on the device."""
+    network = open_source(args)
+    if args.deploy and not getattr(network.module, "deploy", True):
+        raise ValueError(f"--deploy true, but {network.source} is in training form: leave it out")
+    network = replace(network, preprocessing=settle(args, network))
+    transform = transforms.build_eval_transform(network.preprocessing)
+    dataset = build_dataset(args, world, train=False, transform=transform)
+    loader, real = build_eval_loader(
+        args, dataset, world, classes=network.classes, num_classes=network.module.num_classes, of=network.source
+    )
+    network.module.to(world.device, memory_format=layout_of(args))
+    return loader, real, network
 
 
 def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
-    loader, real, model, _ = prepare_eval(args, world)
+    loader, real, network = prepare_eval(args, world)
     if args.compile:
-        model.compile()
-    result = run_eval(args, world, model, loader, real, build_precision(args, world.device), args.model)
+        network.module.compile()
+    result = run_eval(args, world, network.module, loader, real, build_precision(args, world.device), args.model)
     broken = broken_count(world, loader)
     if world.is_main:
-        report_eval(f"{args.model} ({args.finetune or args.resume})", result, broken)
+        report_eval(f"{args.model} ({network.source})", result, broken)
 
 
 class _Deployed(nn.Module):
@@ -275,14 +317,14 @@ class _Deployed(nn.Module):
         return self.runtime(images)
 
 
-def calibrate(args: argparse.Namespace, world: utils.World) -> runtimes.Calibration:
+def calibrate(args: argparse.Namespace, world: utils.World, preprocessing: Preprocessing) -> runtimes.Calibration:
     """Training images, evenly spread, as they are prepared for evaluation."""
-    dataset = build_dataset(args, world, train=True, transform=build_transform(args, train=False))
+    dataset = build_dataset(args, world, train=True, transform=transforms.build_eval_transform(preprocessing))
     if isinstance(dataset, StreamDataset):
         raise ValueError(
             f"int8 cannot be calibrated on a stream (--data_set {args.data_set}): use export.py --calib_data"
         )
-    images = torch.stack([dataset[place][0] for place in deployment.spread(len(dataset), CALIBRATION_IMAGES)])
+    images = torch.stack([dataset[place][0] for place in spread(len(dataset), CALIBRATION_IMAGES)])
     return runtimes.Calibration(images.split(args.batch_size))
 
 
@@ -297,10 +339,10 @@ def open_exported(args: argparse.Namespace, world: utils.World, path: str):
     ):
         if getattr(args, flag) != value:
             args.moot(flag, f"--{flag} {getattr(args, flag)}, but {path} was exported with {value}")
-    dataset = build_dataset(args, world, train=False, transform=deployment.transform(metadata))
-    if class_count(args, dataset) != len(metadata.classes):
-        raise ValueError(f"{path} knows {len(metadata.classes)} classes, the data have {class_count(args, dataset)}")
-    return *build_eval_loader(args, dataset, world), runtime
+    dataset = build_dataset(args, world, train=False, transform=transform(metadata))
+    classes = networks.unlabelled(metadata.classes, dataset.classes)
+    found = build_eval_loader(args, dataset, world, classes=classes, num_classes=len(metadata.classes), of=path)
+    return *found, runtime
 
 
 def evaluate_deployed(args: argparse.Namespace, world: utils.World) -> None:
@@ -309,13 +351,13 @@ def evaluate_deployed(args: argparse.Namespace, world: utils.World) -> None:
     if runtimes.of_file(path):
         loader, real, runtime = open_exported(args, world, path)
     else:
-        loader, real, model, _ = prepare_eval(args, world)
+        loader, real, network = prepare_eval(args, world)
         runtime = runtimes.load(
-            timm.utils.reparameterize_model(model.cpu()),
+            deployed(network).module.cpu(),
             engine=args.engine,
             precision=args.precision,
             images=torch.zeros(args.batch_size, 3, args.input_size, args.input_size),
-            calibration=calibrate(args, world) if args.precision == "int8" else None,
+            calibration=calibrate(args, world, network.preprocessing) if args.precision == "int8" else None,
             device=str(world.device),
         )
     name = f"{path} in {runtime.name}, {runtime.precision}"
@@ -328,58 +370,33 @@ def evaluate_deployed(args: argparse.Namespace, world: utils.World) -> None:
 # -- deploying
 
 
-@torch.no_grad()
-def largest_difference(model: nn.Module, fused: nn.Module, loader, device: torch.device) -> float:
-    """The largest |fused - unfused| logit over some real batches, relative to the largest |unfused|; in float32.
-
-    The process does without TensorFloat-32 from now on: by its rounding alone the two forms differ by some 1e-2.
-    """
-    runtimes.set_tf32("fp32", str(device))
-    difference = scale = 0.0
-    for number, (images, _, _) in enumerate(loader):
-        if number == COMPARED_BATCHES:
-            break
-        images = images.to(device)
-        logits = model(images)
-        difference = max(difference, (fused(images) - logits).abs().max().item())
-        scale = max(scale, logits.abs().max().item())
-    return difference / scale if scale else difference
+def other_forms(network: networks.Network) -> Iterator[tuple[str, nn.Module]]:
+    """The network with each of the other weights that its file holds, its average for instance."""
+    weights = network.weights
+    for key in weights.checkpoint if weights and weights.key else ():
+        if key != weights.key and key.startswith(("model", "state_dict")) and weights.holds(key):
+            other = copy.deepcopy(network.module)
+            load_weights(other, weights.under(key), path=weights.path)
+            yield key, other
 
 
 def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
     """Fuse, compare with the unfused network, write the file once, evaluate all forms side by side."""
-    loader, real, model, checkpoint = prepare_eval(args, world)
-    if not hasattr(model, "switch_to_deploy"):
-        raise ValueError(f"--model {args.model} has no deploy form")
-    fused = copy.deepcopy(model)
-    fused.switch_to_deploy()
-    fused.to(memory_format=layout_of(args))  # what fusing returns is contiguous
-    difference = largest_difference(model, fused, loader, world.device)
-    if not difference <= DEPLOY_TOLERANCE:
-        raise ValueError(
-            f"the fused logits differ by {difference:.2e}, more than {DEPLOY_TOLERANCE:.0e}; nothing written"
-        )
+    loader, real, network = prepare_eval(args, world)
     target = Path(args.switch_to_deploy)
-    if world.is_main:
-        save_checkpoint(
-            {
-                "model": fused.state_dict(),
-                "act_learn": 1.0,
-                "deploy": True,
-                **{key: checkpoint[key] for key in ("classes",) if key in checkpoint},
-                "args": plain_args(args),
-            },
-            target,
-        )
-    forms = {f"train form ({args.model_key})": model}
-    used = next((key for key in args.model_key.split("|") if key in checkpoint), None)
-    if used:
-        forms = {f"train form, {used}": model}
-    for key in checkpoint:
-        if (key == "model" or key.startswith("model_ema")) and key != used and isinstance(checkpoint[key], dict):
-            other = copy.deepcopy(model)
-            load_weights(other, checkpoint_weights(checkpoint, key=key), path=args.finetune)
-            forms[f"train form, {key}"] = other
+    fused, difference = write_deployed(
+        network.module,
+        target,
+        compare=functools.partial(largest_difference, batches=(images.to(world.device) for images, _, _ in loader)),
+        answers="logits",
+        record={**network.state(), "args": plain_args(args)},
+        device=world.device,
+        layout=layout_of(args),
+        is_main=world.is_main,
+    )
+    used = network.weights.key if network.weights else ""
+    forms = {f"train form, {used}" if used else "train form": network.module}
+    forms |= {f"train form, {key}": module for key, module in other_forms(network)}
     forms[f"deploy form of {used}" if used else "deploy form"] = fused
     precision = build_precision(args, world.device)
     results = {name: run_eval(args, world, form, loader, real, precision, name) for name, form in forms.items()}
@@ -442,26 +459,35 @@ def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
     )
 
 
-def open_data(args: argparse.Namespace, world: utils.World) -> Data:
-    dataset = build_dataset(args, world, train=True)
+def open_data(args: argparse.Namespace, world: utils.World, preprocessing: Preprocessing) -> Data:
+    dataset = build_dataset(args, world, train=True, transform=build_train_transform(args, preprocessing))
+    num_classes = class_count(args, dataset)
     validation = real = None
     if not args.disable_eval:
-        eval_dataset = build_dataset(args, world, train=False)
-        validation, real = build_eval_loader(args, eval_dataset, world, classes=dataset.classes, of="the training data")
+        transform = transforms.build_eval_transform(preprocessing)
+        eval_dataset = build_dataset(args, world, train=False, transform=transform)
+        validation, real = build_eval_loader(
+            args, eval_dataset, world, classes=dataset.classes, num_classes=num_classes, of="the training data"
+        )
     if args.batch_size == 1 and not args.sync_bn:
         raise ValueError("BatchNorm needs more than one image in a batch: raise --batch_size")
-    num_classes = class_count(args, dataset)
     loader = loaders.build_train_loader(dataset, loading_of(args, world))
     return Data(loader, validation, real, dataset.classes, num_classes, build_mixup(args, num_classes))
 
 
-def open_network(args: argparse.Namespace, world: utils.World, data: Data) -> tuple[nn.Module, float]:
-    """The network to train on its device, and lambda to begin with: that of --finetune, else 0."""
+def open_network(
+    args: argparse.Namespace, world: utils.World, data: Data, source: networks.Network | None
+) -> tuple[nn.Module, float]:
+    """The network to train on its device, and lambda to begin with: that of `source`, of --finetune, else 0."""
     utils.seed_everything(args.seed)  # the same on all ranks, so that the initial weights are
-    model, start_slope = build_model(args, data.num_classes), 0.0
-    if args.finetune:
-        slope, _ = load_network(args, model, fine_tuning=True)
-        start_slope = 0.0 if args.restart_decay else slope
+    start_slope = 0.0
+    if source:
+        if getattr(source.module, "deploy", False):
+            raise ValueError(f"{source.source} is in deploy form, which has nothing left to train")
+        source = source.for_classes(data.classes or data.num_classes, keep=args.keep_classifier)
+        model, start_slope = source.module.train(), 0.0 if args.restart_decay else source.slope
+    else:
+        model = build_model(args, data.num_classes)
     asked, layers = args.layer_decay_num_layers, len(getattr(model, "stages", ()))
     if layers and asked != layers:
         args.moot("layer_decay_num_layers", f"--layer_decay_num_layers {asked}, but {args.model} has {layers}")
@@ -471,15 +497,20 @@ def open_network(args: argparse.Namespace, world: utils.World, data: Data) -> tu
             args.epochs,
             args.decay_epochs,
         )
-    return place(args, model, world.device), start_slope
+    model = place(args, model, world.device)
+    if args.freeze_stages is not None:
+        freeze(model, args.freeze_stages)
+    return model, start_slope
 
 
-def open_objective(args: argparse.Namespace, world: utils.World, data: Data) -> Classification:
+def open_objective(
+    args: argparse.Namespace, world: utils.World, data: Data, preprocessing: Preprocessing
+) -> Classification:
     """The loss of a batch, to which --teacher adds its part."""
     precision = build_precision(args, world.device)
     distiller = None
     if args.teacher:
-        teacher = build_teacher(args, data.classes, data.num_classes)
+        teacher = build_teacher(args, preprocessing, classes=data.classes, num_classes=data.num_classes)
         teacher = teacher.to(world.device, memory_format=layout_of(args))
         distiller = Distiller(teacher, args.distill_alpha, args.distill_tau, precision)
     criterion = build_criterion(
@@ -510,9 +541,12 @@ def open_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
 def train(args: argparse.Namespace, world: utils.World) -> None:
     """A run: data, network, state, and then epoch by epoch, as `training.fit` shows it."""
     stop = utils.StopRequest()
-    data = open_data(args, world)
-    model, start_slope = open_network(args, world, data)
-    objective = open_objective(args, world, data)
+    source = open_source(args) if args.finetune else None
+    preprocessing = settle(args, source, train=True)
+    data = open_data(args, world, preprocessing)
+    model, start_slope = open_network(args, world, data, source)
+    del source  # with the tensors of its file
+    objective = open_objective(args, world, data, preprocessing)
     state = build_state(args, world, model, loader=data.loader, objective=objective)
     state.start_slope = start_slope
     if args.compile:
@@ -530,7 +564,10 @@ def train(args: argparse.Namespace, world: utils.World) -> None:
             found |= result.metrics(prefix) if result else {}
         return found
 
+    loss = networks.BINARY_CROSS_ENTROPY if args.bce_loss else networks.CROSS_ENTROPY
+
     def restored(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+        networks.warn_of_other_preprocessing(preprocessing, checkpoint, path)
         if data.classes and checkpoint.get("classes", list(data.classes)) != list(data.classes):
             raise ValueError(
                 f"{path} was trained on other classes than the data's, or on them in another order: "
@@ -552,7 +589,7 @@ def train(args: argparse.Namespace, world: utils.World) -> None:
         open_schedule(args, state.steps_per_epoch),
         evaluate=evaluate_all if data.validation else None,
         score="acc1",
-        describe=lambda: {"classes": list(data.classes)} if data.classes else {},
+        describe=lambda: networks.describe(preprocessing, loss, data.classes),
         restored=restored,
         slope=slope,
     )

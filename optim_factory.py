@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from timm.optim import (
     OptimInfo,
     create_optimizer_v2,
@@ -18,6 +19,7 @@ __all__ = [
     "activation_slope",
     "build_optimizer",
     "cosine_schedule",
+    "freeze",
     "parameter_groups",
     "set_hyperparameters",
     "step_schedule",
@@ -154,3 +156,37 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
         group["lr"] = lr * group.get("lr_scale", 1.0)
         if group["weight_decay"] > 0:
             group["weight_decay"] = weight_decay
+
+
+def _keep_statistics(module: nn.Module, _inputs: Any) -> None:
+    module.training = False
+
+
+def freeze(model: nn.Module, stages: int | str) -> None:
+    """Keep the stem and the first stages as they are: their parameters, and the statistics of their BatchNorms.
+
+    Args:
+        model: of timm, whose `group_matcher` says what is a stage.
+        stages: how many; "all" leaves the classifier alone to be trained.
+
+    Raises:
+        ValueError: there are not as many stages.
+    """
+    if stages == "all":
+        classifier = model.pretrained_cfg["classifier"]
+        heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+        if hasattr(model, "change_act"):
+            heads = ("cls",)  # VanillaNet's two convolutions and the BatchNorm between them
+        frozen = {name for name, _ in model.named_parameters() if not name.startswith(heads)}
+    else:
+        groups = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+        count = max(groups.values()) - 1  # without the stem, 0, and the classifier, the last one
+        if stages > count:
+            raise ValueError(f"--freeze_stages {stages}: there are {count} stages; all leaves the classifier alone")
+        frozen = {name for name, group in groups.items() if group <= stages}
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in frozen:
+            module.register_forward_pre_hook(_keep_statistics)  # `train()` of the whole model reaches it, too

@@ -24,6 +24,7 @@ from records.files import cannot_write, one_line
 from runtimes import ENGINES, PRECISIONS
 
 __all__ = [
+    "CALIB_COUNT",
     "COUNT",
     "FRACTION",
     "NONNEGATIVE",
@@ -31,11 +32,13 @@ __all__ = [
     "WHOLE",
     "Arguments",
     "Parser",
+    "add_network_flags",
     "add_training_flags",
     "boolean",
     "build_parser",
     "check_training_flags",
     "file_path",
+    "network_choices",
     "number",
     "parse_args",
     "parse_checked",
@@ -90,6 +93,11 @@ def number(kind: type, *, low: float | None = None, high: float | None = None, a
     return convert
 
 
+def stages(text: str) -> int | str:
+    """A type for argparse: a number of stages, or all."""
+    return text if text == "all" else WHOLE(text)
+
+
 def file_path(text: str) -> str:
     """A type for argparse: the path of a file or folder, in which `~` is the user's home.
 
@@ -110,6 +118,7 @@ WHOLE = number(int, low=0, high=2**31 - 1)
 POSITIVE = number(float, above=0)
 FRACTION = number(float, low=0, high=1)
 NONNEGATIVE = number(float, low=0)
+CALIB_COUNT = 300  # images that int8 is calibrated on
 
 
 # -- parsing
@@ -435,6 +444,18 @@ def build_parser() -> Parser:
     add("--restart_decay", type=boolean, default=False, help="begin lambda at 0 and not at that of --finetune")
 
     add = parser.add_argument_group("model").add_argument
+    add(
+        "--keep_classifier",
+        type=boolean,
+        default=False,
+        help="keep the classifier of --finetune, though it was trained on as many other classes",
+    )
+    add(
+        "--freeze_stages",
+        type=stages,
+        metavar="N",
+        help="train neither the stem nor the first N stages, BatchNorm statistics included; all: only the classifier",
+    )
     add("--act_num", type=WHOLE, default=3, help="n of the series activation, whose kernel is 2n+1 wide")
     add("--drop", type=FRACTION, default=0.0, help="dropout before the classifier")
     add("--input_size", type=COUNT, default=224, help="height and width of the images in pixels")
@@ -548,6 +569,34 @@ def build_parser() -> Parser:
     return parser
 
 
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which network, and how its images are preprocessed; shared by the commands that deploy one."""
+    parser.add_argument("--model", help="the model's name in timm, for a checkpoint that does not record it")
+    parser.add_argument("--model_key", help="of the weights in the checkpoint [model_ema, or else model]")
+    parser.add_argument("--input_size", type=COUNT, help="pixels [the checkpoint's]")
+    parser.add_argument("--crop_pct", type=number(float, above=0, high=1), help="[the checkpoint's]")
+    parser.add_argument(
+        "--random_weights", type=boolean, default=False, help="a model's name without its pretrained weights"
+    )
+    parser.add_argument("--calib_data", metavar="DIR", help="images to calibrate int8 on, and to compare on")
+    parser.add_argument("--data_set", help="what --calib_data is, as for main.py [image_folder]")
+    parser.add_argument(
+        "--int8_depthwise", type=boolean, default=False, help="quantize the series activations, too (pt2, openvino)"
+    )
+    parser.add_argument("--calib_count", type=COUNT, help=f"images to calibrate on [{CALIB_COUNT}]")
+
+
+def network_choices(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_network_flags` was given, for `deployment.fusing.open_deployed`."""
+    return {
+        "name": args.model,
+        "key": args.model_key,
+        "input_size": args.input_size,
+        "crop_pct": args.crop_pct,
+        "random_weights": args.random_weights,
+    }
+
+
 # -- checks across flags, and parsing a command
 
 
@@ -610,7 +659,9 @@ def _check(args: Arguments) -> None:
         args.needs(flag, args.teacher, "add --teacher")
     teacher_file = args.teacher_weights or (args.teacher and Path(args.teacher).is_file())
     args.needs("teacher_key", teacher_file, "add --teacher_weights")
-    args.needs("restart_decay", args.finetune, "add --finetune")
+    for flag in ("restart_decay", "keep_classifier"):
+        args.needs(flag, args.finetune, "add --finetune")
+    args.needs("freeze_stages", args.finetune or args.resume or args.auto_resume, "add --finetune")
     args.needs("compile", args.switch_to_deploy is None, "--switch_to_deploy compares the forms uncompiled")
     args.needs("engine", args.eval, "add --eval true")
     args.needs("precision", args.engine, "add --engine")

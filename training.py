@@ -380,7 +380,7 @@ class RunFolder:
 
     def _check_schedules(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
         """A resumed run keeps its schedules unless --resume_new_sched says otherwise, and always its optimizer."""
-        old = networks.recorded_args(checkpoint)
+        old = networks.read_record(checkpoint, path).arguments
         if old.get("opt", self.args.opt) != self.args.opt:
             raise ValueError(
                 f"--opt {self.args.opt} cannot go on with the state of --opt {old['opt']} in {path}: leave it, or "

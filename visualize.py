@@ -87,19 +87,22 @@ if __name__ == "__main__":
     ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
 
 import argparse
+import sys
 
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
+import networks
+from loading.transforms import build_eval_transform
 from object_detection.checkpoints import open_detector
 from object_detection.draw import draw_images
 from pictures.cam import View, activation_maps, cam_figure
 from pictures.figures import read_results, results_figures
-from pictures.subjects import Network, open_network, read_images
+from pictures.subjects import label, open_network, pixels, read_images, short_name
 from records import curves, logs
-from records.files import mistakes_end
+from records.files import mistakes_end, one_line
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -108,44 +111,49 @@ def _save(figure: Figure, path: Path) -> None:
     print(path)
 
 
-def _images(args: argparse.Namespace) -> tuple[list[str], list[Image.Image]]:
-    """Names and RGB images; says so if there are more than --max_images."""
-    names, images, total = read_images(args.images, args.max_images)
-    if total > len(images):
-        print(f"the first {len(images)} of {total} images; --max_images takes more")
-    return names, images
+def _images(args: argparse.Namespace) -> tuple[list[str], list[Image.Image], int]:
+    """Names, RGB images, and how many cannot be read, each of which is named; says so if --max_images takes a part."""
+    broken: list[str] = []
+    names, images, total = read_images(args.images, args.max_images, broken=broken)
+    for line in broken:
+        sys.stderr.write(f"visualize.py: {one_line(line)}\n")
+    if total > args.max_images:
+        print(f"the first {args.max_images} of {total} images; --max_images takes more")
+    return names, images, len(broken)
 
 
 # -- class-activation maps
 
 
-def _views(network: Network, images: Sequence, target: int | None, level: int | None) -> list[View]:
+def _views(network: networks.Network, images: Sequence, target: int | None, level: int | None) -> list[View]:
     """What a network makes of each image; the title has its answer, or with `target` that class's probability too."""
-    inputs = torch.stack([network.transform(image) for image in images])
-    maps, logits = activation_maps(network.model, inputs, target=target, level=level)
+    prepare = build_eval_transform(network.preprocessing)
+    inputs = torch.stack([prepare(image) for image in images])
+    maps, logits = activation_maps(network.module, inputs, target=target, level=level)
     views = []
-    for pixels, heat, chances in zip(
-        network.pixels(inputs).numpy(), maps, network.probabilities(torch.from_numpy(logits)), strict=True
+    for view, heat, chances in zip(
+        pixels(network, inputs).numpy(), maps, network.probabilities(torch.from_numpy(logits)), strict=True
     ):
         answer = int(chances.argmax())
-        title = f"{network.name(answer)} {chances[answer]:.2f}"
+        title = f"{short_name(network, answer)} {chances[answer]:.2f}"
         if target is not None:
-            title = f"map of {network.name(target)} {chances[target]:.2f}\nanswer {title}"
-        views.append(View(pixels, heat, title))
+            title = f"map of {short_name(network, target)} {chances[target]:.2f}\nanswer {title}"
+        views.append(View(view, heat, title))
     return views
 
 
-def draw_cam(args: argparse.Namespace) -> None:
+def draw_cam(args: argparse.Namespace) -> int:
     opened = [open_network(spec, key=args.model_key) for spec in args.network]
-    names, images = _images(args)
+    names, images, broken = _images(args)
     columns: dict[str, list[View]] = {}
     for number, network in enumerate(opened, 1):
-        label = network.label if network.label not in columns else f"{network.label} ({number})"
+        column = label(network) if label(network) not in columns else f"{label(network)} ({number})"
         try:
-            columns[label] = _views(network, images, args.target, args.level)
+            columns[column] = _views(network, images, args.target, args.level)
         except ValueError as error:
-            raise ValueError(f"{' '.join(network.label.split())}: {error}") from error
+            raise ValueError(f"{' '.join(column.split())}: {error}") from error
     _save(cam_figure(columns, names), args.output)
+    return broken
 
 
 # -- curves of runs
@@ -194,18 +202,21 @@ def draw_figures(args: argparse.Namespace) -> None:
 # -- detections
 
 
-def draw_detected(args: argparse.Namespace) -> None:
+def draw_detected(args: argparse.Namespace) -> int:
     detector, classes = open_detector(args.network, key=args.model_key)
-    _, images = _images(args)
+    _, images, broken = _images(args)
     draw_images(detector, map(to_tensor, images), args.output, classes=classes, threshold=args.threshold)
     print(args.output)
+    return broken
 
 
 def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
     args = args or parse_args(argv)
     draw = {"cam": draw_cam, "curves": draw_curves, "figures": draw_figures, "detections": draw_detected}
     with mistakes_end("visualize.py"):
-        draw[args.command](args)
+        broken = draw[args.command](args)
+    if broken:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
+from timm.utils import reparameterize_model
 from torch import nn
 
-import deployment
-import models
 import networks
 from benchmarking.spec import Spec
+from deployment.fusing import open_deployed
+from networks import is_vanillanet
 from runtimes import Calibration, Target
 from utils import keep_freed_memory
 
@@ -33,10 +33,6 @@ CALIBRATION_IMAGES = 8
 TRAINING_SLOPE = 0.5  # lambda, in the middle of the ramp
 
 
-def is_vanillanet(name: str) -> bool:
-    return name.split(".")[0] in models.vanillanet.VARIANTS
-
-
 @torch.no_grad()
 def _keep_activations_near_one(network: nn.Module) -> None:
     """The initial weights of a VanillaNet let them shrink towards zero, where 8 bits have nothing to resolve."""
@@ -47,7 +43,6 @@ def _keep_activations_near_one(network: nn.Module) -> None:
 
 def create(name: str, *, resolution: int, width_mult: float | None, deploy: bool) -> nn.Module:
     """A network with random weights in eval mode; `deploy` builds a VanillaNet in that form."""
-    networks.check_name(name, "--models")
     arguments = {}
     if is_vanillanet(name):
         arguments["deploy"] = deploy
@@ -56,7 +51,7 @@ def create(name: str, *, resolution: int, width_mult: float | None, deploy: bool
     elif name.startswith("swin"):  # its windows are laid out for one size
         arguments["img_size"] = resolution
     torch.manual_seed(0)
-    network = timm.create_model(name, **arguments).eval()
+    network = networks.open(name, pretrained=False, flag="--models", **arguments).module
     if is_vanillanet(name):
         _keep_activations_near_one(network)
     return network
@@ -65,9 +60,9 @@ def create(name: str, *, resolution: int, width_mult: float | None, deploy: bool
 def deployed(spec: Spec) -> nn.Module:
     """The network of `spec` in deploy form: a checkpoint's, or one with random weights."""
     if Path(spec.network).is_file():
-        return deployment.load(spec.network)[0]
+        return open_deployed(spec.network).module
     network = create(spec.network, resolution=spec.resolution, width_mult=spec.width_mult, deploy=spec.twin)
-    return timm.utils.reparameterize_model(network)
+    return reparameterize_model(network)
 
 
 def build_network(spec: Spec) -> tuple[nn.Module, torch.Tensor, Target]:

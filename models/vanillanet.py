@@ -8,7 +8,6 @@ the pair is linear, and `switch_to_deploy` merges it into one convolution: the *
 The series-informed activation makes up for the depth ("Series Informed Activation Function").
 """
 
-import argparse
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -23,11 +22,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .fusion import fold_bn, merge_pointwise
+from .safe_globals import SAFE_GLOBALS
 
 __all__ = ["Block", "FadingReLU", "SeriesActivation", "VanillaNet"]  # register_model adds the entry points
 
 BN_EPS = 1e-6
-SAFE_GLOBALS = [argparse.Namespace]  # the one class in the released checkpoints beside tensors and plain data
 ADA_POOL_IMG_SIZE = 224  # the input size that the published adaptive pool sizes belong to
 
 

@@ -1,6 +1,7 @@
 """Detectors from the flags of a command, and from checkpoints, with what a checkpoint records of the categories."""
 
 import argparse
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import networks
 from object_detection.coco import CocoDataset
 from object_detection.detectors import FRAMEWORKS, Detector, create_detector, load_backbone
-from records.checkpoints import CheckpointError, checkpoint_weights, load_checkpoint, load_weights
+from records.checkpoints import CheckpointError, load_weights
 
 __all__ = [
     "build_detector",
@@ -21,27 +22,20 @@ __all__ = [
 ]
 
 
-def build_detector(args: argparse.Namespace, num_classes: int) -> Detector:
-    """The detector on the CPU, initialized from the current seed."""
-    given = {name: getattr(args, name) for name in ("box_channels", "mask_channels") if getattr(args, name)}
-    if args.rois:
-        given["box_batch_size_per_image"] = args.rois
-    for when, count in zip(("train", "test"), args.proposals or (), strict=False):
+def build_detector(flags: Mapping[str, Any], num_classes: int) -> Detector:
+    """The detector on the CPU, initialized from the current seed.
+
+    Args:
+        flags: of the command, or as a checkpoint records them, which may lack newer ones.
+        num_classes: with the background.
+    """
+    names = {*inspect.signature(create_detector).parameters, "box_channels", "mask_channels"} - {"name", "num_classes"}
+    given = {name: flags[name] for name in names if flags.get(name) is not None}
+    if flags.get("rois"):
+        given["box_batch_size_per_image"] = flags["rois"]
+    for when, count in zip(("train", "test"), flags.get("proposals") or (), strict=False):
         given |= {f"rpn_{end}_nms_top_n_{when}": count for end in ("pre", "post")}
-    return create_detector(
-        args.model,
-        num_classes=num_classes,
-        act_num=args.act_num,
-        width_mult=args.width_mult,
-        deploy=args.deploy,
-        fpn_channels=args.fpn_channels,
-        head_norm=args.head_norm,
-        anchor_sizes=args.anchor_sizes,
-        train_sizes=args.train_sizes,
-        test_size=args.test_size,
-        max_size=args.max_size,
-        **given,
-    )
+    return create_detector(flags["model"], num_classes=num_classes, **given)
 
 
 def describe(detector: Detector, dataset: CocoDataset) -> dict[str, Any]:
@@ -70,45 +64,42 @@ def check_categories(checkpoint: Mapping[str, Any], dataset: CocoDataset, *, pat
         )
 
 
-def load_detector(args: argparse.Namespace, detector: Detector, dataset: CocoDataset) -> dict[str, Any]:
-    """Load --finetune or --resume into the detector. Returns the checkpoint."""
-    path = args.finetune or args.resume
-    checkpoint = load_checkpoint(path)
-    check_categories(checkpoint, dataset, path=path)
-    weights = checkpoint_weights(checkpoint, key=args.model_key, prefix=args.model_prefix, path=path)
-    load_weights(detector, weights, path=path)
-    set_normalization(detector, checkpoint)
-    return checkpoint
+def load_detector(args: argparse.Namespace, detector: Detector, dataset: CocoDataset) -> None:
+    """Load --finetune or --resume into the detector."""
+    weights = networks.read(args.finetune or args.resume, key=args.model_key, prefix=args.model_prefix)
+    check_categories(weights.checkpoint, dataset, path=weights.path)
+    load_weights(detector, weights.tensors, path=weights.path)
+    set_normalization(detector, weights.checkpoint)
 
 
 def load_classifier(args: argparse.Namespace, detector: Detector) -> None:
     """Load --backbone_weights into the detector's network, which gets images normalized as the classifier did."""
-    path = args.backbone_weights
-    checkpoint = load_checkpoint(path)
-    slope = networks.recorded_slope(checkpoint)
-    if slope != 1.0:
-        raise CheckpointError(f"{path} is from within deep training, at lambda {slope}: train it to its end")
-    load_backbone(
-        detector, checkpoint_weights(checkpoint, key=args.backbone_key, whole_file=True, path=path), path=path
-    )
-    detector.normalization = networks.mean_and_std(detector.backbone.body, checkpoint)
+    weights = networks.read(args.backbone_weights, key=args.backbone_key if "backbone_key" in args.given else None)
+    record = weights.record
+    if record.slope not in (None, 1.0):
+        raise CheckpointError(
+            f"{weights.path} is from within deep training, at lambda {record.slope}: train it to its end"
+        )
+    load_backbone(detector, weights.tensors, path=weights.path)
+    if "mean" in record.preprocessing and "std" in record.preprocessing:
+        detector.normalization = record.preprocessing["mean"], record.preprocessing["std"]
 
 
-def open_detector(path: str | Path, *, key: str = "model_ema|model") -> tuple[Detector, tuple[str, ...]]:
+def open_detector(path: str | Path, *, key: str | None = None) -> tuple[Detector, tuple[str, ...]]:
     """The detector of a checkpoint, built as the flags recorded in it say, on the CPU in eval mode, and its classes.
 
     Args:
-        key: of the weights; `|` separates alternatives.
+        key: of the weights; `|` separates alternatives, None takes the average, or else the detector itself.
 
     Raises:
         ValueError: it cannot be read, or is not of a detector.
     """
-    checkpoint = load_checkpoint(path)
-    recorded = networks.recorded_args(checkpoint)
-    if "classes" not in checkpoint or not str(recorded.get("model")).startswith(FRAMEWORKS):
+    weights = networks.read(path, key=key)
+    record = weights.record
+    if record.classes is None or not str(record.model).startswith(FRAMEWORKS):
         raise CheckpointError(f"{path} is not the checkpoint of a detector")
-    recorded = recorded | {"deploy": bool(checkpoint.get("deploy", False))}
-    detector = build_detector(argparse.Namespace(**recorded), len(checkpoint["classes"]) + 1)
-    load_weights(detector, checkpoint_weights(checkpoint, key=key, path=path), path=path)
-    set_normalization(detector, checkpoint)
-    return detector.eval(), tuple(checkpoint["classes"])
+    deploy = bool(weights.checkpoint.get("deploy", False))
+    detector = build_detector({**record.arguments, "deploy": deploy}, len(record.classes) + 1)
+    load_weights(detector, weights.tensors, path=path)
+    set_normalization(detector, weights.checkpoint)
+    return detector.eval(), record.classes

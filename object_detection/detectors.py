@@ -259,7 +259,8 @@ def create_detector(
             mask_predictor=MaskRCNNPredictor(mask_channels[-1], mask_channels[-1], num_classes),
             **{"max_size": max_size} | kwargs,
         )
-    detector.normalization = networks.mean_and_std(body, {})
+    images = networks.config_preprocessing(body.model.pretrained_cfg)
+    detector.normalization = images.mean, images.std
     detector.train_sizes, detector.test_size = tuple(train_sizes), test_size
     for part in ("backbone", *detector.heads):
         detector.get_submodule(part).register_forward_hook(_in_float32)

@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import copy
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,9 +30,9 @@ from typing import Any
 import torch
 from torch import nn
 
-import runtimes
 import utils
 from benchmarking import profiling
+from deployment.fusing import write_deployed
 from engine import Precision, Schedule, at_least_float32
 from loading import loaders
 from loading.images import BrokenImageError
@@ -52,7 +51,6 @@ from object_detection.draw import draw_images
 from object_detection.evaluation import KINDS, STATISTICS, average_precision, detect
 from optim_factory import step_schedule
 from records import curves, logs
-from records.checkpoints import save_checkpoint
 from training import (
     Task,
     broken_count,
@@ -68,7 +66,6 @@ from training import (
 
 logger = logging.getLogger("object_detection")
 
-DEPLOY_TOLERANCE = 1e-4
 COMPARED_IMAGES = 8
 
 
@@ -134,12 +131,12 @@ def ap_rows(found: dict[str, float], name: str) -> Iterator[list[str]]:
 
 
 def prepare_eval(args: argparse.Namespace, world: utils.World):
-    """The loader, its data set, the loaded detector in eval mode and its checkpoint."""
+    """The loader, its data set, and the loaded detector in eval mode."""
     dataset = build_dataset(args, train=False)
-    detector = build_detector(args, len(dataset.classes) + 1)
-    checkpoint = load_detector(args, detector, dataset)
+    detector = build_detector(vars(args), len(dataset.classes) + 1)
+    load_detector(args, detector, dataset)
     loader = build_eval_loader(args, dataset, world)
-    return loader, dataset, detector.to(world.device, memory_format=layout_of(args)).eval(), checkpoint
+    return loader, dataset, detector.to(world.device, memory_format=layout_of(args)).eval()
 
 
 def report_broken(world: utils.World, loader: loaders.EvalLoader) -> None:
@@ -149,7 +146,7 @@ def report_broken(world: utils.World, loader: loaders.EvalLoader) -> None:
 
 
 def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
-    loader, dataset, detector, _ = prepare_eval(args, world)
+    loader, dataset, detector = prepare_eval(args, world)
     found = evaluate(detector, loader, dataset, world, build_precision(args, world.device), args.model)
     report_broken(world, loader)
     if world.is_main:
@@ -166,28 +163,18 @@ def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
 
 def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
     """Fuse the network, compare the detections, write the file once, evaluate both forms side by side."""
-    loader, dataset, detector, _ = prepare_eval(args, world)
-    fused = copy.deepcopy(detector)
-    fused.switch_to_deploy()
-    fused.to(memory_format=layout_of(args))  # what fusing returns is contiguous
+    loader, dataset, detector = prepare_eval(args, world)
     images = [image.to(world.device) for image in first_images(dataset, COMPARED_IMAGES)]
-    runtimes.set_tf32("fp32", str(world.device))  # whose rounding alone makes the forms differ by more than that
-    difference = largest_difference(detector, fused, images)
-    if not difference <= DEPLOY_TOLERANCE:
-        raise ValueError(
-            f"the fused detections differ by {difference:.2e}, more than {DEPLOY_TOLERANCE:.0e}; nothing written"
-        )
-    if world.is_main:
-        save_checkpoint(
-            {
-                "model": fused.state_dict(),
-                "act_learn": 1.0,
-                "deploy": True,
-                **describe(fused, dataset),
-                "args": plain_args(args),
-            },
-            args.switch_to_deploy,
-        )
+    fused, difference = write_deployed(
+        detector,
+        args.switch_to_deploy,
+        compare=lambda unfused, fused: largest_difference(unfused, fused, images),
+        answers="detections",
+        record={**describe(detector, dataset), "args": plain_args(args)},
+        device=world.device,
+        layout=layout_of(args),
+        is_main=world.is_main,
+    )
     precision = build_precision(args, world.device)
     forms = {"train form": detector, "deploy form": fused}
     found = {name: evaluate(form, loader, dataset, world, precision, name) for name, form in forms.items()}
@@ -209,7 +196,7 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
 def export_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
     from object_detection.export import export_onnx
 
-    _, dataset, detector, _ = prepare_eval(args, world)
+    _, dataset, detector = prepare_eval(args, world)
     if world.is_main:
         difference = export_onnx(detector, args.export_onnx, image=first_images(dataset, 1)[0])
         print(f"{args.export_onnx}: largest difference from PyTorch {difference:.1e}")
@@ -248,7 +235,7 @@ class Detection:
 def open_detector(args: argparse.Namespace, world: utils.World, dataset: CocoDataset) -> Detector:
     """The detector to train on its device, from --finetune, from a classifier, or anew."""
     utils.seed_everything(args.seed)  # the same on all ranks, so that the initial weights are
-    detector = build_detector(args, len(dataset.classes) + 1)
+    detector = build_detector(vars(args), len(dataset.classes) + 1)
     if args.finetune:
         load_detector(args, detector, dataset)
     elif args.backbone_weights and not args.resume:

@@ -1,7 +1,7 @@
 """Checkpoints on disk: written atomically, read without running code, and the folder of a run's checkpoints."""
 
-import argparse
 import contextlib
+import json
 import logging
 import os
 import re
@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+from models.safe_globals import SAFE_GLOBALS
 from records.files import TEMPORARY, cannot_write, first_line, replacing
 
 logger = logging.getLogger(__name__)
 
-SAFE_GLOBALS = [argparse.Namespace]  # the one class in published checkpoints beside tensors and plain data
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # what DDP and compiling put before names
+EXPORTED = (".onnx", ".xml", ".pt2", ".engine")  # what export.py and its engines write
+PROFILED = ("total_ops", "total_params", "n_averaged")  # buffers that thop and AveragedModel leave behind
 
 
 class CheckpointError(ValueError):
@@ -39,14 +44,22 @@ def _cause_of_failed_save():
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Write atomically: whoever reads `path` finds the old file or the whole new one, also after a kill.
 
+    A name that ends in .safetensors gets that format: the tensors under `model`, and the rest as JSON in the metadata.
+
     Raises:
         CheckpointError: names the path and the cause; the previous file is untouched and nothing stray is left.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, _cause_of_failed_save(), temporary.open("wb") as file:
-            torch.save(dict(checkpoint), file)
+        with replacing(path) as temporary, _cause_of_failed_save():
+            if path.suffix == ".safetensors":
+                weights = {name: value.contiguous() for name, value in checkpoint["model"].items()}
+                texts = {name: json.dumps(value) for name, value in checkpoint.items() if name != "model"}
+                save_file(weights, temporary, metadata={"format": "pt", **texts})
+            else:
+                with temporary.open("wb") as file:
+                    torch.save(dict(checkpoint), file)
     except OSError as error:
         raise CheckpointError(cannot_write(path, error)) from error
 
@@ -86,30 +99,97 @@ def _is_zip(path: Path) -> bool:
         return True
 
 
+def _what_it_is(path: Path) -> str | None:
+    """What a file is that is no checkpoint, with what to do about it; None if that cannot be told."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    start = head.lstrip().lower()
+    if not head:
+        return "it is empty: download or copy it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a git-lfs pointer, not the file itself: run git lfs pull"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "it is a web page: download the file itself, not the page that links to it"
+    if path.suffix in EXPORTED and not _has_pickle(path):
+        return "it is an exported network, not weights: give the checkpoint that it was exported from"
+    if _is_zip(path) and not _has_pickle(path):
+        return "it is a zip file of something else than a checkpoint: unpack it, or take another file"
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        return "it is compressed: unpack it first"
+    if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")):
+        return "it is an image"
+    if head.startswith(b"\x89HDF"):
+        return "it is an HDF5 file, as Keras writes them: convert its weights to PyTorch first"
+    with contextlib.suppress(UnicodeDecodeError):
+        if all(c.isprintable() or c.isspace() for c in head[:500].decode(errors="strict")):
+            return "it is a text file"
+    return None
+
+
+def _has_pickle(path: Path) -> bool:
+    """Whether it is a zip file as `torch.save` writes it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("data.pkl") for name in archive.namelist())
+    except Exception:  # of damaged bytes: BadZipFile, struct.error, ...
+        return False
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors under `model`, and beside them what the metadata hold in JSON."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            texts = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        cause = _what_it_is(path) or f"it is damaged or no safetensors file ({first_line(error)})"
+        raise CheckpointError(f"cannot load {path}: {cause}") from error
+    checkpoint: dict[str, Any] = {}
+    for name, text in texts.items():
+        with contextlib.suppress(ValueError):  # another program's note; ours are JSON
+            checkpoint[name] = json.loads(text)
+    return {**checkpoint, "model": weights}
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without running code from it.
+    """Read a checkpoint onto the CPU without running code from it; of a safetensors file, tensors and metadata.
 
     Raises:
-        CheckpointError: missing, truncated, damaged, or holding anything but tensors, plain data and the
-            `argparse.Namespace` of published checkpoints.
+        CheckpointError: missing, truncated, damaged, something else than a checkpoint, or holding what could run code;
+            see `models.safe_globals` for what it may hold beside tensors and plain data.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     if _is_zip(path) and not is_intact(path):
         raise CheckpointError(f"{path} is damaged (a checksum does not match): take another copy or an earlier one")
+    if path.suffix in EXPORTED and (known := _what_it_is(path)):
+        raise CheckpointError(f"cannot load {path}: {known}")
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        refused = re.search(r"unsupported (?:global|class|operand)[^\n]*", str(error), re.IGNORECASE)
-        cause = "it is truncated or no PyTorch checkpoint: take another copy or an earlier one"
-        if refused:
-            cause = f"refused: {refused.group(0)}; it would run code, so take one from where you trust it"
-        raise CheckpointError(f"cannot load {path}: {cause}") from error
+        raise CheckpointError(f"cannot load {path}: {_why_not_loaded(path, str(error))}") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"cannot load {path}: it holds a {type(checkpoint).__name__}, not a dict")
     return checkpoint
+
+
+def _why_not_loaded(path: Path, message: str) -> str:
+    """The cause in words of ours: torch's advise to let a file run its code."""
+    found = re.search(
+        r"(?:unsupported )?GLOBAL ([\w.]+)|but got <class '([\w.]+)'>|(unsupported operand [^\n]*)", message
+    )
+    if known := _what_it_is(path):
+        return known
+    if found:
+        return (
+            f"refused: it holds {next(filter(None, found.groups()))}, and to load that could run code. Where you trust "
+            'the file, save the weights alone: torch.save({"model": model.state_dict()}, FILE)'
+        )
+    return "it is truncated or no PyTorch checkpoint: take another copy or an earlier one"
 
 
 def checkpoint_weights(
@@ -120,7 +200,8 @@ def checkpoint_weights(
     prefix: str = "",
     path: str | Path = "the checkpoint",
 ) -> dict[str, torch.Tensor]:
-    """The state dict in a checkpoint.
+    """The state dict in a checkpoint, by the network's own names: without `module.` and `_orig_mod.`, which wrappers
+    put before them, and without the buffers of profilers.
 
     Args:
         key: alternatives separated by `|`, the first one there is taken.
@@ -135,46 +216,36 @@ def checkpoint_weights(
             weights = checkpoint[name]
             break
     else:
-        if not (whole_file and all(isinstance(value, torch.Tensor) for value in checkpoint.values())):
+        if not (whole_file and checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values())):
             keys = ", ".join(map(str, list(checkpoint)[:12]))
             raise CheckpointError(f"{path} has no key {key}; choose one by --model_key: {keys}")
         name, weights = "no key", checkpoint
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise CheckpointError(f"what {path} holds under {name} is no state dict")
+    weights = {str(name): value for name, value in weights.items()}
     if prefix:
-        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        unwrapped = not any(name.startswith(prefix) for name in weights)
+        names = {WRAPPERS.sub("", name) if unwrapped else name: value for name, value in weights.items()}
+        weights = {name.removeprefix(prefix): value for name, value in names.items() if name.startswith(prefix)}
         if not weights:
             raise CheckpointError(f"no name in {path} begins with --model_prefix {prefix}")
-    return dict(weights)
+    clean = {WRAPPERS.sub("", name): value for name, value in weights.items()}
+    clean = {name: value for name, value in clean.items() if name.rpartition(".")[2] not in PROFILED}
+    if clean.keys() != weights.keys():
+        logger.info("%s: read without module. and _orig_mod. before the names, and without profilers' buffers", path)
+    return clean
 
 
-def load_weights(
-    model: nn.Module,
-    weights: Mapping[str, torch.Tensor],
-    *,
-    path: str | Path = "the checkpoint",
-    allow_other_classes: bool = False,
-) -> list[str]:
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, path: str | Path = "the checkpoint") -> None:
     """Load strictly, and all or nothing: on an error the model is as it was.
-
-    Args:
-        allow_other_classes: leave out the classifier, as the model initialized it, where its shapes differ.
-
-    Returns:
-        The names left out.
 
     Raises:
         CheckpointError: one line that counts the mismatches and shows the first of each kind.
     """
     own = model.state_dict()
-    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    skipped: list[str] = []
-    classifier = [name for name in own if name.startswith("cls")]
-    if allow_other_classes and shapes and set(shapes) <= set(classifier) and set(classifier) <= set(weights):
-        skipped = classifier
-        shapes = []
     missing = [name for name in own if name not in weights]
     unexpected = [name for name in weights if name not in own]
+    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
     problems = []
     if missing:
         problems.append(f"{len(missing)} missing ({missing[0]})")
@@ -186,8 +257,7 @@ def load_weights(
     if problems:
         hint = "is it of another variant, form (--deploy) or class count?"
         raise CheckpointError(f"{path} does not fit this network: {'; '.join(problems)}; {hint}")
-    model.load_state_dict({name: own[name] if name in skipped else weights[name] for name in own}, strict=True)
-    return skipped
+    model.load_state_dict(dict(weights), strict=True)
 
 
 class CheckpointFolder:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,9 +25,16 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def mistakes_end(prog: str) -> Iterator[None]:
-    """End the process with exit code 2 and one line on standard error if what is done in it raises a user's mistake."""
+    """End the process with exit code 2 and one line on standard error if what is done in it raises a user's mistake.
+
+    Where the reader of standard output has gone, it ends without a word, as a shell's own commands do.
+    """
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough; what is left must not fail at the interpreter's end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (ValueError, OSError) as error:
         sys.stderr.write(f"{prog}: error: {one_line(str(error))}\n")
         raise SystemExit(2) from None

@@ -60,6 +60,9 @@ class Metadata:
         mean, std: of each channel, of pixels in [0, 1]; subtracted and divided by before the network.
         input_size: height and width, px.
         crop_pct: the part of the resized shorter side that the centre crop keeps; None where images are not resized.
+        interpolation, crop_mode: of that resizing, by timm's names.
+        loss: that it was trained with: `cross_entropy`, or `binary_cross_entropy`, after which the chance of a class is
+            the sigmoid of its logit.
         checkpoint: SHA-256 of the file that the weights came from; empty for weights without one.
         precision: that the file computes in.
     """
@@ -72,6 +75,9 @@ class Metadata:
     crop_pct: float | None
     checkpoint: str = ""
     precision: str = "fp32"
+    interpolation: str = "bicubic"
+    crop_mode: str = "center"
+    loss: str = "cross_entropy"
 
     def to_strings(self) -> dict[str, str]:
         """Each field as JSON."""

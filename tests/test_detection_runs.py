@@ -149,7 +149,7 @@ def test_ap_does_not_depend_on_the_ranks(garments, straight):
     """What the ranks find, put together, is what one finds, to the last bit."""
     args = parse_args([*BASE, "--data_path", str(garments), "--eval", "true", "--finetune", str(straight / "x")])
     dataset = CocoDataset(garments / "val.json", garments / "val", train=False, masks=True)
-    detector = main.build_detector(args, 7)
+    detector = main.build_detector(vars(args), 7)
     detector.load_state_dict(load_checkpoint(straight / "checkpoint-last.pth")["model"])
     detector.selection.score_thresh = 0.0
 

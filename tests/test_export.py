@@ -1,6 +1,5 @@
 """export.py: files that agree with PyTorch, or none; what the file knows; int8 layer by layer."""
 
-import functools
 import hashlib
 import shlex
 import sys
@@ -11,11 +10,12 @@ import torch
 from PIL import Image
 
 import datasets
-import deployment
 import export
 import models
 import networks
 import runtimes
+from deployment.images import EMBEDDED, sample_folder
+from loading.transforms import build_eval_transform
 from records.checkpoints import save_checkpoint
 from runtimes.layer_errors import layer_errors
 
@@ -34,7 +34,7 @@ def checkpoint(randomized, recorded, tmp_path):
 def photographs(tmp_path_factory):
     """Twelve images of the embedded data, as files in folders."""
     folder = tmp_path_factory.mktemp("photographs")
-    images = datasets.read_idx(deployment.EMBEDDED / "t10k-images-idx3-ubyte.gz")
+    images = datasets.read_idx(EMBEDDED / "t10k-images-idx3-ubyte.gz")
     for i in range(12):
         (folder / str(i % 3)).mkdir(exist_ok=True)
         Image.fromarray(images[i]).resize((40, 48)).save(folder / str(i % 3) / f"{i}.png")
@@ -118,14 +118,19 @@ def test_a_layer_that_does_not_fit_int8_shows(randomized):
 # -- what a checkpoint says of its images and classes
 
 
-def test_other_normalization_and_crop_are_taken_from_the_run(recorded):
+def test_other_normalization_and_crop_are_taken_from_the_run(recorded, tmp_path):
     network = timm.create_model("vanillanet_5", width_mult=1 / 64)
     args = recorded(data_set="IMNET", imagenet_default_mean_and_std=False, crop_pct=0.9, input_size=256)
-    found = deployment.describe("vanillanet_5", network, {"args": args})
+    save_checkpoint({"model": network.state_dict(), "args": args}, tmp_path / "w.pth")
+    found = networks.open(tmp_path / "w.pth", name="vanillanet_5").preprocessing
     assert (found.mean, found.std, found.input_size, found.crop_pct) == ((0.5,) * 3, (0.5,) * 3, 256, 0.9)
-    larger = functools.partial(deployment.describe, "vanillanet_5", network, input_size=384)
+
+    def larger(args):
+        save_checkpoint({"model": network.state_dict(), "args": args}, tmp_path / "w.pth")
+        return networks.open(tmp_path / "w.pth", name="vanillanet_5").prepared(input_size=384).preprocessing
+
     assert larger({}).crop_pct == 0.875  # timm's, for any size
-    assert larger({"args": recorded(data_set="IMNET")}).crop_pct == 1.0
+    assert larger(recorded(data_set="IMNET")).crop_pct == 1.0
 
 
 @pytest.mark.parametrize(
@@ -139,14 +144,17 @@ def test_other_normalization_and_crop_are_taken_from_the_run(recorded):
         ({"classes": ["cat", "dog"]}, 3, ("class 0", "class 1", "class 2")),
     ],
 )
-def test_class_names(found, count, names):
-    assert deployment.class_names(found, count)[: len(names)] == names
-    assert len(deployment.class_names(found, count)) == count
+def test_class_names(found, count, names, tmp_path):
+    network = timm.create_model("vanillanet_5", width_mult=1 / 64, num_classes=count)
+    save_checkpoint({"model": network.state_dict(), **found}, tmp_path / "w.pth")
+    labels = networks.open(f"vanillanet_5={tmp_path / 'w.pth'}").labels
+    assert labels[: len(names)] == names
+    assert len(labels) == count
 
 
 def test_images_are_spread_over_the_folder(photographs, checkpoint):
-    _, metadata = deployment.load(checkpoint)
-    few, all_of_them = (deployment.sample_folder(photographs, metadata, count) for count in (4, 99))
+    prepare = build_eval_transform(networks.open(checkpoint).preprocessing)
+    few, all_of_them = (sample_folder(photographs, prepare, count) for count in (4, 99))
     assert all_of_them.shape == (12, 3, 32, 32)
     assert torch.equal(few, all_of_them[::3])
 

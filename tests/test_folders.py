@@ -182,10 +182,15 @@ def test_the_flags_of_main(folder):
     flags = f"--data_set image_folder --data_path {folder} --input_size 24 --val_split elsewhere --train_split val"
     args = options.parse_args([*flags.split(), "--exif_transpose", "true"])
     world = utils.World(0, 1, torch.device("cpu"))
-    assert len(main.build_dataset(args, world, train=True)) == 4
-    [(image, _)] = main.build_dataset(args, world, train=False)
+
+    def opened(args, *, train):
+        transform = build_eval_transform(main.settle(args, None, train=True))
+        return main.build_dataset(args, world, train=train, transform=transform)
+
+    assert len(opened(args, train=True)) == 4
+    [(image, _)] = opened(args, train=False)
     assert torch.equal(image, build_eval_transform(Preprocessing(24))(read_image(folder / "elsewhere/a/x.png")))
-    plain = main.build_dataset(options.parse_args(flags.split()), world, train=False)
+    plain = opened(options.parse_args(flags.split()), train=False)
     assert not torch.equal(image, plain[0][0])
 
 

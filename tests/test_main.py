@@ -24,7 +24,7 @@ import utils
 from loading import loaders
 from loading.transforms import Preprocessing, build_eval_transform
 from optim_factory import cosine_schedule
-from records.checkpoints import load_checkpoint, load_weights
+from records.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from runs import BASE, EMBEDDED, ROOT, assert_same_run, rows, torchrun
 from training import RunFolder
 
@@ -107,7 +107,9 @@ def vanillanet_6_tiny(classes=10):
 def evaluate_on(data, model):
     args = main.parse_args([*BASE, "--data_path", str(data)])
     world = utils.World(0, 1, torch.device("cpu"))
-    loader, _ = main.build_eval_loader(args, main.build_dataset(args, world, train=False), world)
+    transform = build_eval_transform(main.settle(args, None, train=True))
+    dataset = main.build_dataset(args, world, train=False, transform=transform)
+    loader, _ = main.build_eval_loader(args, dataset, world, classes=dataset.classes, num_classes=10, of="the data")
     return main.evaluate(model, loader, precision=main.build_precision(args, world.device))
 
 
@@ -253,8 +255,12 @@ def reported(text):
     return dict(zip(words[0:-2:2], map(float, words[1:-2:2]), strict=True)) | {"images": int(words[-2])}
 
 
-def test_every_image_once_on_any_number_of_ranks(folders, straight, capsys):
-    arguments = ["--finetune", straight / "checkpoint-last.pth", "--real_labels", folders / "real.json"]
+def test_every_image_once_on_any_number_of_ranks(folders, straight, tmp_path, capsys):
+    state = load_checkpoint(straight / "checkpoint-last.pth")
+    state.pop("classes")  # whose names are other ones than the folders'
+    state["args"]["data_set"] = "image_folder"
+    save_checkpoint(state, tmp_path / "nameless.pth")
+    arguments = ["--finetune", tmp_path / "nameless.pth", "--real_labels", folders / "real.json"]
     run(folders, *arguments, base=FOLDER)
     alone = reported(capsys.readouterr().err)
     done = torchrun(2, folders, *arguments, base=FOLDER)
@@ -303,10 +309,10 @@ def test_a_mid_ramp_checkpoint_evaluates_as_it_trained(tiny_fmnist, straight, ca
 
 def test_lambda_of_a_published_checkpoint_follows_from_its_epoch(tmp_path):
     arguments = argparse.Namespace(decay_epochs=100, decay_linear=True)
-    assert networks.recorded_slope({"epoch": 37, "args": arguments}) == 0.37
-    assert networks.recorded_slope({"epoch": 299, "args": arguments}) == 1.0
-    assert networks.recorded_slope({"model": {}}) == 1.0
-    assert networks.recorded_slope({"act_learn": 0.5, "epoch": 299, "args": arguments}) == 0.5
+    assert networks.read_record({"epoch": 37, "args": arguments}).slope == 0.37
+    assert networks.read_record({"epoch": 299, "args": arguments}).slope == 1.0
+    assert networks.read_record({"model": {}}).slope is None
+    assert networks.read_record({"act_learn": 0.5, "epoch": 299, "args": arguments}).slope == 0.5
 
 
 # -- deploying and fine-tuning
@@ -384,16 +390,18 @@ def test_distillation_from_a_run_of_ours(tiny_fmnist, finished, tmp_path):
 
 def teacher_of(tiny_fmnist, tmp_path, *flags, classes=None):
     args = main.parse_args([*BASE, "--data_path", str(tiny_fmnist), "--output_dir", str(tmp_path), *map(str, flags)])
-    return main.build_teacher(args, classes, 10)
+    preprocessing = main.settle(args, None, train=True)
+    return main.build_teacher(args, preprocessing, classes=classes, num_classes=10)
 
 
 def test_a_teacher_is_a_checkpoint_or_a_folder_and_gets_images_as_it_knows_them(tiny_fmnist, finished, tmp_path):
     path = finished / "checkpoint-last.pth"
-    _, network, checkpoint = networks.create_trained(path)
+    found = networks.open(path)
+    network, classes = found.module, list(found.classes)
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         logits = network(images)
-        own = teacher_of(tiny_fmnist, tmp_path, "--teacher", path, classes=checkpoint["classes"])
+        own = teacher_of(tiny_fmnist, tmp_path, "--teacher", path, classes=classes)
         assert torch.equal(own(images), logits)
         halves = teacher_of(tiny_fmnist, tmp_path, "--teacher", path, "--imagenet_default_mean_and_std", "false")
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
@@ -402,7 +410,7 @@ def test_a_teacher_is_a_checkpoint_or_a_folder_and_gets_images_as_it_knows_them(
         folder = teacher_of(tiny_fmnist, tmp_path, "--teacher", f"local-dir:{tmp_path / 'hub'}")
         assert folder(images).shape == (4, 10)
     with pytest.raises(ValueError, match="in another order"):
-        teacher_of(tiny_fmnist, tmp_path, "--teacher", path, classes=checkpoint["classes"][::-1])
+        teacher_of(tiny_fmnist, tmp_path, "--teacher", path, classes=classes[::-1])
     with pytest.raises(ValueError, match="leave out --teacher_weights"):
         teacher_of(tiny_fmnist, tmp_path, "--teacher", path, "--teacher_weights", path)
 

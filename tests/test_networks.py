@@ -2,12 +2,17 @@
 
 import argparse
 
+import matplotlib.cbook
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 
 import models
 import networks
+from loading.transforms import build_eval_transform
 from records.checkpoints import save_checkpoint
 
 
@@ -42,9 +47,10 @@ def test_a_checkpoint_is_rebuilt(randomized, tmp_path, fuse):
     recorded = argparse.Namespace(model="vanillanet_6", input_size=64)
     state = {"model": made.state_dict(), "act_learn": made.act_learn, "args": recorded}
     save_checkpoint(state, tmp_path / "w.pth")
-    name, loaded, checkpoint = networks.create_trained(tmp_path / "w.pth")
-    assert name == "vanillanet_6"
-    assert networks.recorded_args(checkpoint)["input_size"] == 64
+    network = networks.open(tmp_path / "w.pth")
+    loaded = network.module
+    assert network.name == "vanillanet_6"
+    assert network.preprocessing.input_size == 64
     assert (loaded.deploy, loaded.act_learn, loaded.training) == (fuse, made.act_learn, False)
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(loaded(images), made(images))
@@ -54,10 +60,121 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
     path = tmp_path / "w.pth"
     save_checkpoint({"model": models.vanillanet_7(width_mult=1 / 64).state_dict()}, path)
     with pytest.raises(ValueError, match="does not record which model it is of: name one by --net"):
-        networks.create_trained(path, flag="--net")
+        networks.open(path, flag="--net")
     with pytest.raises(ValueError, match="does not fit this network"):
-        networks.create_trained(path, name="vanillanet_5")
+        networks.open(path, name="vanillanet_5")
     with pytest.raises(ValueError, match="another shape"):
-        networks.create_trained(path, name="vanillanet_7", num_classes=7)
+        networks.open(path, name="vanillanet_7", num_classes=7)
     with pytest.raises(ValueError, match="--net vanillanet_4 is not known"):
-        networks.create_trained(path, name="vanillanet_4", flag="--net")
+        networks.open(path, name="vanillanet_4", flag="--net")
+
+
+# -- what travels with a network, held against timm
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    with matplotlib.cbook.get_sample_data("grace_hopper.jpg") as file:
+        return Image.open(file).convert("RGB")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tf_efficientnet_lite0",  # 0.5 for mean and std
+        "tf_mobilenetv3_small_minimal_100.in1k",  # bilinear
+        "resnet50.a1_in1k",
+        "vit_base_patch16_siglip_224.v2_webli",  # squashed
+        "vanillanet_6",
+    ],
+)
+def test_images_are_prepared_as_timm_does(name, photograph, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs, device="meta"))
+    network = networks.open(name, pretrained=False)
+    config = resolve_data_config({}, model=network.module)
+    theirs = create_transform(**config, is_training=False)(photograph)
+    assert torch.equal(build_eval_transform(network.preprocessing)(photograph), theirs)
+    assert networks.named_preprocessing(name) == network.preprocessing
+
+
+def test_a_checkpoint_of_timm_brings_its_preprocessing(tmp_path, photograph):
+    """As timm's train.py writes it: lists, and None for flags that were not given."""
+    made = timm.create_model("resnet10t", num_classes=4)
+    args = argparse.Namespace(
+        model="resnet10t", input_size=[3, 96, 96], img_size=None, mean=[0.5], std=[0.25, 0.3, 0.35], crop_pct=0.9,
+        interpolation="bilinear", num_classes=4, bce_loss=True, model_kwargs={}, epochs=300,
+    )  # fmt: skip
+    state = {"epoch": 7, "arch": "resnet10t", "state_dict": made.state_dict(), "state_dict_ema": made.state_dict()}
+    torch.save({**state, "args": args, "version": 2}, tmp_path / "w.pth.tar")
+    network = networks.open(tmp_path / "w.pth.tar")
+    config = resolve_data_config(vars(args), model=made)
+    theirs = create_transform(**config, is_training=False)(photograph)
+    assert torch.equal(build_eval_transform(network.preprocessing)(photograph), theirs)
+    assert (network.name, network.loss, network.weights.key) == ("resnet10t", "binary_cross_entropy", "state_dict_ema")
+    logits = torch.tensor([[0.0, 2.0]])
+    assert torch.equal(network.probabilities(logits), logits.sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("recorded", "passed_over"),
+    [
+        ({"classes": 3}, "classes"),
+        ({"act_learn": [1.0]}, "act_learn"),
+        ({"epoch": "last", "args": {"decay_epochs": 100}}, "epoch"),
+        ({"args": ["--model", "vanillanet_6"]}, "args"),
+        ({"args": {"input_size": "large"}}, "input_size"),
+        ({"args": {"input_size": [64, 64]}}, "input_size"),
+        ({"args": {"mean": [0.5, 0.5], "std": [0, 0, 0]}}, "mean, std"),
+        ({"args": {"crop_pct": 87.5, "interpolation": "random"}}, "crop_pct, interpolation"),
+        ({"args": {"bce_loss": "yes", "model": 6}}, "bce_loss, model"),
+        ({"preprocessing": 7, "loss": "focal"}, "preprocessing, loss"),
+        ({"classes": None, "act_learn": None, "epoch": None, "args": None, "loss": None}, None),
+    ],
+)
+def test_what_is_recorded_is_taken_with_care(recorded, passed_over, tmp_path, caplog):
+    made = models.vanillanet_6(width_mult=1 / 64, num_classes=5)
+    torch.save({"model": made.state_dict(), **recorded}, tmp_path / "w.pth")
+    network = networks.open(f"vanillanet_6={tmp_path / 'w.pth'}")
+    assert network.labels == tuple(f"class {index}" for index in range(5))
+    assert (network.preprocessing.input_size, network.slope) == (224, 1.0)
+    lines = [record.message for record in caplog.records if "passed over" in record.message]
+    assert len(lines) == (passed_over is not None)
+    assert not lines or passed_over in lines[0]
+    assert all(str(tmp_path / "w.pth") in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "classes", [["cat", "dog"], {0: "cat", 1: "dog"}, {"1": "dog", "0": "cat"}, {"dog": 1, "cat": 0}]
+)
+def test_names_of_classes_in_other_forms(classes, tmp_path):
+    made = timm.create_model("resnet10t", num_classes=2)
+    torch.save({"model": made.state_dict(), "classes": classes, "args": {"model": "resnet10t"}}, tmp_path / "w.pth")
+    assert networks.open(tmp_path / "w.pth").classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("name", ["vanillanet_6", "resnet10t", "deit_tiny_distilled_patch16_224"])
+def test_another_classifier_for_other_classes(name, tmp_path):
+    """All but what timm says is the classifier stays, for any model."""
+    arguments = {"width_mult": 1 / 64} if name.startswith("vanilla") else {}
+    made = timm.create_model(name, num_classes=3, **arguments)
+    record = {"classes": ["a", "b", "c"], "args": {"model": name}}
+    torch.save({"model": made.state_dict(), **record}, tmp_path / "w.pth")
+
+    def classifier(classes, **keep):
+        network = networks.open(tmp_path / "w.pth").for_classes(classes, **keep)
+        assert network.module.num_classes == (classes if isinstance(classes, int) else len(classes))
+        heads = [f"{head}." for head in np.atleast_1d(timm.get_pretrained_cfg_value(name, "classifier"))]
+        own, theirs = network.module.state_dict(), made.state_dict()
+        new = [key for key in own if not torch.equal(own[key].flatten()[:7], theirs[key].flatten()[:7])]
+        assert all(key.startswith("cls" if "vanilla" in name else tuple(heads)) for key in new)
+        return len(new) > 0
+
+    assert not classifier(["a", "b", "c"])
+    assert not classifier(3)
+    assert classifier(["a", "b", "d"])
+    assert classifier(["b", "a", "c"])
+    assert not classifier(["a", "b", "d"], keep=True)
+    assert classifier(["a", "b"])
+    with pytest.raises(ValueError, match="--keep_classifier true"):
+        classifier(5, keep=True)

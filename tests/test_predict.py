@@ -1,7 +1,11 @@
 """predict.py on real photographs, in every format; main.py --runtime: the accuracy of what is deployed."""
 
+import csv
+import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +16,17 @@ import timm
 import torch
 from PIL import Image
 
-import deployment
 import export
 import main
 import predict
 import runtimes
+from deployment import predicting
+from deployment.fusing import metadata_of, open_deployed
+from deployment.images import transform
 from loading.images import decode_image
 from processors import openvino_has_bfloat16
 from records.checkpoints import save_checkpoint
+from runtimes.running import Runtime
 
 ROOT = Path(main.__file__).parent
 
@@ -65,10 +72,11 @@ def run(capsys, *arguments):
 def test_photographs_by_a_checkpoint(checkpoint, photographs, capsys):
     found = run(capsys, checkpoint, photographs)
     assert list(found) == [str(photographs / "hopper.jpg"), str(photographs / "inner" / "pack.png")]
-    network, metadata = deployment.load(checkpoint)
+    opened = open_deployed(checkpoint)
+    network, metadata = opened.module, metadata_of(opened)
     assert (metadata.input_size, metadata.crop_pct) == (64, 0.875)
     for path, pairs in found.items():
-        image = deployment.transform(metadata)(decode_image(path))
+        image = transform(metadata)(decode_image(path))
         with torch.no_grad():
             chances = network(image[None])[0].softmax(0)
         best = chances.topk(5)
@@ -270,3 +278,86 @@ def test_low_precision_keeps_the_accuracy(tmp_path, capsys):
         for precision, loss in (("bf16", 0.5), ("int8", 1.0)):
             if precision in runtimes.find(engine).precisions:
                 assert accuracy("--runtime", engine, "--precision", precision) > plain - loss
+
+
+# -- many files
+
+
+@pytest.fixture
+def folder(photographs, tmp_path):
+    """Three photographs, a broken file between them, and one whose name is no UTF-8."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.jpg", "c.jpg", os.fsdecode(b"d\xff.jpg")):
+        shutil.copy(photographs / "hopper.jpg", folder / name)
+    (folder / "b.jpg").write_bytes(b"no image")
+    return folder
+
+
+def test_a_broken_file_does_not_stop_the_others(checkpoint, folder, capsys):
+    with pytest.raises(SystemExit) as ended:
+        predict.main([str(checkpoint), str(folder)])
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    names = [line for line in printed.out.splitlines() if not line.startswith("  ")]
+    assert names == [f"{folder}/a.jpg", f"{folder}/c.jpg", f"{folder}/d\\xff.jpg"]
+    assert [line for line in printed.err.splitlines() if "b.jpg" in line] == [
+        f"predict.py: cannot read the image {folder}/b.jpg: not an image, or of an unknown format"
+    ]
+
+
+def test_standard_output_that_is_strict_utf8(checkpoint, folder):
+    (folder / "b.jpg").unlink()
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    command = [sys.executable, "predict.py", checkpoint, folder]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "d\\xff.jpg" in done.stdout
+
+
+def test_a_reader_that_has_gone(checkpoint, photographs):
+    many = " ".join([str(photographs / "hopper.jpg")] * 4)
+    command = f"{sys.executable} predict.py {checkpoint} {many} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{photographs / 'hopper.jpg'}\n"
+    assert done.stderr == ""
+    assert done.returncode == 128 + signal.SIGPIPE
+
+
+def test_batches_change_no_number(checkpoint, photographs, capsys):
+    one = run(capsys, checkpoint, photographs)
+    assert run(capsys, checkpoint, photographs, "--batch_size", 2) == one
+    few = run(capsys, checkpoint, photographs, "--batch_size", 3, "--topk", 2)
+    assert few == {path: pairs[:2] for path, pairs in one.items()}
+
+
+def test_a_call_has_the_images_of_a_batch(checkpoint, photographs, tmp_path):
+    sizes = []
+
+    def logits(images):
+        sizes.append(len(images))
+        return torch.zeros(len(images), 10)
+
+    runtime = Runtime(runtimes.Target("eager"), logits, metadata=metadata_of(open_deployed(checkpoint)))
+    paths = [str(shutil.copy(photographs / "hopper.jpg", tmp_path / f"{place}.jpg")) for place in range(5)]
+    assert len(list(predicting.predict(runtime, paths, top=1, batch_size=2))) == 5
+    assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_results_as_a_file(checkpoint, photographs, tmp_path, capsys, suffix):
+    wanted = run(capsys, checkpoint, photographs, "--topk", 3)
+    target = tmp_path / "new" / f"found{suffix}"
+    predict.main([str(checkpoint), str(photographs), "--topk", "3", "--output", str(target)])
+    assert capsys.readouterr().out == f"{target}: 2 images\n"
+    with target.open(newline="") as file:
+        rows = json.load(file) if suffix == ".json" else list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "rank", "class", "index", "chance"]
+    classes = metadata_of(open_deployed(checkpoint)).classes
+    assert [classes[int(row["index"])] for row in rows] == [row["class"] for row in rows]
+    assert [int(row["rank"]) for row in rows] == [1, 2, 3, 1, 2, 3]
+    found = [(row["class"], pytest.approx(100 * float(row["chance"]), abs=0.051)) for row in rows]
+    assert [pair for pairs in wanted.values() for pair in pairs] == found
+    with pytest.raises(SystemExit):
+        predict.main([str(checkpoint), str(photographs), "--output", "found.txt"])
+    assert "must end in .csv or .json" in capsys.readouterr().err

@@ -21,9 +21,10 @@ import main
 import models
 import utils
 import visualize
+from loading.transforms import build_eval_transform
 from pictures.cam import activation_maps
 from pictures.figures import depth_figure, latency_figure, read_results
-from pictures.subjects import open_network, read_images
+from pictures.subjects import label, open_network, read_images, short_name
 from records import curves
 from records.checkpoints import load_checkpoint, load_weights, save_checkpoint
 
@@ -247,15 +248,15 @@ def test_networks_side_by_side(run_folder, photos, tmp_path, figures, capsys):
     assert [a.get_xlabel() for a in axes[:, 0]] == ["b.png", "a.jpg"]
     names, images, total = read_images([str(photos)], 8)
     assert (names, total) == (["b.png", "a.jpg"], 2)
-    inputs = torch.stack([network.transform(image) for image in images])
+    inputs = torch.stack([build_eval_transform(network.preprocessing)(image) for image in images])
     assert inputs.shape == (2, 3, 64, 64)
     assert inputs.min() == pytest.approx(-1)  # normalized by 0.5, as the run was told
-    maps, logits = activation_maps(network.model, inputs)
+    maps, logits = activation_maps(network.module, inputs)
     for row, heat, answer in zip(axes, maps, torch.from_numpy(logits).sigmoid(), strict=True):  # --bce_loss
         assert np.array_equal(row[0].images[0].get_array(), row[1].images[0].get_array())
         assert np.array_equal(row[1].images[1].get_array(), heat)
         assert np.abs(row[2].images[1].get_array() - heat).max() < 1e-4
-        words = f"{network.metadata.classes[answer.argmax()]} {answer.max():.2f}"
+        words = f"{network.labels[answer.argmax()]} {answer.max():.2f}"
         assert row[1].get_xlabel() == row[2].get_xlabel() == words
     with Image.open(photos / "b.png") as image:  # 90 x 70 -> 93 x 73 -> the middle 64 x 64
         expected = np.asarray(image.convert("RGB").resize((93, 73), Image.Resampling.BICUBIC))[4:68, 14:78] / 255
@@ -270,27 +271,29 @@ def test_a_class_to_explain_a_level_and_a_limit(run_folder, tmp_path, figures, c
     assert "first 3 of 2000 images" in capsys.readouterr().out
     axes = np.array(figures["c.png"].axes).reshape(3, 3)
     network = open_network(last, key="model")
-    inputs = torch.stack([network.transform(image) for image in read_images([str(IMAGES)], 3)[1]])
-    maps, logits = activation_maps(network.model, inputs, target=7, level=0)
+    inputs = torch.stack(
+        [build_eval_transform(network.preprocessing)(image) for image in read_images([str(IMAGES)], 3)[1]]
+    )
+    maps, logits = activation_maps(network.module, inputs, target=7, level=0)
     chances = torch.from_numpy(logits).sigmoid()
     for row, heat, chance in zip(axes, maps, chances, strict=True):
         assert np.array_equal(row[1].images[1].get_array(), heat)
         assert row[1].get_xlabel().startswith(f"map of Sneaker {chance[7]:.2f}\nanswer ")
     averaged = open_network(last)
-    assert not torch.equal(averaged.model.stem1[0].weight, network.model.stem1[0].weight)  # the EMA is the default
+    assert not torch.equal(averaged.module.stem1[0].weight, network.module.stem1[0].weight)  # the EMA is the default
 
 
 def test_a_bare_state_dict_and_pretrained_weights(tmp_path, monkeypatch):
     torch.save(timm.create_model("resnet18", num_classes=3).state_dict(), tmp_path / "w=1.pth")
     network = open_network(f"resnet18={tmp_path / 'w=1.pth'}")
-    assert network.label == "resnet18\nw=1.pth"
-    assert network.name(2) == "class 2"
-    assert network.transform(Image.new("RGB", (300, 300))).shape == (3, 224, 224)
+    assert label(network) == "resnet18\nw=1.pth"
+    assert short_name(network, 2) == "class 2"
+    assert build_eval_transform(network.preprocessing)(Image.new("RGB", (300, 300))).shape == (3, 224, 224)
     logits = torch.tensor([[0.0, np.log(3.0)]])
     assert network.probabilities(logits)[0].tolist() == pytest.approx([0.25, 0.75])
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name))
-    assert open_network("starnet_s050").name(207) == "golden retriever"
+    assert short_name(open_network("starnet_s050"), 207) == "golden retriever"
 
 
 def test_curves_of_a_detector_are_its_own(tmp_path, figures):

@@ -1,0 +1,1 @@
+"""What the commands that deploy a network share: fusing and comparing, exporting, predicting."""

@@ -1,0 +1,97 @@
+"""Writing a network to a file that an engine runs, once the file was compared with the network."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+import runtimes
+from networks import Network
+from records.checkpoints import save_checkpoint
+from records.files import cannot_write
+
+__all__ = ["COMPARED_IMAGES", "TOLERANCES", "compare", "write_exported", "write_safetensors"]
+
+# The largest difference from PyTorch in float32, relative to the largest logit. A file beyond it is not written.
+TOLERANCES = {"default": 1e-2, "fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2, "int8": 2.5e-1}
+COMPARED_IMAGES = 32
+
+
+@torch.inference_mode()
+def compare(runtime: runtimes.Runtime, network: nn.Module, images: torch.Tensor) -> tuple[float, int]:
+    """The largest difference of the logits, relative to the largest logit; how many images get the same class."""
+    expected = network(images)
+    found = runtime(images).cpu()
+    difference = (found - expected).abs().max() / expected.abs().max()
+    return difference.item(), int((found.argmax(1) == expected.argmax(1)).sum())
+
+
+def write_exported(
+    network: nn.Module,
+    path: Path,
+    target: runtimes.Target,
+    *,
+    metadata: runtimes.Metadata,
+    images: torch.Tensor,
+    batch_size: int,
+    tolerance: float,
+) -> str:
+    """Export, compare on `images` with the network itself, and put the files in their place if they agree.
+
+    Returns:
+        The comparison in words.
+
+    Raises:
+        ValueError: they differ by more than `tolerance`; nothing is written then.
+    """
+    engine = runtimes.find(target.engine)
+    engine.check(target)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="writing-", dir=path.parent) as folder:
+            batch = images[:1].expand(batch_size, -1, -1, -1).contiguous()
+            files = engine.export(network, batch, Path(folder) / path.name, target, metadata)
+            difference, same = compare(engine.open(files[0], target), network, images)
+            comparison = (
+                f"largest logit difference from PyTorch in float32, relative: {difference:.1e}; "
+                f"the same class for {same} of {len(images)} images"
+            )
+            if not difference <= tolerance:
+                raise ValueError(f"{comparison}: more than {tolerance:g}, nothing written")
+            for file in files:
+                shutil.move(file, path.parent / file.name)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+    return comparison
+
+
+def write_safetensors(network: Network, path: Path) -> Path:
+    """Write the weights as safetensors, with what travels with them in its metadata, and timm's `config.json` beside.
+
+    So `networks.open(path)` reads it, and `timm.create_model("local-dir:FOLDER", pretrained=True)` where VanillaNet is
+    registered.
+
+    Returns:
+        The path of the configuration.
+
+    Raises:
+        ValueError: a file cannot be written, or timm cannot describe the network.
+    """
+    images = network.preprocessing
+    args = {"model": network.name, "data_set": network.record.arguments.get("data_set")}
+    state = {"act_learn": network.slope, "deploy": getattr(network.module, "deploy", False), **network.state()}
+    save_checkpoint({"model": network.module.state_dict(), **state, "args": args}, path)
+    config = path.parent / "config.json"
+    data = {"input_size": (3, images.input_size, images.input_size), "mean": images.mean, "std": images.std}
+    data |= {"interpolation": images.interpolation, "crop_mode": images.crop_mode, "crop_pct": images.crop_pct or 1.0}
+    try:
+        with tempfile.TemporaryDirectory(prefix="writing-", dir=path.parent) as folder:
+            labels = {"label_names": list(network.classes)} if network.classes else {}
+            save_for_hf(network.module, folder, model_config=labels, data_config=data, safe_serialization=True)
+            shutil.move(Path(folder) / "config.json", config)
+    except OSError as error:
+        raise ValueError(cannot_write(config, error)) from error
+    return config

@@ -1,0 +1,61 @@
+"""Real images to calibrate, compare or predict on, prepared as a network wants them."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import datasets
+from loading.images import list_images, read_image
+from loading.transforms import Preprocessing, Transform, build_eval_transform
+from runtimes import Metadata
+
+__all__ = ["EMBEDDED", "real_images", "sample_folder", "spread", "transform"]
+
+EMBEDDED = Path(__file__).parents[1] / "data" / "fashion-mnist"
+
+
+def transform(metadata: Metadata) -> Transform:
+    """From an RGB image to the input of the network that the metadata belong to, (3, input_size, input_size)."""
+    return build_eval_transform(
+        Preprocessing(
+            metadata.input_size,
+            mean=metadata.mean,
+            std=metadata.std,
+            crop_pct=metadata.crop_pct,
+            interpolation=metadata.interpolation,
+            crop_mode=metadata.crop_mode,
+            native=metadata.crop_pct is None,
+        )
+    )
+
+
+def spread(length: int, count: int) -> Sequence[int]:
+    """`count` places evenly spread over `length`, or all of them."""
+    return [i * length // count for i in range(count)] if length > count else range(length)
+
+
+def sample_folder(folder: str | Path, prepare: Transform, count: int) -> torch.Tensor:
+    """Images from anywhere under a folder, evenly spread in their order, (n, 3, H, W) with n up to `count`.
+
+    Raises:
+        ValueError: the folder cannot be read or has no image, or one is broken.
+    """
+    paths = list_images([os.fspath(folder)])
+    return torch.stack([prepare(read_image(paths[place])) for place in spread(len(paths), count)])
+
+
+def real_images(prepare: Transform, count: int, *, path: str | Path | None, data_set: str) -> torch.Tensor:
+    """Preprocessed images to calibrate or compare on, (n, 3, H, W) with n up to `count`.
+
+    Args:
+        path: of the data set; None takes the embedded test images of Fashion-MNIST.
+        data_set: as `datasets.build_dataset` knows them, of which the training split is taken; `image_folder` is any
+            folder with images somewhere in it.
+    """
+    if path is not None and data_set in ("IMNET", "image_folder"):
+        return sample_folder(path, prepare, count)
+    kind, root = (data_set, path) if path is not None else ("FMNIST", EMBEDDED)
+    dataset = datasets.build_dataset(kind, root, train=path is not None, transform=prepare)
+    return torch.stack([dataset[place][0] for place in spread(len(dataset), count)])
