@@ -24,7 +24,6 @@ from records.files import cannot_write, one_line
 from runtimes import ENGINES, PRECISIONS
 
 __all__ = [
-    "CALIB_COUNT",
     "COUNT",
     "FRACTION",
     "NONNEGATIVE",
@@ -32,13 +31,11 @@ __all__ = [
     "WHOLE",
     "Arguments",
     "Parser",
-    "add_network_flags",
     "add_training_flags",
     "boolean",
     "build_parser",
     "check_training_flags",
     "file_path",
-    "network_choices",
     "number",
     "parse_args",
     "parse_checked",
@@ -118,7 +115,6 @@ WHOLE = number(int, low=0, high=2**31 - 1)
 POSITIVE = number(float, above=0)
 FRACTION = number(float, low=0, high=1)
 NONNEGATIVE = number(float, low=0)
-CALIB_COUNT = 300  # images that int8 is calibrated on
 
 
 # -- parsing
@@ -569,34 +565,6 @@ def build_parser() -> Parser:
     return parser
 
 
-def add_network_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which network, and how its images are preprocessed; shared by the commands that deploy one."""
-    parser.add_argument("--model", help="the model's name in timm, for a checkpoint that does not record it")
-    parser.add_argument("--model_key", help="of the weights in the checkpoint [model_ema, or else model]")
-    parser.add_argument("--input_size", type=COUNT, help="pixels [the checkpoint's]")
-    parser.add_argument("--crop_pct", type=number(float, above=0, high=1), help="[the checkpoint's]")
-    parser.add_argument(
-        "--random_weights", type=boolean, default=False, help="a model's name without its pretrained weights"
-    )
-    parser.add_argument("--calib_data", metavar="DIR", help="images to calibrate int8 on, and to compare on")
-    parser.add_argument("--data_set", help="what --calib_data is, as for main.py [image_folder]")
-    parser.add_argument(
-        "--int8_depthwise", type=boolean, default=False, help="quantize the series activations, too (pt2, openvino)"
-    )
-    parser.add_argument("--calib_count", type=COUNT, help=f"images to calibrate on [{CALIB_COUNT}]")
-
-
-def network_choices(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_network_flags` was given, for `deployment.fusing.open_deployed`."""
-    return {
-        "name": args.model,
-        "key": args.model_key,
-        "input_size": args.input_size,
-        "crop_pct": args.crop_pct,
-        "random_weights": args.random_weights,
-    }
-
-
 # -- checks across flags, and parsing a command
 
 
@@ -671,22 +639,29 @@ def _check(args: Arguments) -> None:
         raise ValueError("--data_path is missing")
 
 
-def parse_checked(parser: Parser, argv: Sequence[str] | None, check: Callable[[Arguments], None]) -> Arguments:
+def parse_checked(
+    parser: Parser, argv: Sequence[str] | None, check: Callable[[Arguments], None], *, launched: bool = False
+) -> Arguments:
     """Parse a command, the process's own for None, and check it.
 
     Errors, also a ValueError of `check`, end the process with exit code 2 and one line on standard error.
+
+    Args:
+        launched: the command goes on with `utils.launch`, by which the first of its processes logs `notes`.
     """
     args = parser.parse_args(argv)
     try:
         check(args)
     except ValueError as error:
         parser.error(str(error))
+    if not launched:
+        sys.stderr.writelines(f"{parser.prog}: {note}\n" for note in args.notes)
     return args
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     """The arguments of main.py; see `parse_checked`."""
-    return parse_checked(build_parser(), argv, _check)
+    return parse_checked(build_parser(), argv, _check, launched=True)
 
 
 def plain_args(args: argparse.Namespace) -> dict[str, Any]:

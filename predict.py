@@ -4,65 +4,61 @@ python predict.py vanillanet_9.pt2 photograph.jpg
 python predict.py outputs/demo/checkpoint-last.pth FOLDER --engine openvino --precision bf16
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 import runtimes
-import utils
-from deployment.fusing import metadata_of, open_deployed
-from deployment.images import real_images, transform
-from deployment.predicting import SUFFIXES, Prediction, predict, printable, write_predictions
-from loading.images import BrokenImageError, list_images
-from options import CALIB_COUNT, COUNT, Parser, add_network_flags, canonical, file_path, network_choices
-from records import logs
-from records.files import mistakes_end, one_line
-
-# Flags that choose or prepare a network, which an exported file settles itself.
-NETWORK_FLAGS = (
-    "model", "model_key", "input_size", "crop_pct", "random_weights", "calib_data", "data_set", "calib_count",
-    "int8_depthwise",
-)  # fmt: skip
+from deployment.options import CALIBRATION_FLAGS, NETWORK_FLAGS, SUFFIXES, add_network_flags, network_choices
+from options import COUNT, Arguments, Parser, file_path, parse_checked
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(prog="predict.py", description="Print the likeliest classes of images.")
-    parser.add_argument("source", metavar="MODEL", help="an exported file, a checkpoint, or the name of a timm model")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files, and folders with images under them")
-    parser.add_argument("--topk", "--top", type=COUNT, default=5, help="how many classes of each image")
-    parser.add_argument("--batch_size", type=COUNT, default=1, help="images in a call of the network")
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        type=file_path,
-        help="write a row for each class of each image, .csv or .json [print]",
-    )
-    parser.add_argument("--engine", choices=sorted(runtimes.ENGINES), help="[the file's; for a network channels_last]")
-    parser.add_argument("--precision", choices=runtimes.PRECISIONS, help="[the file's; for a network fp32]")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    add = parser.add_argument
+    add("source", type=file_path, metavar="MODEL", help="an exported file, a checkpoint, or the name of a timm model")
+    add("images", type=file_path, metavar="IMAGE", nargs="+", help="image files, and folders with images under them")
+    add("--topk", "--top", type=COUNT, default=5, help="number of classes of each image")
+    add("--batch_size", type=COUNT, default=1, help="images in a call of the network")
+    add("--output", type=file_path, help="write a row for each class of each image to this .csv or .json file [print]")
+    add("--engine", choices=runtimes.ENGINES, help="engine to compute in [the file's; for a network channels_last]")
+    add("--precision", choices=runtimes.PRECISIONS, help="precision to compute in [the file's; for a network fp32]")
+    add("--device", default="cpu", help="what to compute on: cpu or cuda")
     add_network_flags(parser)
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check a command. Errors end the process with exit code 2 and one line on standard error."""
-    parser = build_parser()
-    args = parser.parse_args([canonical(token) for token in (sys.argv[1:] if argv is None else argv)])
-    if runtimes.of_file(args.source):
-        for flag in NETWORK_FLAGS:
-            if getattr(args, flag) != parser.get_default(flag):
-                parser.error(f"--{flag} has no effect here: {args.source} was exported with all that it needs")
-    elif args.precision != "int8":
-        for flag in ("calib_data", "calib_count", "data_set", "int8_depthwise"):
-            if getattr(args, flag) != parser.get_default(flag):
-                parser.error(f"--{flag} is for --precision int8")
+def _check(args: Arguments) -> None:
+    exported = runtimes.of_file(args.source)
+    for flag in NETWORK_FLAGS:
+        args.needs(flag, not exported, f"{args.source} was exported with all that it needs")
+    for flag in CALIBRATION_FLAGS:
+        args.needs(flag, exported or args.precision == "int8", "it is for --precision int8")
+    if args.precision == "int8" and not exported and not args.calib_data:
+        raise ValueError("int8 needs real images to calibrate on: add --calib_data DIR")
     if args.output and Path(args.output).suffix not in SUFFIXES:
-        parser.error(f"--output {args.output} must end in {' or '.join(SUFFIXES)}")
-    args.calib_count, args.data_set = args.calib_count or CALIB_COUNT, args.data_set or "image_folder"
-    return args
+        raise ValueError(f"--output {args.output} must end in {' or '.join(SUFFIXES)}")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Arguments:
+    """Parse and check a command. Errors end the process with exit code 2 and one line on standard error."""
+    return parse_checked(build_parser(), argv, _check)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
+
+import argparse
+import sys
+
+import torch
+
+import utils
+from deployment.fusing import metadata_of, open_deployed
+from deployment.images import real_images, transform
+from deployment.predicting import Prediction, predict, printable, write_predictions
+from loading.images import BrokenImageError, list_images
+from records import logs
+from records.files import mistakes_end, one_line
 
 
 def open_runtime(args: argparse.Namespace) -> runtimes.Runtime:
@@ -73,8 +69,6 @@ def open_runtime(args: argparse.Namespace) -> runtimes.Runtime:
     metadata = metadata_of(network)
     calibration = None
     if args.precision == "int8":
-        if not args.calib_data:
-            raise ValueError("int8 needs real images to calibrate on: add --calib_data DIR")
         images = real_images(transform(metadata), args.calib_count, path=args.calib_data, data_set=args.data_set)
         calibration = runtimes.Calibration(images.split(16), args.int8_depthwise)
     runtime = runtimes.load(
@@ -115,8 +109,8 @@ def run(args: argparse.Namespace) -> int:
     return int(broken > 0)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
+    args = args or parse_args(argv)
     utils.setup_logging(rank=0)
     with mistakes_end("predict.py"):
         code = run(args)
@@ -125,4 +119,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args=ARGS)

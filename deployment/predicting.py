@@ -16,9 +16,7 @@ from loading.images import BrokenImageError, decode_image, upright
 from records.files import cannot_write, replacing
 from runtimes import Runtime
 
-__all__ = ["SUFFIXES", "Prediction", "predict", "printable", "write_predictions"]
-
-SUFFIXES = (".csv", ".json")
+__all__ = ["Prediction", "predict", "printable", "write_predictions"]
 
 
 @dataclass(frozen=True)

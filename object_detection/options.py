@@ -138,4 +138,4 @@ def _check(args: Arguments) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     """Parse and check a command, see `options.parse_checked`."""
-    return parse_checked(build_parser(), argv, _check)
+    return parse_checked(build_parser(), argv, _check, launched=True)

@@ -178,7 +178,7 @@ def test_the_payload_would_work(hostile, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ("", "--to"),
+        ("", "--engine"),
         ("--to onnx --int8", "--calib_data"),
         ("--to onnx --int8 --precision fp16", "exclude"),
         ("--to onnx --precision bf16", "fp32, fp16, int8"),
@@ -188,7 +188,7 @@ def test_the_payload_would_work(hostile, tmp_path):
         ("--to onnx --int8 --calib_data DIR --int8_depthwise true", "ONNX has it always"),
         ("--to openvino --device cuda", "not on cuda"),
         ("--layer_errors true", "--calib_data"),
-        ("--layer_errors true --calib_data DIR --to onnx", "--to"),
+        ("--layer_errors true --calib_data DIR --to onnx", "--engine"),
         ("--to onnx --calib_data no/folder", "no/folder"),
         ("--to onnx --random_weights true", "--random_weights"),
         ("--to onnx --calib_count 7", "--calib_count"),

@@ -1,12 +1,24 @@
 """The command line is a contract: every published flag, its default, and what is rejected."""
 
+import argparse
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from options import build_parser, parse_args, save_args
+import ablation
+import benchmark
+import export
+import object_detection.benchmark
+import object_detection.make_garments
+import object_detection.options
+import predict
+import visualize
+from options import boolean, build_parser, parse_args, save_args
+from runs import ROOT
 
 # The published flags with their defaults; `...` where none is published. Frozen: a change here breaks users' commands.
 PUBLISHED = {
@@ -240,3 +252,91 @@ def test_the_ten_flags_that_people_need_come_first():
         "model", "data_path", "data_set", "batch_size", "epochs", "lr", "device", "output_dir", "finetune", "eval",
     ]  # fmt: skip
     assert len(helped.partition("--model")[0].splitlines()) < 12
+
+
+# -- what all commands have in common
+
+PARSERS = {
+    "main.py": build_parser,
+    "export.py": export.build_parser,
+    "predict.py": predict.build_parser,
+    "benchmark.py": benchmark.build_parser,
+    "visualize.py": visualize.build_parser,
+    "ablation.py": ablation.build_parser,
+    "object_detection/main.py": object_detection.options.build_parser,
+    "object_detection/benchmark.py": object_detection.benchmark.build_parser,
+    "object_detection/make_garments.py": object_detection.make_garments.build_parser,
+}
+each_command = pytest.mark.parametrize("command", PARSERS)
+
+
+def parsers_of(command):
+    """The parser of a command, or those of its own commands."""
+    parser = PARSERS[command]()
+    commands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return list(commands[0].choices.values()) if commands else [parser]
+
+
+@each_command
+def test_every_flag_has_a_help_text_with_its_default(command):
+    for parser in parsers_of(command):
+        helped = " ".join(parser.format_help().split())
+        assert "@FILE reads flags from a recipe" in helped
+        for action in parser._actions:
+            assert action.help, action
+            if action.option_strings and not action.required and action.dest != "help":
+                shown = " ".join((parser.formatter_class("x")._get_help_string(action) % vars(action)).split())
+                assert shown.endswith("]"), action
+                assert "[None]" not in shown, action
+
+
+@each_command
+def test_no_flag_may_be_abbreviated(command, capsys):
+    for parser in parsers_of(command):
+        for action in parser._actions:
+            for flag in action.option_strings:
+                if flag.startswith("--") and flag[:-1] not in parser._option_string_actions:
+                    with pytest.raises(SystemExit):
+                        parser.parse_args([f"{flag[:-1]}=1"])
+                    assert "unrecognized" in (error := capsys.readouterr().err) or "required" in error
+
+
+@each_command
+def test_a_boolean_may_stand_bare(command):
+    for parser in parsers_of(command):
+        positional = [action for action in parser._actions if not action.option_strings]
+        required = [token for action in parser._actions if action.required and action.option_strings
+                    for token in (action.option_strings[0], "x.png")]  # fmt: skip
+        names = [action.option_strings[0] for action in parser._actions if action.type is boolean]
+        for name in names:
+            for tokens, value in (([name], True), ([name, "false"], False), ([f"{name}=no"], False)):
+                # In front of what has to follow, a bare flag does not take a file's name for its value.
+                args = parser.parse_args([*tokens, *(["file"] * len(positional)), *required])
+                assert vars(args)[name.removeprefix("--")] is value
+                assert all(
+                    vars(args)[action.dest] in ("file", ["file"], Path("file"), [Path("file")]) for action in positional
+                )
+
+
+HEAVY = ("torch", "timm", "matplotlib", "numpy", "torchvision", "PIL")
+
+
+@each_command
+@pytest.mark.parametrize("arguments", ["--no_such_flag 1", "--help"])
+def test_a_mistake_is_answered_before_the_libraries_are_imported(command, arguments):
+    """By Python's own list of imports, in a process of its own."""
+    if command == "object_detection/make_garments.py":
+        pytest.skip("has no torch to wait for")
+    program = ["-m", "object_detection.benchmark"] if command == "object_detection/benchmark.py" else [command]
+    line = [sys.executable, "-X", "importtime", *program, *arguments.split()]
+    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    imported = {row.rpartition("|")[2].strip() for row in ended.stderr.splitlines() if row.startswith("import time:")}
+    assert "argparse" in imported
+    assert not imported & set(HEAVY)
+    said = [row for row in ended.stderr.splitlines() if not row.startswith("import time:")]
+    if arguments == "--help":
+        assert (ended.returncode, said) == (0, [])
+        assert "@FILE" in ended.stdout
+    else:
+        assert ended.returncode == 2
+        assert len(said) == 1

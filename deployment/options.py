@@ -1,0 +1,46 @@
+"""The flags that say which network is deployed and how its images are prepared; imports no torch."""
+
+from typing import Any
+
+from options import COUNT, Arguments, Parser, boolean, file_path, number
+
+__all__ = ["CALIBRATION_FLAGS", "NETWORK_FLAGS", "SUFFIXES", "add_network_flags", "network_choices"]
+
+# What `add_network_flags` adds: flags that choose or prepare a network, which an exported file settles itself.
+CALIBRATION_FLAGS = ("calib_data", "calib_count", "data_set", "int8_depthwise")
+NETWORK_FLAGS = ("model", "model_key", "input_size", "crop_pct", "random_weights", *CALIBRATION_FLAGS)
+SUFFIXES = (".csv", ".json")  # of the files that predictions are written to
+
+
+def add_network_flags(parser: Parser) -> None:
+    """The flags that the commands which deploy a network share."""
+    add = parser.add_argument
+    add("--model", metavar="NAME", help="model's name in timm, for a checkpoint that does not record it")
+    add("--model_key", metavar="KEY", help="key of the weights in the checkpoint [model_ema, or else model]")
+    add("--input_size", type=COUNT, help="height and width of the images in pixels [the checkpoint's]")
+    add(
+        "--crop_pct",
+        type=number(float, above=0, high=1),
+        help="share of the resized side that is cropped [the checkpoint's]",
+    )
+    add("--random_weights", type=boolean, default=False, help="take a model's name without its pretrained weights")
+    add("--calib_data", type=file_path, metavar="DIR", help="images to calibrate int8 on, and to compare on")
+    add("--calib_count", type=COUNT, default=300, help="number of images to calibrate on")
+    add("--data_set", default="image_folder", metavar="NAME", help="what --calib_data is, as for main.py")
+    add(
+        "--int8_depthwise",
+        type=boolean,
+        default=False,
+        help="quantize the series activations as well, which aotinductor and openvino leave out",
+    )
+
+
+def network_choices(args: Arguments) -> dict[str, Any]:
+    """What `add_network_flags` was given, for `deployment.fusing.open_deployed`."""
+    return {
+        "name": args.model,
+        "key": args.model_key,
+        "input_size": args.input_size,
+        "crop_pct": args.crop_pct,
+        "random_weights": args.random_weights,
+    }
