@@ -69,6 +69,10 @@ def build_train_transform(args: argparse.Namespace, preprocessing: Preprocessing
         reprob=args.reprob,
         remode=args.remode,
         recount=args.recount,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
     )
 
 
@@ -173,6 +177,9 @@ def settle(args: argparse.Namespace, network: networks.Network | None, *, train:
     native = None
     if train:
         native = transforms.keeps_native_size(args.data_set, changes.get("input_size", preprocessing.input_size))
+    for flag in ("scale", "ratio", "crop_pct") if native else ():
+        args.moot(flag, f"--{flag} has no effect on images that are not resized (up to {transforms.NATIVE_SIZE} px)")
+        changes.pop(flag, None)
     preprocessing = networks.prepare(
         preprocessing, network.record.arguments if recorded else flags, native=native, **changes
     )

@@ -496,6 +496,20 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("augmentation").add_argument
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's auto-augment policy; none: off")
     add("--color_jitter", type=NONNEGATIVE, default=0.4, help="strength of color jitter, with --aa none")
+    for flag, default, what in (
+        ("--scale", [0.08, 1.0], "share of the image's area"),
+        ("--ratio", [3 / 4, 4 / 3], "width divided by height"),
+    ):
+        add(
+            flag,
+            type=POSITIVE,
+            nargs=2,
+            metavar=("MIN", "MAX"),
+            default=default,
+            help=f"least and largest {what} of a random-resized crop",
+        )
+    add("--hflip", type=FRACTION, default=0.5, help="probability of mirroring an image left to right")
+    add("--vflip", type=FRACTION, default=0.0, help="probability of mirroring an image top to bottom")
     add("--smoothing", type=FRACTION, default=0.1, help="label smoothing")
     add(
         "--train_interpolation",
@@ -635,6 +649,10 @@ def _check(args: Arguments) -> None:
     args.needs("precision", args.engine, "add --engine")
     # Precision and memory format are the engine's too, but recipes set those of training.
     args.needs("compile", args.engine is None, "--engine compile does that")
+    for flag, most in (("scale", 1.0), ("ratio", math.inf)):
+        low, high = getattr(args, flag)
+        if not low <= high <= most:
+            raise ValueError(f"--{flag} {low:g} {high:g}: give the smaller one first" + ", up to 1" * (most == 1))
     if not args.data_path and not ((args.eval or args.switch_to_deploy is not None) and args.eval_data_path):
         raise ValueError("--data_path is missing")
 

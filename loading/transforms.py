@@ -1,7 +1,7 @@
 """Transforms of a training and of a validation image, and mixup of a batch."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -126,7 +126,10 @@ def build_train_transform(
     reprob: float = 0.25,
     remode: str = "pixel",
     recount: int = 1,
+    scale: Sequence[float] = (0.08, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
     hflip: float = 0.5,
+    vflip: float = 0.0,
 ) -> TrainTransform:
     """From an RGB image to a random view of it, float32, (3, input_size, input_size), as timm's `create_transform`.
 
@@ -136,7 +139,9 @@ def build_train_transform(
         aa: timm's auto-augment policy; None, "" and "none" are off.
         interpolation: "random" (bilinear or bicubic), or one of Pillow's by name.
         reprob, remode, recount: random erasing: probability, what fills the area, the largest number of areas.
-        hflip: probability of a horizontal flip.
+        scale, ratio: smallest and largest share of the image's area, and width / height, of the random-resized crop;
+            native images are not resized.
+        hflip, vflip: probability of a flip to the other side, and upside down.
 
     Raises:
         ValueError: timm does not know the policy, the interpolation or the mode.
@@ -151,6 +156,7 @@ def build_train_transform(
             is_training=True,
             separate=True,
             hflip=hflip,
+            vflip=vflip,
             color_jitter=color_jitter or None,
             auto_augment=policy,
             interpolation=interpolation,
@@ -172,7 +178,7 @@ def build_train_transform(
     if preprocessing.native:
         steps[0] = transforms.RandomCrop(preprocessing.input_size, padding=4)
     else:
-        steps[0] = RandomResizedCrop(preprocessing.input_size, interpolation=interpolation)
+        steps[0] = RandomResizedCrop(preprocessing.input_size, scale=scale, ratio=ratio, interpolation=interpolation)
     if preprocessing.exif_transpose:
         steps.insert(0, upright)
     erase = next((step for step in last.transforms if isinstance(step, RandomErasing)), None)

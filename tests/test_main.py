@@ -21,7 +21,7 @@ import main
 import models
 import networks
 import utils
-from loading import loaders
+from loading import loaders, transforms
 from loading.transforms import Preprocessing, build_eval_transform
 from optim_factory import cosine_schedule
 from records.checkpoints import load_checkpoint, load_weights, save_checkpoint
@@ -534,3 +534,30 @@ def test_weights_and_biases(tiny_fmnist, monkeypatch):
     assert wandb.begun["config"]["epochs"] == 1
     assert any("epoch/test_acc1" in values for values in wandb.logged)
     assert wandb.finished
+
+
+def test_flags_of_random_views_reach_them(tiny_fmnist, monkeypatch):
+    seen = {}
+    build = transforms.build_train_transform
+
+    def build_train_transform(preprocessing, **settings):
+        seen.update(settings)
+        return build(preprocessing, **settings)
+
+    monkeypatch.setattr(transforms, "build_train_transform", build_train_transform)
+    asked = {"scale": [0.5, 0.9], "ratio": [1.0, 2.0], "hflip": 0.25, "vflip": 0.75}
+    flags = [token for flag, value in asked.items() for token in (f"--{flag}", *np.ravel(value).tolist())]
+    run(tiny_fmnist, "--epochs", 1, "--warmup_epochs", 0, "--input_size", 48, *flags)
+    assert {name: seen[name] for name in asked} == asked
+
+
+def test_a_crop_of_images_that_are_not_resized(tiny_fmnist, tmp_path, capsys):
+    """A flag that is typed is an error, one of a recipe a line in the log."""
+    with pytest.raises(SystemExit):
+        run(tiny_fmnist, "--scale", 0.5, 1)
+    assert "--scale has no effect on images that are not resized" in capsys.readouterr().err
+    (tmp_path / "recipe.args").write_text("--scale 0.5 1 --crop_pct 0.9")
+    run(tiny_fmnist, "--epochs", 1, "--warmup_epochs", 0, f"@{tmp_path / 'recipe.args'}")
+    log = capsys.readouterr().err
+    assert log.count("of a recipe is passed over: --scale has no effect on images that are not resized") == 1
+    assert log.count("of a recipe is passed over: --crop_pct has no effect on images that are not resized") == 1
