@@ -304,12 +304,13 @@ class Parser(argparse.ArgumentParser):
                 found.append(canonical(token))
 
     def _tokens_of(self, values: Any) -> list[str]:
-        """The flags and values of an args.yaml, without those that are at their defaults, which nobody asked for."""
+        """The flags and values of an args.yaml, without those that are at their defaults because nobody gave them."""
         if not isinstance(values, dict):
             raise ValueError("it is no args.yaml of a run")
+        given = values.pop("given", None) or ()
         found: list[str] = []
         for flag, value in values.items():
-            if value is None or value == self.get_default(flag):
+            if value is None or (value == self.get_default(flag) and flag not in given):
                 continue
             found += [f"--{flag}", *map(str, value)] if isinstance(value, list) else [f"--{flag}={value}"]
         return found
@@ -687,9 +688,9 @@ def plain_args(args: argparse.Namespace) -> dict[str, Any]:
     return dict(vars(args))
 
 
-def save_args(args: argparse.Namespace, path: Path) -> None:
-    """Write the arguments, all of them, as YAML; `@` in front of the file gives them back."""
-    text = yaml.safe_dump(plain_args(args), sort_keys=True)
+def save_args(args: Arguments, path: Path) -> None:
+    """Write the arguments, all of them, as YAML, and which were given; `@` in front of the file gives them back."""
+    text = yaml.safe_dump({**plain_args(args), "given": args.given}, sort_keys=True)
     try:
         path.write_text(text)
     except OSError as error:

@@ -561,3 +561,9 @@ def test_a_crop_of_images_that_are_not_resized(tiny_fmnist, tmp_path, capsys):
     log = capsys.readouterr().err
     assert log.count("of a recipe is passed over: --scale has no effect on images that are not resized") == 1
     assert log.count("of a recipe is passed over: --crop_pct has no effect on images that are not resized") == 1
+
+
+def test_a_runs_own_arguments_repeat_it(tiny_fmnist, tmp_path):
+    run(tiny_fmnist, "--epochs", 2, "--output_dir", tmp_path / "first", "--opt", "sgd", "--momentum", 0.9)
+    main.main([f"@{tmp_path / 'first' / 'args.yaml'}", f"--output_dir={tmp_path / 'second'}"])
+    assert assert_same_run(tmp_path / "first", tmp_path / "second") > 1000

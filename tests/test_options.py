@@ -226,14 +226,16 @@ def test_a_runs_args_give_the_run_again(recipe, tmp_path, capsys):
         save_args(args, tmp_path / "args.yaml")
         again = parse_args([f"@{tmp_path / 'args.yaml'}"])
         assert vars(again) == vars(args)
-        assert set(again.given) == {name for name in args.given if getattr(args, name) != args.defaults[name]}
+        assert again.given == args.given
         assert not again.typed
         assert not again.notes
     assert parse_args([f"@{tmp_path / 'args.yaml'}", "--seed", "8", "--data_path=e"]).seed == 8
     # It states every flag, so nothing of an earlier recipe is left; and a flag's old name still counts.
     assert vars(parse_args([recipe("--epochs 3 --drop 0.2"), f"@{tmp_path / 'args.yaml'}"])) == vars(args)
-    old = recipe("{data_path: d, runtime: eager, eval: true, finetune: a}", name="args.yaml")
-    assert parse_args([old]).engine == "eager"
+    # One from before it said what was given: what differs from its default.
+    old = parse_args([recipe("{data_path: d, runtime: eager, eval: true, finetune: a, lr: 0.004}", name="args.yaml")])
+    assert old.engine == "eager"
+    assert old.given == ["data_path", "engine", "eval", "finetune"]
     for broken in ("[1, 2]", "a: [", "no_such_flag: 1"):
         with pytest.raises(SystemExit) as ended:
             parse_args([recipe(broken, name="args.yaml")])
