@@ -369,6 +369,18 @@ def test_flags_that_exclude_each_other(capsys, arguments, named):
     assert named in line
 
 
+def test_a_recipes_flags_that_have_no_effect_are_notes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    typed = "--epochs 1 --model retinanet_vanillanet_6"
+    args = parse_args(["@object_detection/recipes/demo.args", *typed.split()])
+    passed_over = {note.split()[0].removeprefix("--") for note in args.notes}
+    assert passed_over == {"box_channels", "mask_channels", "proposals", "rois", "lr_steps"}
+    assert (args.rois, args.mask_channels) == (None, None)
+    monkeypatch.chdir(ROOT / "object_detection")
+    args = parse_args(["@recipes/mask_rcnn_vanillanet_11.args", "--device", "cpu"])
+    assert not args.sync_bn
+
+
 def test_a_broken_validation_image(garments, straight, tmp_path, capsys, caplog):
     for split in ("train", "val"):
         os.symlink(garments / f"{split}.json", tmp_path / f"{split}.json")
