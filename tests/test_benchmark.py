@@ -131,7 +131,7 @@ def test_report_from_the_file(measured, tmp_path, capsys):
 def test_training_steps(tmp_path):
     path = tmp_path / "training.csv"
     run(
-        "--models", "vanillanet_5", "--training", "true", "--batches", 4, "--precisions", "bf16", "fp32", *SMALL[:-4],
+        "--models", "vanillanet_5", "--training", "true", "--batches", 4, "--precisions", "fp32", "bf16", *SMALL[:-4],
         "--calls", 2, "--threads", 1, "--output", path,
     )  # fmt: skip
     rows = results.read(path)
