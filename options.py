@@ -28,6 +28,7 @@ __all__ = [
     "FRACTION",
     "NONNEGATIVE",
     "POSITIVE",
+    "SHARE",
     "WHOLE",
     "Arguments",
     "Parser",
@@ -95,6 +96,9 @@ def stages(text: str) -> int | str:
     return text if text == "all" else WHOLE(text)
 
 
+stages.metavar = "N|all"
+
+
 def file_path(text: str) -> str:
     """A type for argparse: the path of a file or folder, in which `~` is the user's home.
 
@@ -115,6 +119,7 @@ WHOLE = number(int, low=0, high=2**31 - 1)
 POSITIVE = number(float, above=0)
 FRACTION = number(float, low=0, high=1)
 NONNEGATIVE = number(float, low=0)
+SHARE = number(float, above=0, high=1)
 
 
 # -- parsing
@@ -356,37 +361,19 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
     add("--momentum", type=FRACTION, default=0.9, help="momentum, of an optimizer that has one")
     add("--clip_grad", type=POSITIVE, help="largest norm of the gradients; longer ones are scaled to it")
     add("--weight_decay", type=NONNEGATIVE, default=0.05, help="weight decay, not of biases and BN")
-    add(
-        "--layer_decay",
-        type=number(float, above=0, high=1),
-        default=1.0,
-        help="factor on the learning rate from one layer to the one below it",
-    )
+    add("--layer_decay", type=SHARE, default=1.0, help="factor on the learning rate from a layer to the one below it")
 
     add = parser.add_argument_group("checkpoints").add_argument
     add(
-        "--model_key",
-        default="model|module",
-        metavar="KEY",
-        help="key of the weights in --finetune; | separates alternatives",
+        "--model_key", default="model|module", metavar="KEY", help="key of the weights in --finetune; | between several"
     )
-    add(
-        "--model_prefix",
-        default="",
-        metavar="PREFIX",
-        help="what names in --finetune begin with; other names are left out [none]",
-    )
+    add("--model_prefix", default="", metavar="PREFIX", help="prefix of the names in --finetune that are loaded [none]")
     add("--resume", type=file_path, help="checkpoint of a run to go on with")
     add("--resume_new_sched", type=boolean, default=False, help="resume with schedules other than the checkpoint's")
     add("--auto_resume", type=boolean, default=False, help="resume from the newest intact checkpoint in --output_dir")
     add("--save_ckpt", type=boolean, default=True, help="save checkpoints in --output_dir")
     add("--save_ckpt_freq", type=COUNT, default=1, help="epochs from one checkpoint to the next")
-    add(
-        "--save_ckpt_steps",
-        type=WHOLE,
-        default=0,
-        help="optimizer steps from one checkpoint to the next; 0: epochs only",
-    )
+    add("--save_ckpt_steps", type=WHOLE, default=0, help="optimizer steps between checkpoints; 0: epochs only")
     add("--save_ckpt_num", type=COUNT, default=10, help="how many of the newest checkpoints to keep")
     add("--log_dir", type=file_path, help="folder of TensorBoard events [OUTPUT_DIR/tensorboard]")
 
@@ -398,12 +385,7 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
 
     add = parser.add_argument_group("processes").add_argument
     add("--world_size", type=COUNT, help="number of processes, to be checked [the launcher's]")
-    add(
-        "--local_rank",
-        type=int,
-        metavar="N",
-        help="rank on this machine, from launchers that pass a flag [the launcher's]",
-    )
+    add("--local_rank", type=int, metavar="N", help="rank on this machine, where a launcher passes it [the launcher's]")
     add("--dist_on_itp", type=boolean, default=False, help="take the ranks from OpenMPI")
     add("--dist_url", default="env://", metavar="URL", help="where the processes meet: env:// or tcp://HOST:PORT")
     add("--dist_timeout", type=COUNT, default=1800, help="seconds to wait for another process")
@@ -441,17 +423,11 @@ def build_parser() -> Parser:
     add("--restart_decay", type=boolean, default=False, help="begin lambda at 0 and not at that of --finetune")
 
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--keep_classifier",
-        type=boolean,
-        default=False,
-        help="keep the classifier of --finetune, though it was trained on as many other classes",
-    )
+    add("--keep_classifier", type=boolean, default=False, help="keep --finetune's classifier for as many other classes")
     add(
         "--freeze_stages",
         type=stages,
-        metavar="N",
-        help="train neither the stem nor the first N stages, BatchNorm statistics included; all: only the classifier",
+        help="stages that are frozen, and the stem; all: train the classifier alone [none]",
     )
     add("--act_num", type=WHOLE, default=3, help="n of the series activation, whose kernel is 2n+1 wide")
     add("--drop", type=FRACTION, default=0.0, help="dropout before the classifier")
@@ -461,7 +437,7 @@ def build_parser() -> Parser:
     add(
         "--switch_to_deploy",
         type=file_path,
-        help="fuse --finetune, compare and evaluate both forms, and write the fused one to this file",
+        help="fuse --finetune, compare and evaluate both forms, and write this file",
     )
 
     add = parser.add_argument_group("schedules").add_argument
@@ -471,7 +447,7 @@ def build_parser() -> Parser:
         type=int,
         default=-1,
         metavar="N",
-        help="warm-up in optimizer steps; above 0 it wins over --warmup_epochs",
+        help="warm-up in steps; above 0 it wins over --warmup_epochs",
     )
     add("--min_lr", type=NONNEGATIVE, default=1e-6, help="learning rate at the end of half a cosine")
     add("--weight_decay_end", type=NONNEGATIVE, help="weight decay at the end of half a cosine [constant]")
@@ -546,21 +522,10 @@ def build_parser() -> Parser:
     add("--val_split", metavar="NAME", help="as --train_split, for validation [val; timm's: validation, val or test]")
     add("--exif_transpose", type=boolean, default=False, help="turn photographs upright by their EXIF orientation")
     add("--nb_classes", type=COUNT, default=1000, help="number of classes, checked if it is given")
+    add("--imagenet_default_mean_and_std", type=boolean, default=True, help="normalize as for ImageNet; false: by 0.5")
+    add("--crop_pct", type=SHARE, help="cropped share of the side in evaluation [0.875 below 384 px, 1 from there]")
     add(
-        "--imagenet_default_mean_and_std",
-        type=boolean,
-        default=True,
-        help="normalize with ImageNet's mean and std; false: with 0.5 for all",
-    )
-    add(
-        "--crop_pct",
-        type=number(float, above=0, high=1),
-        help="share of the resized side that evaluation crops [0.875 below 384 px, 1 from there]",
-    )
-    add(
-        "--real_labels",
-        type=file_path,
-        help="report ImageNet-ReaL accuracy as well, with this real.json; timm: with the one in timm's package",
+        "--real_labels", type=file_path, help="report ReaL accuracy with this real.json; timm: with that of its package"
     )
     add("--dist_eval", type=boolean, default=True, help="evaluate on all processes; false: on the first alone")
 
@@ -570,13 +535,9 @@ def build_parser() -> Parser:
         "--engine",
         "--runtime",
         choices=sorted(ENGINES),
-        help="with --eval true, evaluate the fused network or an exported file in this engine [PyTorch, unfused]",
+        help="evaluate the fused network or an exported file in it [unfused]",
     )
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        help="precision of --engine; int8 is calibrated on training images [the file's, and fp32 for a network]",
-    )
+    add("--precision", choices=PRECISIONS, help="of --engine; int8 needs training images [the file's, else fp32]")
     return parser
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from options import COUNT, Arguments, Parser, boolean, file_path, number
+from options import COUNT, SHARE, Arguments, Parser, boolean, file_path
 
 __all__ = ["CALIBRATION_FLAGS", "NETWORK_FLAGS", "SUFFIXES", "add_network_flags", "network_choices"]
 
@@ -18,11 +18,7 @@ def add_network_flags(parser: Parser) -> None:
     add("--model", metavar="NAME", help="model's name in timm, for a checkpoint that does not record it")
     add("--model_key", metavar="KEY", help="key of the weights in the checkpoint [model_ema, or else model]")
     add("--input_size", type=COUNT, help="height and width of the images in pixels [the checkpoint's]")
-    add(
-        "--crop_pct",
-        type=number(float, above=0, high=1),
-        help="share of the resized side that is cropped [the checkpoint's]",
-    )
+    add("--crop_pct", type=SHARE, help="share of the resized side that is cropped [the checkpoint's]")
     add("--random_weights", type=boolean, default=False, help="take a model's name without its pretrained weights")
     add("--calib_data", type=file_path, metavar="DIR", help="images to calibrate int8 on, and to compare on")
     add("--calib_count", type=COUNT, default=300, help="number of images to calibrate on")
