@@ -353,7 +353,7 @@ def open_exported(args: argparse.Namespace, world: utils.World, path: str):
 
 
 def evaluate_deployed(args: argparse.Namespace, world: utils.World) -> None:
-    """Evaluate in the engine of --runtime: an exported file, or a checkpoint's network, fused and built here."""
+    """Evaluate in the engine of --engine: an exported file, or a checkpoint's network, fused and built here."""
     path = args.finetune or args.resume
     if runtimes.of_file(path):
         loader, real, runtime = open_exported(args, world, path)
