@@ -186,7 +186,7 @@ def test_flags_in_the_text_exist(page):
     flags = set().union(*(flags_of(module.build_parser()) for module in modules))
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
-    launcher = {"node_rank", "nnodes", "max-restarts"}
+    launcher = {"node_rank", "nnodes", "max-restarts", "use-train-size"}  # the last is timm's
     assert named - flags - launcher == set()
 
 
