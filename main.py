@@ -36,7 +36,7 @@ from loading import loaders, transforms
 from loading.streams import StreamDataset
 from loading.transforms import Preprocessing
 from optim_factory import activation_slope, cosine_schedule, freeze
-from records import logs
+from records import logs, scores
 from records.checkpoints import load_weights
 from training import (
     Task,
@@ -255,8 +255,13 @@ def run_eval(
     precision: Precision,
     name: str,
     stop: utils.StopRequest | None = None,
+    *,
+    confusion: int | None = None,
 ) -> EvalResult | None:
     """Evaluate on all ranks, or with --dist_eval false on rank 0; the others then return None.
+
+    Args:
+        confusion: classes of the network, to count its confusion matrix as well.
 
     Raises:
         EvaluationStopped: see `training.until_stopped`.
@@ -270,7 +275,24 @@ def run_eval(
         precision=precision,
         real_targets=real,
         reduce=world.sum if args.dist_eval else (lambda sums: sums),
+        confusion=confusion,
     )
+
+
+def wants_confusion(args: argparse.Namespace, classes: Sequence[str]) -> int | None:
+    return len(classes) if args.results_file or args.confusion else None
+
+
+def keep_results(args: argparse.Namespace, result: EvalResult, classes: Sequence[str]) -> None:
+    """What --results_file and --confusion ask for."""
+    if args.results_file:
+        scores.write_scores(args.results_file, result, classes)
+    if args.confusion:
+        from pictures import confusion, style  # with matplotlib, which takes a second
+
+        path = Path(args.confusion)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        style.save(confusion.confusion_figure(result.confusion.numpy(), classes), path)
 
 
 def report_eval(name: str, result: EvalResult, broken: int) -> None:
@@ -307,10 +329,14 @@ def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
     loader, real, network = prepare_eval(args, world)
     if args.compile:
         network.module.compile()
-    result = run_eval(args, world, network.module, loader, real, build_precision(args, world.device), args.model)
+    precision, classes = build_precision(args, world.device), network.labels
+    result = run_eval(
+        args, world, network.module, loader, real, precision, args.model, confusion=wants_confusion(args, classes)
+    )
     broken = broken_count(world, loader)
     if world.is_main:
         report_eval(f"{args.model} ({network.source})", result, broken)
+        keep_results(args, result, classes)
 
 
 class _Deployed(nn.Module):
@@ -357,8 +383,10 @@ def evaluate_deployed(args: argparse.Namespace, world: utils.World) -> None:
     path = args.finetune or args.resume
     if runtimes.of_file(path):
         loader, real, runtime = open_exported(args, world, path)
+        classes = runtime.metadata.classes
     else:
         loader, real, network = prepare_eval(args, world)
+        classes = network.labels
         runtime = runtimes.load(
             deployed(network).module.cpu(),
             engine=args.engine,
@@ -368,10 +396,14 @@ def evaluate_deployed(args: argparse.Namespace, world: utils.World) -> None:
             device=str(world.device),
         )
     name = f"{path} in {runtime.name}, {runtime.precision}"
-    result = run_eval(args, world, _Deployed(runtime), loader, real, Precision(world.device), name)
+    precision = Precision(world.device)
+    result = run_eval(
+        args, world, _Deployed(runtime), loader, real, precision, name, confusion=wants_confusion(args, classes)
+    )
     broken = broken_count(world, loader)
     if world.is_main:
         report_eval(name, result, broken)
+        keep_results(args, result, classes)
 
 
 # -- deploying

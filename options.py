@@ -527,6 +527,8 @@ def build_parser() -> Parser:
     add(
         "--real_labels", type=file_path, help="report ReaL accuracy with this real.json; timm: with that of its package"
     )
+    add("--results_file", type=file_path, help="write what --eval finds, class by class, to this .csv or .json")
+    add("--confusion", type=file_path, help="draw the confusion matrix of --eval to this .png")
     add("--dist_eval", type=boolean, default=True, help="evaluate on all processes; false: on the first alone")
 
     add = parser.add_argument_group("engines").add_argument
@@ -607,7 +609,12 @@ def _check(args: Arguments) -> None:
         args.needs(flag, args.finetune, "add --finetune")
     args.needs("freeze_stages", args.finetune or args.resume or args.auto_resume, "add --finetune")
     args.needs("compile", args.switch_to_deploy is None, "--switch_to_deploy compares the forms uncompiled")
-    args.needs("engine", args.eval, "add --eval true")
+    for flag in ("engine", "results_file", "confusion"):
+        args.needs(flag, args.eval, "add --eval true")
+    for flag, suffixes in (("results_file", (".csv", ".json")), ("confusion", (".png",))):
+        value = getattr(args, flag)
+        if value and not value.endswith(suffixes):
+            raise ValueError(f"--{flag} must end in {' or '.join(suffixes)}, not be {value}")
     args.needs("precision", args.engine, "add --engine")
     # Precision and memory format are the engine's too, but recipes set those of training.
     args.needs("compile", args.engine is None, "--engine compile does that")

@@ -1,6 +1,7 @@
 """Whole runs through main.py, on a few real images: resume bit by bit, evaluate, fine-tune, deploy, bad input."""
 
 import argparse
+import csv
 import json
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from torch._dynamo.utils import counters
+from torchvision.datasets import FashionMNIST
 
 import datasets
 import main
@@ -269,6 +271,30 @@ def test_every_image_once_on_any_number_of_ranks(folders, straight, tmp_path, ca
     assert alone == together
     assert alone["images"] == 101
     assert {"top-1", "top-5", "ReaL", "loss"} <= set(alone)
+
+
+def test_results_and_confusion_as_files(tiny_fmnist, straight, tmp_path, capsys):
+    """The same numbers as on the console, on one process and on two, and a picture."""
+    weights = ["--finetune", straight / "checkpoint-last.pth", "--eval", "--batch_size", 7]
+    asked = ["--results_file", tmp_path / "new" / "one.csv", "--confusion", tmp_path / "new" / "confusion.png"]
+    run(tiny_fmnist, *weights, *asked)
+    console = reported(capsys.readouterr().err)
+    with (tmp_path / "new" / "one.csv").open(newline="") as file:
+        total, *rows = csv.DictReader(file)
+    assert (float(total["acc1"]), int(total["images"])) == (pytest.approx(console["top-1"], abs=1e-3), 40)
+    assert [row["class"] for row in rows] == list(FashionMNIST.classes)
+    labels = datasets.read_idx(EMBEDDED / "t10k-labels-idx1-ubyte.gz")[:40]
+    assert [int(row["images"]) for row in rows] == np.bincount(labels, minlength=10).tolist()
+    assert sum(int(row["correct"]) for row in rows) == int(total["correct"])
+    assert Image.open(tmp_path / "new" / "confusion.png").size[0] > 500
+
+    done = torchrun(2, tiny_fmnist, *weights, "--results_file", tmp_path / "two.json")
+    assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "two.json").read_text())
+    assert [row["correct"] for row in together["classes"]] == [int(row["correct"]) for row in rows]
+    with pytest.raises(SystemExit):
+        run(tiny_fmnist, *weights, "--results_file", tmp_path / "scores.txt")
+    assert "--results_file must end in .csv or .json" in capsys.readouterr().err
 
 
 def test_validation_data_without_some_classes(folders, tmp_path, capsys):

@@ -83,12 +83,12 @@ def test_training_is_the_published_training(name, tmp_path, monkeypatch):
         {key.removeprefix("init/"): torch.from_numpy(x) for key, x in arrays.items() if key.startswith("init/")}
     )
 
-    def open_data(args, world):
+    def open_data(args, world, preprocessing):
         mixup = main.build_mixup(args, recording["num_classes"])
         return main.Data(loader, None, None, None, recording["num_classes"], mixup)
 
     monkeypatch.setattr(main, "open_data", open_data)
-    monkeypatch.setattr(main, "open_network", lambda args, world, data: (network, 0.0))
+    monkeypatch.setattr(main, "open_network", lambda args, world, data, source: (network, 0.0))
     criteria = []
     build_criterion = main.build_criterion
     monkeypatch.setattr(

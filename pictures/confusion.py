@@ -1,0 +1,96 @@
+"""The confusion matrix of an evaluation: which classes a network takes for which others."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+
+from pictures import style
+
+__all__ = ["confusion_figure", "worst_pairs"]
+
+NAMED = 40  # classes, up to which each row and column has its name
+NUMBERED = 20  # classes, up to which each cell has its number
+SHADES = LinearSegmentedColormap.from_list("shades", [(style.ACCENT, 0), (style.ACCENT, 1)])
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    """Of the images of each class, the share that each prediction has; 0 in the row of a class without images."""
+    return counts / np.maximum(counts.sum(1, keepdims=True), 1)
+
+
+def worst_pairs(counts: np.ndarray, limit: int = 20) -> list[tuple[int, int]]:
+    """(true class, prediction) of the errors that take the largest share of a class's images, the worst first.
+
+    Args:
+        counts: (C, C), images by true class and prediction.
+    """
+    wrong = _shares(counts) * (1 - np.eye(len(counts)))
+    order = np.lexsort((-counts.ravel(), -wrong.ravel()))[:limit]  # of equal shares, the one of more images
+    return [divmod(int(index), len(counts)) for index in order if wrong.flat[index] > 0]
+
+
+def _draw_matrix(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> None:
+    shares, size = _shares(counts), len(classes)
+    # By its square root, which sets a few per cent off from nothing.
+    axes.imshow(shares, cmap=SHADES, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    axes.set(xlabel="prediction", ylabel="true class")
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(True)
+    if size > NAMED:
+        return
+    axes.set_xticks(range(size), classes, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(range(size), classes, fontsize=8)
+    if size <= NUMBERED:
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if shares[row, column] > 0.3 else style.INK
+            axes.text(column, row, f"{count}" if count else "", ha="center", va="center", fontsize=8, color=colour)
+
+
+def _list_pairs(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> None:
+    """A bar for each of the worst pairs: the share of the true class's images, and their number."""
+    pairs, shares = worst_pairs(counts), _shares(counts)
+    names = [f"{classes[true]} \N{RIGHTWARDS ARROW} {classes[predicted]}" for true, predicted in pairs]
+    bars = axes.barh(range(len(pairs)), [100 * shares[pair] for pair in pairs], color=style.ACCENT)
+    axes.bar_label(bars, [f"{counts[pair]} of {counts[pair[0]].sum()}" for pair in pairs], padding=4, fontsize=8)
+    axes.set_yticks(range(len(pairs)), names, fontsize=8)
+    axes.set(title="Most frequent confusions", xlabel="share of the true class (%)")
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.grid(visible=False, axis="y")
+
+
+@style.styled
+def confusion_figure(counts: np.ndarray, classes: Sequence[str]) -> Figure:
+    """Rows are true classes, columns predictions; for more than 40 classes the 20 worst pairs are listed beside them.
+
+    Args:
+        counts: (C, C), integers: images by true class and prediction.
+        classes: names of the C classes; of several names for one, as ImageNet has them, the first is shown.
+
+    Raises:
+        ValueError: another shape, or no image.
+    """
+    counts = np.asarray(counts)
+    if counts.shape != (len(classes), len(classes)):
+        raise ValueError(f"a confusion matrix of {len(classes)} classes is no array of shape {counts.shape}")
+    if not counts.sum():
+        raise ValueError("the confusion matrix has no image")
+    classes = [name.partition(",")[0] for name in classes]
+    if len(classes) > NAMED:
+        figure = style.new_figure(13, 6.5)
+        matrix, pairs = figure.subplots(1, 2)
+        _list_pairs(pairs, counts, classes)
+    else:
+        side = max(5.0, 0.42 * len(classes) + 1.8) if len(classes) <= NUMBERED else 0.24 * len(classes) + 2
+        figure = style.new_figure(side, side + 0.4)
+        matrix = figure.subplots()
+    _draw_matrix(matrix, counts, classes)
+    title = f"Right for {100 * np.trace(counts) / counts.sum():.2f} % of {counts.sum():,} images"
+    if worst := worst_pairs(counts, 1):
+        ((true, predicted),) = worst
+        title += f"; {100 * _shares(counts)[true, predicted]:.0f} % of {classes[true]} taken for {classes[predicted]}"
+    style.caption(figure, title, "Colour: share of the true class's images.")
+    return figure
