@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import engines
-from .base import PRECISIONS, Calibration, Engine, FileEngine, Layer, Metadata, Target, device_type
+from .base import Engine, FileEngine
+from .values import PRECISIONS, Calibration, Layer, Metadata, Target, device_type
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,10 @@ import torch._inductor.config as inductor
 from torch import nn
 
 from . import pt2e
-from .base import Target
 from .plain import plain
 from .processor import slow_at_wide_convolutions
 from .running import Form
+from .values import Target
 from .wide import split_wide
 
 

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
-from .base import Calibration, quiet, require
+from .base import quiet, require
 from .plain import DEPTHWISE
 from .processor import has_bfloat16, sums_saturate
 from .running import Form, exported
+from .values import Calibration
 
 
 class Mixed(nn.Module):

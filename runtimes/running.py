@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .base import Layer, Metadata, Target
+from .values import Layer, Metadata, Target
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 Profile = Callable[[torch.Tensor], list[Layer]]

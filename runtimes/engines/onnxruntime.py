@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from records.files import first_line
 
 from .. import base
-from ..base import Calibration, Layer, Metadata, Target, quiet, require
+from ..base import quiet, require
+from ..values import Calibration, Layer, Metadata, Target
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,8 @@ from dataclasses import fields
 from records.files import first_line
 
 from .. import base
-from ..base import Calibration, Layer, Metadata, quiet, require
+from ..base import quiet, require
+from ..values import Calibration, Layer, Metadata
 
 SECTION = "vanillanet"  # in the file's rt_info
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # what int8 leaves runs in bfloat16, where there is any
