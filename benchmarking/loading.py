@@ -34,9 +34,9 @@ COLUMNS = (
     "processor", "threads", "torch", "library", "date",
 )  # fmt: skip
 AUGMENTATION = {"aa": "rand-m7-mstd0.5-inc1", "interpolation": "bicubic", "reprob": 0.25, "remode": "pixel"}
-LARGEST = 2000  # images of a turn
+TURN = 3000  # images of a turn, so that its start and end, when a loader process has nothing to do, weigh little
 TIMED = 200  # images whose stages are timed
-TURNS = 5
+TURNS = 4
 
 
 class _Files(ImageDataset):
@@ -131,6 +131,7 @@ def _time_stages(
                 value = stage(value)
                 spent[name] = spent.get(name, 0.0) + time.process_time() - begin
             done.append(value)
+        finish(done)  # takes memory from the system
         begin = time.process_time()
         finish(done)
         spent["batch, normalized and erased"] = time.process_time() - begin
@@ -169,16 +170,17 @@ def measure(
     """Rows of both loaders: one of the whole, and one of each stage.
 
     Args:
-        folder: images are read anywhere in it, up to `LARGEST`.
+        folder: images are read anywhere in it, up to `TURN`; fewer are read several times in a turn.
         threads: of this process, for the conditions.
 
     Raises:
         ValueError: less than a batch of images can be read.
     """
-    paths = list(_readable(list_images([str(folder)])[:LARGEST]))
+    paths = list(_readable(list_images([str(folder)])[:TURN]))
     if len(paths) < batch:
         raise ValueError(f"--loading true needs a batch of images: {folder} has {len(paths)}, --batch_size is {batch}")
-    paths = paths[: len(paths) // batch * batch]
+    some, found = paths[:: -(-len(paths) // TIMED)], len(paths)
+    paths = (paths * -(-TURN // len(paths)))[: max(1, TURN // batch) * batch]
     keep_freed_memory()  # as training does
     preprocessing = Preprocessing(resolution)
     loading = Loading(batch, num_workers=workers, pin_memory=device.type == "cuda", device=device)
@@ -193,10 +195,9 @@ def measure(
             if turn:  # the first starts the loader processes
                 speeds[name].append(seconds)
     ratio = statistics.median(b / a for a, b in zip(speeds["ours"], speeds["timm"], strict=True))
-    some = paths[:: -(-len(paths) // TIMED)]
     stages = {"ours": _own_stages(some, transform, device), "timm": _timms_stages(some, timms)}
     shared = {
-        "images": len(paths), "batch": batch, "workers": workers, "resolution": resolution,
+        "images": found, "batch": batch, "workers": workers, "resolution": resolution,
         **results.conditions("", device=str(device), threads=threads),
     }  # fmt: skip
     rows = []

@@ -12,6 +12,7 @@ from test_datasets import open_folder
 from timm.data import auto_augment, create_transform
 
 import benchmark
+from benchmarking import loading
 from loading.images import BrokenImageError, decode_for_training, decode_image
 from loading.loaders import build_train_loader
 from loading.order import kept_random_states, seed_all
@@ -186,7 +187,8 @@ def test_both_ways_find_the_same_files_broken(tmp_path):
 
 
 @pytest.fixture
-def photographs(tmp_path):
+def photographs(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "TURN", 48)
     for number in range(24):
         (tmp_path / "images" / "deeper").mkdir(parents=True, exist_ok=True)
         photograph(number).save(tmp_path / "images" / ("deeper" if number % 2 else ".") / f"{number}.jpg")
