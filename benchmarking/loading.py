@@ -194,7 +194,7 @@ def measure(
             seconds = _seconds(loader)
             if turn:  # the first starts the loader processes
                 speeds[name].append(seconds)
-    ratio = statistics.median(b / a for a, b in zip(speeds["ours"], speeds["timm"], strict=True))
+    ratio = statistics.median(speeds["timm"]) / statistics.median(speeds["ours"])
     stages = {"ours": _own_stages(some, transform, device), "timm": _timms_stages(some, timms)}
     shared = {
         "images": found, "batch": batch, "workers": workers, "resolution": resolution,
