@@ -402,19 +402,21 @@ def run(args: argparse.Namespace) -> None:
     if args.profile:
         return print_profiles(args)
     if args.report:
-        rows = [row for path in args.report for row in results.read(path)]
+        sections = {path.stem: results.read(path) for path in args.report}
+        rows = [row for found in sections.values() for row in found]
     else:
         kept = results.read(args.output) if args.output and args.output.exists() else []
         for rows in measure(args):
             if args.output:  # each time, so that an interrupted run keeps what it has
                 results.write(args.output, [*kept, *rows])
+        sections = {args.output.stem if args.output else "cpu": rows}
     for title, table in report.tables(rows):
         print(logs.table(table, title, text_columns=report.TEXT_COLUMNS))
+    drawn = report.write_figures(args.figures, sections) if args.figures else []
     if args.docs:
-        report.write_page(args.docs, rows, figures=args.figures)
-        print(args.docs)
-    if args.figures:
-        for path in report.write_figures(args.figures, rows):
+        report.write_page(args.docs, sections, figures=[path.name for path in drawn])
+    for path in (args.docs, *drawn):
+        if path:
             print(path)
     return None
 

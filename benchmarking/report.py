@@ -4,36 +4,57 @@ Accuracies in a figure are published ones and say so: the paper's for VanillaNet
 torchvision states for its weights.
 """
 
-import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torchvision
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarking.subjects import is_vanillanet
+from pictures import style
+from pictures.figures import Result, accuracy_figure
+from records.logs import read_rows
 
-__all__ = ["TEXT_COLUMNS", "published_top1", "tables", "write_figures", "write_page"]
+__all__ = ["TEXT_COLUMNS", "published", "speed_table", "statements", "tables", "write_figures", "write_page"]
 
 Row = Mapping[str, Any]
 TEXT_COLUMNS = 3
 PAPER = Path(__file__).parents[1] / "docs" / "paper_results.csv"
-# By timm's names, torchvision's of the same network.
-TORCHVISION = {
-    "resnet18": "resnet18",
-    "resnet34": "resnet34",
-    "resnet50": "resnet50",
-    "resnet101": "resnet101",
-    "swin_tiny_patch4_window7_224": "swin_t",
-    "swin_small_patch4_window7_224": "swin_s",
-    "mobilenetv3_large_100": "mobilenet_v3_large",
+# By timm's names, the name in words, and torchvision's of the same network where it states an accuracy.
+PEERS = {
+    "resnet18": ("ResNet-18", "resnet18"),
+    "resnet34": ("ResNet-34", "resnet34"),
+    "resnet50": ("ResNet-50", "resnet50"),
+    "resnet101": ("ResNet-101", "resnet101"),
+    "swin_tiny_patch4_window7_224": ("Swin-T", "swin_t"),
+    "swin_small_patch4_window7_224": ("Swin-S", "swin_s"),
+    "mobilenetv3_large_100": ("MobileNetV3-L", "mobilenet_v3_large"),
+    "convnextv2_nano": ("ConvNeXtV2-N", None),
+    "convnextv2_tiny": ("ConvNeXtV2-T", None),
+    "repvgg_a0": ("RepVGG-A0", None),
+    "repvgg_b3": ("RepVGG-B3", None),
 }
+# In the order of the columns.
+ENGINES = {
+    "eager": "PyTorch",
+    "plain": "PyTorch",
+    "channels_last": "PyTorch, channels-last",
+    "compile": "torch.compile",
+    "aotinductor": "AOTInductor",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+PRECISIONS = {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+PROCESSORS = {"avx2": "AVX2", "avx512": "AVX-512", "amx": "AMX"}  # by the last word of a file's name
+PUBLISHED = (("eager", "fp32"), ("plain", "fp32"))  # the published way: PyTorch, contiguous
+BESIDE = 1.2  # up to this many times the time of the fastest engine, an engine stands beside it
+HERO, RIVAL = "vanillanet_11", "swin_tiny_patch4_window7_224"  # of nearly the same accuracy: 81.1 and 81.5 %
 
 
-# -- tables
+# -- all rows, for the terminal
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -44,251 +65,390 @@ def _same(row: Row, *names: str) -> tuple:
     return tuple(row[name] for name in names)
 
 
+# Heading of a column, column of the file, digits behind the point.
+COLUMNS = (
+    ("layers", "layers", 0),
+    ("params (M)", "params_m", 1),
+    ("MACs (G)", "macs_g", 2),
+    ("median (ms)", "median_ms", 2),
+    ("p5", "p5_ms", 2),
+    ("p95", "p95_ms", 2),
+    ("mean", "mean_ms", 2),
+    ("images/s", "images_per_s", 1),
+    ("ratio", "ratio", 2),
+    ("GFLOP/s", "gflops", 0),
+    ("of the limit", "share", 2),
+    ("memory (MB)", "peak_mb", 0),
+    ("first answer (s)", "first_s", 2),
+)
+
+
 def tables(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
     """(title, lines with a header) for each kind, device, resolution and batch size, in the order of the rows."""
-    found: dict[tuple, list[Row]] = {}
+    found: dict[tuple, list[list[str]]] = {}
     for row in rows:
-        found.setdefault(_same(row, "kind", "device", "resolution", "batch"), []).append(row)
-    result = []
-    for (kind, device, resolution, batch), chosen in found.items():
-        lines = [
-            ["network", "engine", "precision", "layers", "params (M)", "MACs (G)", "median (ms)", "p5", "p95", "mean",
-             "images/s", "ratio", "GFLOP/s", "of the limit (%)", "memory (MB)", "first answer (s)"]
-        ]  # fmt: skip
-        for row in chosen:
-            share = None if row["share"] is None else 100 * row["share"]
-            lines.append(
-                [
-                    row["network"],
-                    row["engine"],
-                    row["precision"],
-                    _number(row["layers"], 0),
-                    _number(row["params_m"], 1),
-                    _number(row["macs_g"], 2),
-                    *(_number(row[name], 2) for name in ("median_ms", "p5_ms", "p95_ms", "mean_ms")),
-                    _number(row["images_per_s"], 1),
-                    _number(row["ratio"], 2),
-                    _number(row["gflops"], 0),
-                    _number(share, 0),
-                    _number(row["peak_mb"], 0),
-                    _number(row["first_s"], 2),
-                ]
-            )
-        result.append((f"{kind} on {device}, {resolution:g} px, batch {batch:g}", lines))
-    return result
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    header, *body = lines
-    rule = ["---"] * TEXT_COLUMNS + ["---:"] * (len(header) - TEXT_COLUMNS)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
-
-
-def _conditions(rows: Sequence[Row]) -> list[str]:
-    """What the tables hold for, one line each."""
-    lines = []
-    for name, label in (("processor", "Processor"), ("threads", "Threads"), ("torch", "PyTorch"), ("date", "Date")):
-        values = sorted({f"{row[name]:g}" if isinstance(row[name], float) else str(row[name]) for row in rows})
-        lines.append(f"- {label}: {', '.join(values)}")
-    libraries = sorted({row["library"] for row in rows if not row["library"].startswith("torch ")})
-    if libraries:
-        lines.append(f"- Further libraries: {', '.join(libraries)}")
-    limits: dict[str, set[str]] = {}
-    for row in rows:
-        if row["limit_gflops"]:
-            limits.setdefault(row["precision"], set()).add(f"{row['limit_gflops']:.0f}")
-    stated = "; ".join(f"{precision} {', '.join(sorted(found, key=int))}" for precision, found in limits.items())
-    lines.append(f"- The machine's limit, its best large matrix product in each run (GFLOP/s): {stated}")
-    anchors: dict[str, list[float]] = {}
-    for row in rows:
-        if row["anchor_ms"]:
-            anchors.setdefault(row["anchor"], []).append(row["anchor_ms"])
-    if anchors:
-        ranges = "; ".join(f"{min(found):.1f} to {max(found):.1f} ms ({name})" for name, found in anchors.items())
-        lines.append(f"- Drift, the range of each anchor's median: {ranges}")
-    return lines
-
-
-def write_page(path: Path, rows: Sequence[Row], *, figures: Path | None) -> None:
-    """Write the tables in Markdown, with their conditions, and the figures if they are drawn."""
-    parts = [
-        "# Benchmark",
-        "Written by `benchmark.py --report`; do not edit. What the columns are, and how it was measured, is in "
-        "[DEPLOY.md](DEPLOY.md#measuring).",
-        "\n".join(_conditions(rows)),
+        header = ["network", "engine", "precision", *(heading for heading, _, _ in COLUMNS)]
+        lines = found.setdefault(_same(row, "kind", "device", "resolution", "batch"), [header])
+        lines.append(
+            [
+                *_same(row, "network", "engine", "precision"),
+                *(_number(row[name], digits) for _, name, digits in COLUMNS),
+            ]
+        )
+    return [
+        (f"{kind} on {device}, {resolution:g} px, batch {batch:g}", lines)
+        for (kind, device, resolution, batch), lines in found.items()
     ]
-    if figures is not None:
-        names = [name for name, draw in FIGURES.items() if draw(rows) is not None]
-        # Both lie where the user says; the links are right if they lie in one folder.
-        parts += [f"![{name.replace('_', ' ')}](measured_{name}.png)" for name in names]
-    parts += [f"## {title[0].upper()}{title[1:]}\n\n{_markdown(lines)}" for title, lines in tables(rows)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(parts) + "\n")
 
 
-# -- figures
+# -- what a page says of one processor
 
 
-def published_top1() -> dict[str, float]:
-    """Top-1 accuracy on ImageNet in percent by timm's names, as published."""
-    with PAPER.open(newline="") as file:
-        paper = {row["network"]: float(row["top1"]) for row in csv.DictReader(file) if row["top1"]}
+@cache
+def published() -> dict[str, tuple[str, float | None]]:
+    """By timm's names, a network's name in words and its top-1 accuracy on ImageNet in percent, as published."""
     found = {}
-    for name, top1 in paper.items():
-        key = name.lower().replace("-1.5x, adaptive pooling", "_x1_5_ada_pool").replace("-1.5x", "_x1_5")
-        found[key.replace("vanillanet-", "vanillanet_")] = top1
-    for name, theirs in TORCHVISION.items():
-        weights = torchvision.models.get_model_weights(theirs).IMAGENET1K_V1
-        found[name] = weights.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+    for row in read_rows(PAPER):
+        if row["top1"]:
+            key = row["network"].lower().replace("-1.5x, adaptive pooling", "_x1_5_ada_pool").replace("-1.5x", "_x1_5")
+            found[key.replace("vanillanet-", "vanillanet_")] = row["network"], float(row["top1"])
+    for key, (name, theirs) in PEERS.items():
+        top1 = None
+        if theirs:
+            top1 = torchvision.models.get_model_weights(theirs).IMAGENET1K_V1.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+        found[key] = name, top1
     return found
 
 
-def _fastest(rows: Iterable[Row]) -> list[Row]:
-    """Of each network and precision, the row of the fastest engine."""
-    best: dict[tuple, Row] = {}
-    for row in rows:
-        key = _same(row, "network", "precision")
-        if key not in best or row["median_ms"] < best[key]["median_ms"]:
-            best[key] = row
-    return list(best.values())
-
-
-def _figure(xlabel: str, ylabel: str, rows: Sequence[Row]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(f"{rows[0]['processor']}, {rows[0]['threads']:g} threads, {rows[0]['date']}", fontsize="small")
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def _lines(axes: Axes, rows: Sequence[Row], by: Sequence[str], x: str, y: str) -> None:
-    """A line through the rows that agree in `by`."""
-    for key in dict.fromkeys(_same(row, *by) for row in rows):
-        points = sorted((row[x], row[y]) for row in rows if _same(row, *by) == key)
-        axes.plot(*zip(*points, strict=True), marker=".", label=", ".join(map(str, key)))
-    axes.legend(fontsize="small")
-
-
-def _single(rows: Sequence[Row]) -> list[Row]:
+def single(rows: Iterable[Row]) -> list[Row]:
     """Inference of one image at the resolution that most rows have; networks as published, none of their variants."""
     chosen = [row for row in rows if row["kind"] == "inference" and row["batch"] == 1 and " (" not in row["network"]]
     resolutions = [row["resolution"] for row in chosen]
     return [row for row in chosen if row["resolution"] == max(resolutions, key=resolutions.count)]
 
 
-def latency_accuracy(rows: Sequence[Row]) -> Figure | None:
-    """Latency, measured, against accuracy, published; each network in its fastest engine in each precision."""
-    top1 = published_top1()
-    chosen = [{**row, "top1": top1[row["network"]]} for row in _fastest(_single(rows)) if row["network"] in top1]
-    if len({row["network"] for row in chosen}) < 2:
-        return None
-    figure, axes = _figure("latency (ms), fastest engine, measured", "ImageNet top-1 (%), published", chosen)
-    for precision in dict.fromkeys(row["precision"] for row in chosen):
-        for family, marker in ((True, "o"), (False, "^")):
-            points = [
-                row for row in chosen if row["precision"] == precision and is_vanillanet(row["network"]) == family
-            ]
-            points.sort(key=lambda row: row["median_ms"])
-            if points:
-                label = f"{'VanillaNet' if family else 'others'}, {precision}"
-                xs, ys = [row["median_ms"] for row in points], [row["top1"] for row in points]
-                axes.plot(xs, ys, marker=marker, linestyle="-" if family else "", label=label)
-        if precision == chosen[0]["precision"]:
-            for row in chosen:
-                if row["precision"] == precision:
-                    name = row["network"].replace("vanillanet_", "V").replace("_patch4_window7_224", "")
-                    axes.annotate(name, (row["median_ms"], row["top1"]), fontsize="x-small")
-    axes.set_xscale("log")
-    axes.legend(fontsize="small")
-    return figure
+def fastest(rows: Iterable[Row], *by: str) -> dict[tuple, Row]:
+    """Of the rows that agree in the columns `by`, the one with the lowest median."""
+    best: dict[tuple, Row] = {}
+    for row in sorted(rows, key=lambda row: row["median_ms"]):
+        best.setdefault(_same(row, *by), row)
+    return best
 
 
-def latency_depth(rows: Sequence[Row]) -> Figure | None:
-    """Latency against depth; each network in its fastest engine in each precision."""
-    chosen = [
-        {**row, "family": "VanillaNet" if is_vanillanet(row["network"]) else "others"}
-        for row in _fastest(_single(rows))
-        if "x1_5" not in row["network"]
-    ]
-    if len({row["layers"] for row in chosen}) < 2:
-        return None
-    figure, axes = _figure("layers", "latency (ms), fastest engine", chosen)
-    for family, style in (("VanillaNet", "-"), ("others", "")):
-        for index, precision in enumerate(dict.fromkeys(row["precision"] for row in chosen)):
-            points = sorted(
-                _same(row, "layers", "median_ms")
-                for row in chosen
-                if row["family"] == family and row["precision"] == precision
-            )
-            if points:
-                marker = "o" if family == "VanillaNet" else "^"
-                xs, ys = zip(*points, strict=True)
-                axes.plot(xs, ys, marker=marker, linestyle=style, color=f"C{index}", label=f"{family}, {precision}")
-    axes.set_yscale("log")
-    axes.legend(fontsize="small")
-    return figure
+def _name(network: str) -> str:
+    return published().get(network, (network,))[0]
 
 
-def throughput_batch(rows: Sequence[Row]) -> Figure | None:
-    """Images a second by batch size, of the network that was measured at the most sizes."""
-    chosen = _varied(rows, "batch", fixed="resolution")
-    if not chosen:
-        return None
-    figure, axes = _figure("batch size", f"images/s, {chosen[0]['network']}", chosen)
-    _lines(axes, chosen, ("engine", "precision"), "batch", "images_per_s")
-    axes.set_xscale("log", base=2)
-    return figure
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def latency_resolution(rows: Sequence[Row]) -> Figure | None:
-    """Latency of one image by resolution, of the network that was measured at the most of them."""
-    chosen = _varied([row for row in rows if row["batch"] == 1], "resolution", fixed="batch")
-    if not chosen:
-        return None
-    figure, axes = _figure("resolution (px)", f"latency (ms), {chosen[0]['network']}", chosen)
-    _lines(axes, chosen, ("engine", "precision"), "resolution", "median_ms")
-    axes.set_yscale("log")
-    return figure
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"
 
 
-def _varied(rows: Sequence[Row], column: str, *, fixed: str) -> list[Row]:
-    """Inference rows of the network, and value of `fixed`, with the most values of `column`; empty for fewer than two.
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join((", ".join(parts[:-1]), parts[-1])) if len(parts) > 1 else parts[0]
 
-    Only engines that have all of these values are kept.
+
+def speed_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Networks down, VanillaNets first, engines and precisions across: median in ms, ratio to the published way.
+
+    The fastest of each row is bold.
     """
+    order = [(engine, precision) for precision in PRECISIONS for engine in ENGINES]
+    present = {_same(row, "engine", "precision") for row in rows}
+    columns = [one for one in order if one in present] + sorted(present - set(order))
+    cells = {_same(row, "network", "engine", "precision"): row for row in rows}
+    networks = {row["network"]: (not is_vanillanet(row["network"]), row["macs_g"]) for row in rows}
+    lines = [
+        ["network", *(f"{ENGINES.get(engine, engine)}<br>{PRECISIONS[precision]}" for engine, precision in columns)]
+    ]
+    for network in sorted(networks, key=networks.get):
+        line = [_name(network)]
+        best = min(row["median_ms"] for row in rows if row["network"] == network)
+        for column in columns:
+            row = cells.get((network, *column))
+            text = "" if row is None else _ms(row["median_ms"])
+            if row is not None and row["median_ms"] == best:
+                text = f"**{text}**"
+            if row is not None and row["ratio"] is not None and column not in PUBLISHED:
+                text += f"<br>{row['ratio']:.1f}x"
+            line.append(text)
+        lines.append(line)
+    return lines
+
+
+def statements(rows: Sequence[Row]) -> list[str]:
+    """What the rows of one image show of VanillaNets, a sentence each; none where the rows do not suffice for it."""
+    ours = [row for row in rows if is_vanillanet(row["network"])]
+    best = fastest(ours, "network", "precision")
+    precisions = [precision for precision in PRECISIONS if any(key[1] == precision for key in best)]
+    said = []
+
+    # A network of the middle, in each precision.
+    hero = {precision: best[HERO, precision] for precision in precisions if (HERO, precision) in best}
+    base = next(
+        (row for row in ours if row["network"] == HERO and _same(row, "engine", "precision") in PUBLISHED), None
+    )
+    if hero and base:
+        parts = [
+            f"{_ms(row['median_ms'])} ms in {PRECISIONS[precision]} ({ENGINES.get(row['engine'], row['engine'])})"
+            for precision, row in hero.items()
+        ]
+        said.append(
+            f"VanillaNet-11 takes {_listed(parts)}, where the published way, PyTorch in float32, takes "
+            f"{_ms(base['median_ms'])} ms."
+        )
+
+    # What an engine beside PyTorch would bring.
+    torch_best = fastest([row for row in ours if row["library"].startswith("torch ")], "network", "precision")
+    lags = {
+        precision: median(
+            row["median_ms"] / best[key]["median_ms"] for key, row in torch_best.items() if key[1] == precision
+        )
+        for precision in precisions
+        if any(key[1] == precision for key in torch_best)
+    }
+    if lags:
+        beside = [PRECISIONS[precision] for precision, lag in lags.items() if lag <= BESIDE]
+        behind = [PRECISIONS[precision] for precision, lag in lags.items() if lag > BESIDE]
+        verdict = f"stands beside the best engines in {_listed(beside)}" if beside else "falls behind the best engines"
+        if beside and behind:
+            verdict += f", but not in {_listed(behind)}"
+        parts = [f"{lag:.2f} times in {PRECISIONS[precision]}" for precision, lag in lags.items()]
+        said.append(
+            f"Plain PyTorch {verdict}: compared with the fastest engine of all, the fastest of PyTorch's own takes "
+            f"{_listed(parts)} as long, at the median over the VanillaNets."
+        )
+
+    # How much is left to gain.
+    shares = {
+        precision: [row["share"] for key, row in best.items() if key[1] == precision and row["share"]]
+        for precision in precisions
+    }
+    if parts := [f"{_range(found)} in {PRECISIONS[precision]}" for precision, found in shares.items() if found]:
+        said.append(
+            f"Of the processor's limit, the rate of its fastest large matrix product, the fastest engines reach "
+            f"{_listed(parts)}."
+        )
+    return said
+
+
+def _conditions(rows: Sequence[Row]) -> str:
+    """What the rows hold for, in one line."""
+
+    def values(name: str) -> str:
+        return ", ".join(sorted({f"{row[name]:g}" if isinstance(row[name], float) else str(row[name]) for row in rows}))
+
+    libraries = [
+        "torch " + values("torch"),
+        *sorted({row["library"] for row in rows} - {f"torch {row['torch'].partition('+')[0]}" for row in rows}),
+    ]
+    noise = median(row["median_ms"] / row["p5_ms"] for row in rows)
+    counts = {row["calls"] for row in rows}
+    calls = [f"{count:g}" for count in sorted({min(counts), max(counts)})]
+    return "; ".join(
+        (
+            values("processor"),
+            f"{values('threads')} threads",
+            *libraries,
+            f"median of {' to '.join(calls)} calls, {100 * (noise - 1):.0f} % above the 5th percentile",
+            values("date"),
+        )
+    )
+
+
+def training_statement(rows: Sequence[Row]) -> str:
+    """What a training step takes at best."""
+    row = min(rows, key=lambda row: row["median_ms"])
+    return (
+        f"A training step of {_name(row['network'])} with {row['batch']:g} images of {row['resolution']:g} px takes "
+        f"{row['median_ms'] / 1e3:.1f} s at best ({ENGINES.get(row['engine'], row['engine'])}, "
+        f"{PRECISIONS[row['precision']]})."
+    )
+
+
+def varied(rows: Sequence[Row], column: str) -> list[Row]:
+    """Inference rows of the network that was measured at the most values of `column`, `batch` or `resolution`.
+
+    Only engines that have all of these values are kept; fewer than two are none.
+    """
+    fixed = {"batch": "resolution", "resolution": "batch"}[column]
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         if row["kind"] == "inference":
             groups.setdefault(_same(row, "network", fixed), []).append(row)
-    if not groups:
-        return []
-    most = max(groups.values(), key=lambda group: len({row[column] for row in group}))
+    most = max(groups.values(), key=lambda group: len({row[column] for row in group}), default=[])
     values = {row[column] for row in most}
-    if len(values) < 2:
-        return []
-    counts: dict[tuple, set] = {}
+    seen: dict[tuple, set] = {}
     for row in most:
-        counts.setdefault(_same(row, "engine", "precision"), set()).add(row[column])
-    return [row for row in most if counts[_same(row, "engine", "precision")] == values]
+        seen.setdefault(_same(row, "engine", "precision"), set()).add(row[column])
+    return [row for row in most if len(values) > 1 and seen[_same(row, "engine", "precision")] == values]
 
 
-FIGURES = {
-    "latency_accuracy": latency_accuracy,
-    "latency_depth": latency_depth,
-    "throughput_batch": throughput_batch,
-    "latency_resolution": latency_resolution,
-}
+def sizes_statements(rows: Sequence[Row]) -> list[str]:
+    """What the image size and the batch change, in the fastest engine for each."""
+    said = []
+    if by_size := fastest(varied(rows, "resolution"), "resolution"):
+        (small,), (large,) = min(by_size), max(by_size)
+        one, other = (by_size[size,]["median_ms"] for size in (small, large))
+        said.append(
+            f"{(large / small) ** 2:.1f} times the pixels ({large:g} px instead of {small:g}) take {other / one:.1f} "
+            f"times as long"
+        )
+    if by_batch := fastest(varied(rows, "batch"), "batch"):
+        (small,), (large,) = min(by_batch), max(by_batch)
+        one, other = (by_batch[batch,]["images_per_s"] for batch in (small, large))
+        said.append(f"batches of {large:g} instead of {small:g} bring {other / one:.1f} times as many images a second")
+    return said
 
 
-def write_figures(folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """Draw the figures that the rows suffice for; returns their files."""
-    folder.mkdir(parents=True, exist_ok=True)
+# -- figures
+
+
+def accuracy_panels(rows: Sequence[Row]) -> dict[str, list[Result]]:
+    """Latency and published accuracy, by panel: in float32, with the published way, and in the fastest precision."""
+    names = published()
+    chosen = [row for row in single(rows) if names.get(row["network"], (None, None))[1] is not None]
+
+    def results(found: Iterable[Row], way: str = "") -> list[Result]:
+        return [
+            Result(
+                network=names[row["network"]][0],
+                series="VanillaNet" + way if is_vanillanet(row["network"]) else row["network"],
+                layers=row["layers"],
+                latency_ms=row["median_ms"],
+                top1=names[row["network"]][1],
+                conditions="one image in the fastest engine; accuracy on ImageNet as published, of float32 weights\n"
+                + _conditions(chosen),
+                source="Latency measured by benchmark.py",
+            )
+            for row in sorted(found, key=lambda row: row["macs_g"])
+        ]
+
+    plain = [row for row in chosen if row["precision"] == "fp32"]
+    eager = [row for row in plain if row["engine"] == "eager" and is_vanillanet(row["network"])]
+    return {
+        "float32": results(fastest(plain, "network").values()) + results(eager, ", published way"),
+        "fastest precision of each": results(fastest(chosen, "network").values()),
+    }
+
+
+def accuracy(rows: Sequence[Row], processor: str) -> Figure | None:
+    """Latency, measured, against accuracy, published; None for fewer than two networks with an accuracy."""
+    panels = accuracy_panels(rows)
+    ours, theirs = (
+        min((row["median_ms"] for row in single(rows) if row["network"] == name), default=None)
+        for name in (HERO, RIVAL)
+    )
+    title = f"VanillaNet on a processor with {processor}"
+    if ours and theirs:
+        verb = "overtakes" if ours < theirs else "stays behind"
+        title = f"VanillaNet-11 {verb} Swin-T on {processor}: {_ms(ours)} against {_ms(theirs)} ms"
+    if len(panels["fastest precision of each"]) < 2:
+        return None
+    return accuracy_figure(panels, "latency_ms", title=title, xlabel="latency of one image (ms)")
+
+
+@style.styled
+def sizes(rows: Sequence[Row], processor: str) -> Figure | None:
+    """Latency by resolution, and throughput by batch size, an engine a line; None for a single size."""
+    panels = [
+        (found, *labels)
+        for column, *labels in (
+            ("resolution", "median_ms", "resolution (px)", "latency of one image (ms)"),
+            ("batch", "images_per_s", "images in a call", "images a second"),
+        )
+        if (found := [{**row, "size": row[column]} for row in varied(rows, column)])
+    ]
+    if not panels:
+        return None
+    figure = style.new_figure(5.5 * len(panels), 4)
+    for axes, (found, quantity, xlabel, ylabel) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        for engine, precision in dict.fromkeys(_same(row, "engine", "precision") for row in found):
+            points = sorted(
+                _same(row, "size", quantity)
+                for row in found
+                if _same(row, "engine", "precision") == (engine, precision)
+            )
+            axes.plot(
+                *zip(*points, strict=True), marker="o", label=f"{ENGINES.get(engine, engine)}, {PRECISIONS[precision]}"
+            )
+        axes.set(title=_name(found[0]["network"]), xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+        axes.set_xticks(sorted({row["size"] for row in found}))
+    figure.axes[0].legend()
+    said = "; ".join(sizes_statements(rows))
+    style.caption(figure, f"{said[0].upper()}{said[1:]}", _conditions([row for found, *_ in panels for row in found]))
+    return figure
+
+
+FIGURES: dict[str, Callable[[Sequence[Row], str], Figure | None]] = {"accuracy": accuracy, "sizes": sizes}
+
+
+def _file(label: str, name: str) -> str:
+    return f"measured_{label}_{name}.png"
+
+
+def write_figures(folder: Path, sections: Mapping[str, Sequence[Row]]) -> list[Path]:
+    """Draw the figures that the rows suffice for; returns their files.
+
+    Args:
+        sections: rows by the name of their file, without its ending.
+    """
     written = []
-    for name, draw in FIGURES.items():
-        figure = draw(rows)
-        if figure is not None:
-            written.append(folder / f"measured_{name}.png")
-            figure.savefig(written[-1], dpi=100)
+    for label, rows in sections.items():
+        for name, draw in FIGURES.items():
+            if figure := draw(rows, _processor(label)):
+                written.append(folder / _file(label, name))
+                style.save(figure, written[-1])
     return written
+
+
+# -- the page
+
+
+def _processor(label: str) -> str:
+    """The kind of processor in words, by the name of its file: `cpu-avx512` is AVX-512."""
+    return PROCESSORS.get(label.rpartition("-")[2], label)
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    header, *body = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---", *["---:"] * (len(header) - 1)], *body))
+
+
+def write_page(path: Path, sections: Mapping[str, Sequence[Row]], *, figures: Collection[str] = ()) -> None:
+    """Write a page that a person reads: of each file what it shows in sentences, its figures, and a table.
+
+    Args:
+        sections: rows by the name of their file, without its ending.
+        figures: names of the files that `write_figures` wrote, which lie beside the page.
+    """
+    parts = [
+        "# Benchmark",
+        "How long VanillaNets and other networks take for an image, in each engine that runs here. Written by "
+        "`benchmark.py --report`: do not edit. The rows behind the page, with spread, memory and further sizes, are "
+        "in the CSV files that its sections name, and [DEPLOY.md](DEPLOY.md#measuring) says how they were measured.",
+        "In the tables a cell is the median in ms, and under it how many times as fast that is as the published way, "
+        "PyTorch in float32 with contiguous tensors. The fastest of each row is bold. Networks are in deploy form.",
+    ]
+    for label, rows in sections.items():
+        chosen, training = single(rows), [row for row in rows if row["kind"] == "training"]
+        images = {
+            name: f"![{_processor(label)}, {name}]({_file(label, name)})"
+            for name in FIGURES
+            if _file(label, name) in figures
+        }
+        parts += [f"## {_processor(label) if chosen else 'Training steps'}", f"`{label}.csv`: {_conditions(rows)}."]
+        if chosen:
+            parts += [" ".join(statements(chosen)), images.get("accuracy", ""), _markdown(speed_table(chosen))]
+        if said := sizes_statements(rows):
+            parts += [f"Other sizes, in the fastest engine for each: {'; '.join(said)}.", images.get("sizes", "")]
+        if training:
+            parts += [training_statement(training), _markdown(speed_table(training))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(part for part in parts if part) + "\n")

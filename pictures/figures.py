@@ -1,4 +1,4 @@
-"""The paper's two figures, depth against accuracy and latency against accuracy, from tables that name their sources.
+"""Depth or latency against accuracy, from tables that name their sources.
 
 A table is a CSV file with the columns `COLUMNS`; others are left alone. Tables are drawn side by side and never into
 one another, since their numbers are of different machines and data.
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pictures import style
 from records.logs import read_rows
 
-__all__ = ["COLUMNS", "Result", "depth_figure", "latency_figure", "read_results", "results_figures"]
+__all__ = ["COLUMNS", "Result", "accuracy_figure", "read_results", "results_figures"]
 
 COLUMNS = ("network", "series", "layers", "latency_ms", "top1", "conditions", "source")
 
@@ -74,85 +74,106 @@ def read_results(path: str | Path) -> list[Result]:
 
 
 def _draw_series(axes: Axes, results: Sequence[Result], quantity: str) -> None:
-    """A line a series through the networks that have both numbers, each with its name."""
-    shown = [result for result in results if getattr(result, quantity) is not None and result.top1 is not None]
-    for series in dict.fromkeys(result.series for result in shown):
-        points = [(getattr(result, quantity), result.top1) for result in shown if result.series == series]
-        axes.plot(*zip(*points, strict=True), marker="o", label=series)
-    for result in shown:
-        axes.annotate(
-            result.network,
-            (getattr(result, quantity), result.top1),
-            xytext=(5, -3),
-            textcoords="offset points",
-            va="top",
-            fontsize=7,
-        )
-    axes.set_ylabel("top-1 (%)")
-    axes.margins(0.05, 0.1)
-    axes.grid(alpha=0.3)
-    if shown:
-        axes.legend(loc="lower right", fontsize=8)
+    """A line a series: VanillaNet's in the strong colour, those of others in grey."""
+    dashes = iter(("-", "--", ":"))
+    for series in dict.fromkeys(result.series for result in results):
+        points = [(getattr(result, quantity), result.top1) for result in results if result.series == series]
+        look = {"color": style.PEER, "linewidth": 0.8}
+        if series.startswith("VanillaNet"):
+            look = {"color": style.ACCENT, "linestyle": next(dashes)}
+        axes.plot(*zip(*points, strict=True), marker="o", label=series, **look)
+    axes.margins(0.08, 0.12)
+    named = [line for line in axes.lines if line.get_color() == style.ACCENT]
+    if len(named) > 1:
+        axes.legend(handles=named, loc="best", handlelength=3.5)
+
+
+def _name_networks(axes: Axes, results: Sequence[Result], quantity: str) -> None:
+    """Every point's name; those of a series of VanillaNets are shortened to what follows the first one's."""
+    names, colours, begun = [], [], set()
+    for result in results:
+        own = result.series.startswith("VanillaNet")
+        short = result.network.removeprefix("VanillaNet-") if result.series in begun else result.network
+        begun |= {result.series} if own else set()
+        names.append(short)
+        colours.append(style.ACCENT if own else style.INK)
+    style.name_points(axes, [(getattr(result, quantity), result.top1) for result in results], names, colours=colours)
 
 
 def _draw_latencies_alone(axes: Axes, results: Sequence[Result]) -> None:
     """Below the axis of latency, the networks whose accuracy the source does not give."""
     for position, result in enumerate(sorted(results, key=lambda result: result.latency_ms)):
-        axes.plot([result.latency_ms], [-position], marker="|", color="0.3", label=result.network)
+        axes.plot([result.latency_ms], [-position], marker="o", markersize=4, color=style.PEER, label=result.network)
         axes.annotate(
-            f"{result.network}  {result.latency_ms:g}",
+            f"{result.network}, {result.latency_ms:g} ms",
             (result.latency_ms, -position),
-            xytext=(5, 0),
+            xytext=(6, 0),
             textcoords="offset points",
             va="center",
-            fontsize=7,
+            fontsize=8,
         )
-    axes.set(yticks=[], ylabel="latency only")
-    axes.grid(alpha=0.3, axis="x")
+    axes.set(yticks=[], ylabel="latency alone")
     axes.margins(y=0.08)
 
 
-def _finish(axes: Axes, results: Sequence[Result], *, title: str, room: float) -> None:
-    """Above a panel, its table, and all conditions and sources in it; `room` for the last names, in widths of it."""
-    provenance = dict.fromkeys(f"{result.source}: {result.conditions}" for result in results)
-    axes.set_title("\n".join([title, *provenance]), fontsize=7, loc="left")
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high + room * (high - low))
+@style.styled
+def accuracy_figure(tables: Mapping[str, Sequence[Result]], quantity: str, *, title: str, xlabel: str) -> Figure:
+    """A quantity against accuracy, a panel for each table; under it the latencies of networks without an accuracy.
 
-
-def depth_figure(tables: Mapping[str, Sequence[Result]]) -> Figure:
-    """Depth against accuracy, a panel for each table that has such numbers."""
-    figure = Figure(figsize=(6.5 * len(tables), 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, results) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
-        drawn = [result for result in results if result.layers is not None and result.top1 is not None]
-        _draw_series(axes, drawn, "layers")
-        axes.set_xlabel("depth (layers)")
-        _finish(axes, drawn, title=title, room=0.45)
-    return figure
-
-
-def latency_figure(tables: Mapping[str, Sequence[Result]]) -> Figure:
-    """Latency against accuracy, a panel for each table; under it the latencies of networks without an accuracy."""
-    figure = Figure(figsize=(6.5 * len(tables), 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for part, (title, results) in zip(figure.subfigures(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
-        drawn = [result for result in results if result.latency_ms is not None]
-        alone = [result for result in drawn if result.top1 is None]
-        ratios = (3, 1.6) if alone else (1,)
-        axes, *below = part.subplots(len(ratios), 1, height_ratios=ratios, sharex=True, squeeze=False)[:, 0]
-        _draw_series(axes, drawn, "latency_ms")
-        for strip in below:
-            _draw_latencies_alone(strip, alone)
-        (below or [axes])[-1].set_xlabel("latency of one image (ms)")
-        _finish(axes, drawn, title=title, room=0.2)
+    Args:
+        tables: results by the title of their panel. Panels have one range of accuracy if all hold for the same.
+        quantity: `layers`, or `latency_ms`, which is drawn on a logarithmic axis.
+    """
+    drawn = {name: [one for one in rows if getattr(one, quantity) is not None] for name, rows in tables.items()}
+    known = {name: [one for one in rows if one.top1 is not None] for name, rows in drawn.items()}
+    alone = {name: [one for one in rows if one.top1 is None] for name, rows in drawn.items()}
+    provenance = {name: list(dict.fromkeys(f"{one.source}: {one.conditions}" for one in drawn[name])) for name in drawn}
+    same = all(lines == next(iter(provenance.values())) for lines in provenance.values())
+    strip = quantity == "latency_ms" and any(alone.values())
+    figure = style.new_figure(6.5 * len(tables), 6.2 if strip else 4.8)
+    grid = figure.subplots(
+        1 + strip, len(tables), squeeze=False, sharex="all" if same else "col", sharey="row" if same else False,
+        height_ratios=(3, 1.7)[: 1 + strip],
+    )  # fmt: skip
+    for axes, (name, results) in zip(grid.T, known.items(), strict=True):
+        _draw_series(axes[0], results, quantity)
+        axes[0].set_title(name if len(tables) > 1 else "")
+        if strip:
+            _draw_latencies_alone(axes[1], alone[name])
+        axes[-1].set_xlabel(xlabel)
+        if quantity == "latency_ms":
+            style.plain_log(axes[-1].xaxis)
+    grid[0, 0].set_ylabel("top-1 (%)")
+    lines = provenance.popitem()[1] if same else [f"{name}: {line}" for name in drawn for line in provenance[name]]
+    style.caption(figure, title, "\n".join(lines))
+    for axes, results in zip(grid[0], known.values(), strict=True):  # last, as names keep clear of what is drawn
+        _name_networks(axes, results, quantity)
     return figure
 
 
 def results_figures(tables: Mapping[str, Sequence[Result]]) -> dict[str, Figure]:
-    """The figures by the name of their file.
+    """The paper's two figures by the name of their file: depth and latency against accuracy.
 
     Args:
-        tables: results by the title of their panel.
+        tables: results by the title of their panel; the titles of the figures speak of the first.
     """
-    return {"depth_accuracy.png": depth_figure(tables), "latency_accuracy.png": latency_figure(tables)}
+    results = next(iter(tables.values()))
+    depth = accuracy_figure(
+        tables, "layers", title=_title(results, "layers", "{:g} layers reach {:g} % top-1"), xlabel="depth (layers)"
+    )
+    latency = accuracy_figure(
+        tables,
+        "latency_ms",
+        title=_title(results, "latency_ms", "VanillaNet needs {:g} ms for {:g} % top-1"),
+        xlabel="latency of one image (ms)",
+    )
+    return {"depth_accuracy.png": depth, "latency_accuracy.png": latency}
+
+
+def _title(results: Sequence[Result], quantity: str, words: str) -> str:
+    """What the most accurate VanillaNet reaches, which is what such a figure should be seen for."""
+    known = [one for one in results if one.series.startswith("VanillaNet") and one.top1 and getattr(one, quantity)]
+    if not known:
+        return "Accuracy"
+    best = max(known, key=lambda one: one.top1)
+    return words.format(getattr(best, quantity), best.top1)

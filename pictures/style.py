@@ -6,6 +6,7 @@ Figures have no background, and their inks are chosen so that white pages and da
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 import numpy as np
@@ -15,13 +16,27 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-__all__ = ["ACCENT", "COLOURS", "INK", "PEER", "caption", "name_points", "new_figure", "plain_log", "save", "styled"]
+__all__ = [
+    "ACCENT",
+    "COLOURS",
+    "INK",
+    "PEER",
+    "RIGHT",
+    "WRONG",
+    "caption",
+    "name_points",
+    "new_figure",
+    "plain_log",
+    "save",
+    "styled",
+]
 
 INK = "#737b85"  # text and axes: a contrast of at least 4 both on white and on a page that is almost black
 ACCENT = "#e8590c"  # VanillaNet, or what else the figure is about
 PEER = "#8b949e"  # what it is compared with
+RIGHT, WRONG = "#1f883d", "#cf222e"
 # For series of equal rank, told apart by colour-blind readers too: Okabe and Ito's, without black and yellow.
-COLOURS = ("#0080c6", ACCENT, "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+COLOURS = ("#0080c6", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#d55e00")
 
 _SETTINGS = {
     "text.color": INK,
@@ -62,8 +77,10 @@ def new_figure(width: float, height: float) -> Figure:
 
 def caption(figure: Figure, title: str, conditions: str) -> None:
     """What one should see, above the figure, and in small print below it what it holds for."""
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-    figure.supxlabel(conditions, x=0.01, ha="left", fontsize=8)
+    width = figure.get_figwidth()  # inches, in each of which there is room for so many letters
+    figure.suptitle(fill(title, int(8.6 * width)), x=0.01, ha="left", fontsize=13, fontweight="bold")
+    small = "\n".join(fill(line, int(15.5 * width)) for line in conditions.splitlines())
+    figure.supxlabel(small, x=0.01, ha="left", fontsize=8)
 
 
 def plain_log(axis: Axis) -> None:
@@ -88,6 +105,8 @@ def name_points(
     renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
     dots = axes.transData.transform(points)
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in dots]
+    if legend := axes.get_legend():
+        taken.append(legend.get_window_extent(renderer).extents)
     for line in axes.lines:
         if line.get_linestyle() != "None":  # as a chain of small boxes
             ends = axes.transData.transform(line.get_xydata())
@@ -95,7 +114,7 @@ def name_points(
                 steps = np.linspace(one, other, 2 + int(np.hypot(*(other - one)) // 5))
                 taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in steps]
     for name, point, (x, y), colour in zip(names, points, dots, colours, strict=True):
-        text = axes.annotate(name, point, textcoords="offset points", fontsize=size, color=colour, va="center")
+        text = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize=size, color=colour, va="center")
         extent = text.get_window_extent(renderer)
         best = None
         for distance in (8, 16, 26, 38):

@@ -1,6 +1,8 @@
 """benchmark.py: what is in a row, the comparison with the published way and the limit, tables and figures."""
 
 import csv
+import itertools
+import re
 import shlex
 import statistics
 from pathlib import Path
@@ -14,6 +16,7 @@ from benchmarking.limit import PRODUCTS, best_product
 from benchmarking.spec import Spec
 from benchmarking.worker import Worker, WorkerError, closing, prepare
 
+ROOT = Path(__file__).parents[1]
 TINY = shlex.split("--width_mult 0.03125 --resolutions 32 --threads 1")
 SMALL = [*TINY, "--calls", "6"]
 
@@ -115,16 +118,20 @@ def test_report_from_the_file(measured, tmp_path, capsys):
     run("--report", tmp_path / "more.csv", "--docs", tmp_path / "page.md", "--figures", tmp_path)
     printed = capsys.readouterr().out
     assert "inference on cpu, 32 px, batch 3" in printed
-    page = (tmp_path / "page.md").read_text()
     rows = results.read(tmp_path / "more.csv")
     for row in rows:
-        line = f"| {row['network']} | {row['engine']} | fp32 | {row['layers']:.0f} |"
-        assert any(text.startswith(line) and f" {row['median_ms']:.2f} " in text for text in page.splitlines())
-    assert "Threads: 1" in page
+        line = (
+            rf"\| {row['network']} +\| {row['engine']} +\| fp32 +\| +{row['layers']:.0f} \|.* {row['median_ms']:.2f} "
+        )
+        assert re.search(line, printed)
+    page = (tmp_path / "page.md").read_text()
+    assert "1 threads" in page
     figures = {path.name for path in tmp_path.glob("*.png")}
-    assert figures == {f"measured_{name}.png" for name in report.FIGURES}
-    assert len(figures) == 4
+    assert figures == {f"measured_more_{name}.png" for name in report.FIGURES}
+    assert len(figures) == 2
     assert all(f"]({name})" in page for name in figures)
+    run("--report", tmp_path / "more.csv", "--docs", tmp_path / "page.md")
+    assert "](measured" not in (tmp_path / "page.md").read_text()  # no figure was drawn
 
 
 @pytest.mark.slow
@@ -204,28 +211,26 @@ def test_the_comparison():
 
 
 def test_published_accuracies_are_the_published_ones():
-    top1 = report.published_top1()
-    assert (top1["vanillanet_5"], top1["vanillanet_13_x1_5_ada_pool"]) == (72.49, 83.11)
+    names = report.published()
+    assert names["vanillanet_5"] == ("VanillaNet-5", 72.49)
+    assert names["vanillanet_13_x1_5_ada_pool"] == ("VanillaNet-13-1.5x, adaptive pooling", 83.11)
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-    assert top1["resnet18"] == weights.meta["_metrics"]["ImageNet-1K"]["acc@1"] == 69.758
-    assert {name for name in top1 if report.is_vanillanet(name)} == set(benchmark.timm.list_models("vanillanet*"))
+    assert names["resnet18"] == ("ResNet-18", weights.meta["_metrics"]["ImageNet-1K"]["acc@1"])
+    assert {name for name in names if report.is_vanillanet(name)} == set(benchmark.timm.list_models("vanillanet*"))
+    assert set(benchmark.PAPER_PEERS) <= set(names)
 
 
-def test_figures_show_networks_as_published():
-    """A variant's label would not be known as a VanillaNet's."""
-    rows = results.read(Path(__file__).parents[1] / "results" / "cpu.csv")
+def test_the_figure_shows_networks_as_published_in_their_fastest_engine():
+    rows = results.read(ROOT / "results" / "cpu-avx2.csv")
     assert any(row["network"] == "vanillanet_11 (built deployed)" for row in rows)
-    depths = [
-        x for line in report.latency_depth(rows).axes[0].lines if "other" in line.get_label() for x in line.get_xdata()
-    ]
-    assert min(depths) > 13
-    assert len(depths) == len(
-        {
-            (row["network"], row["precision"])
-            for row in rows
-            if not report.is_vanillanet(row["network"].partition(" (")[0])
-        }
-    )
+    panels = report.accuracy_panels(rows)
+    single = [row for row in rows if (row["resolution"], row["batch"]) == (224, 1) and " (" not in row["network"]]
+    for panel, fits in (("float32", {"fp32"}), ("fastest precision of each", {"fp32", "int8"})):
+        drawn = {one.network: one.latency_ms for one in panels[panel] if "published" not in one.series}
+        assert len(drawn) == 11 + 7  # variants, and the peers whose accuracy is known
+        for name, (words, top1) in report.published().items():
+            times = [row["median_ms"] for row in single if row["network"] == name and row["precision"] in fits]
+            assert drawn.get(words) == (min(times) if top1 else None)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
@@ -259,11 +264,126 @@ def test_a_kernel_that_is_a_plain_loop_is_given_up(monkeypatch):
     assert set(calls) == {("loop", 8), ("fast", 8), ("fast", 64), ("fast", 128)}
 
 
+FILES = ("cpu-avx2", "cpu-avx512", "cpu-amx", "training")
+
+
 def test_the_committed_page_is_made_from_the_committed_results(tmp_path):
-    docs = Path(benchmark.__file__).with_name("docs")
-    rows = [row for name in ("cpu", "training") for row in results.read(docs.parent / "results" / f"{name}.csv")]
-    report.write_page(tmp_path / "benchmark.md", rows, figures=tmp_path)
-    assert (tmp_path / "benchmark.md").read_text() == (docs / "benchmark.md").read_text()
+    docs = ROOT / "docs"
+    sections = {name: results.read(ROOT / "results" / f"{name}.csv") for name in FILES}
+    report.write_page(tmp_path / "benchmark.md", sections, figures=[path.name for path in docs.glob("measured_*.png")])
+    page = (docs / "benchmark.md").read_text()
+    assert (tmp_path / "benchmark.md").read_text() == page
+    drawn = {f"measured_{label}_accuracy.png" for label in FILES[:3]} | {"measured_cpu-avx2_sizes.png"}
+    assert {path.name for path in docs.glob("measured_*.png")} == drawn == set(re.findall(r"\]\((.*png)\)", page))
+
+
+def section(name):
+    """The part of the page that is about a file, and the file's rows as they are, without this project's reader."""
+    page = (ROOT / "docs" / "benchmark.md").read_text()
+    (part,) = (part for part in page.split("\n## ") if f"`{name}.csv`" in part)
+    with (ROOT / "results" / f"{name}.csv").open(newline="") as file:
+        return part, list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_cell_of_the_page_is_in_its_file(name):
+    part, rows = section(name)
+    rows = [row for row in rows if " (" not in row["network"] and row["batch"] in ("1", "8")]
+    rows = [row for row in rows if row["resolution"] == "224" and (row["batch"] == "1" or row["kind"] == "training")]
+    header, _, *lines = (line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| "))
+    words = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
+    engines = {words: engine for engine, words in report.ENGINES.items() if engine != "plain" or name == "training"}
+    networks = {words: key for key, (words, _) in report.published().items()}
+    compared = 0
+    for cells in lines:
+        network, *cells = (cells + [""] * len(header))[: len(header)]
+        for column, cell in zip(header[1:], cells, strict=True):
+            engine, precision = column.split("<br>")
+            found = [
+                row for row in rows
+                if (row["network"], row["engine"], row["precision"])
+                == (networks[network], engines[engine], words[precision])
+            ]  # fmt: skip
+            if not cell.strip():
+                assert not found
+                continue
+            (row,) = found
+            median, _, ratio = cell.partition("<br>")
+            assert float(median.strip("* ")) == pytest.approx(float(row["median_ms"]), rel=6e-3)
+            times = [float(other["median_ms"]) for other in rows if other["network"] == row["network"]]
+            assert median.startswith("**") == (float(row["median_ms"]) == min(times))
+            assert not ratio or float(ratio.removesuffix("x")) == pytest.approx(float(row["ratio"]), abs=0.051)
+            compared += 1
+    assert compared == len(rows)
+
+
+@pytest.mark.parametrize("name", FILES[:3])
+def test_each_statement_of_the_page_follows_from_its_file(name):
+    part, rows = section(name)
+    rows = [
+        row for row in rows
+        if row["network"].startswith("vanillanet") and (row["resolution"], row["batch"]) == ("224", "1")
+        and " (" not in row["network"]
+    ]  # fmt: skip
+
+    def best(precision, network, torch_alone=False):
+        chosen = [
+            row for row in rows
+            if (row["network"], row["precision"]) == (network, precision)
+            and (not torch_alone or row["library"].startswith("torch"))
+        ]  # fmt: skip
+        return min(chosen, key=lambda row: float(row["median_ms"]), default=None)
+
+    names = {row["network"] for row in rows}
+    for precision, words in (("fp32", "float32"), ("bf16", "bfloat16"), ("int8", "int8")):
+        row = best(precision, "vanillanet_11")
+        if row is None:
+            assert words not in part
+            continue
+        stated = re.search(rf"([0-9.]+) ms in {words} \(([^)]*)\)", part)
+        assert float(stated.group(1)) == pytest.approx(float(row["median_ms"]), rel=6e-3)
+        assert stated.group(2) == report.ENGINES[row["engine"]]
+        lags = [
+            float(alone["median_ms"]) / float(best(precision, network)["median_ms"])
+            for network in names
+            if (alone := best(precision, network, torch_alone=True))
+        ]
+        assert f" {statistics.median(lags):.2f} times in {words}" in part
+        beside = re.search(r"stands beside the best engines in ([^:]*?)(, but not in ([^:]*))?:", part)
+        assert (words in beside.group(1)) == (statistics.median(lags) <= 1.2)
+        shares = [float(row["share"]) for network in names if (row := best(precision, network)) and row["share"]]
+        assert f"{min(shares):.2f} to {max(shares):.2f} in {words}" in part
+    base = next(row for row in rows if (row["network"], row["ratio"]) == ("vanillanet_11", "1"))
+    assert f"takes {float(base['median_ms']):.0f} ms. Plain" in part
+
+
+def test_what_the_page_on_deploying_states_is_in_the_file():
+    page = " ".join((ROOT / "docs" / "DEPLOY.md").read_text().split())
+    rows = [row for row in section("cpu-avx2")[1] if (row["resolution"], row["batch"]) == ("224", "1")]
+    ms = {(row["network"], row["engine"], row["precision"]): float(row["median_ms"]) for row in rows}
+    plain, quantized, twin = (f"vanillanet_11{suffix}" for suffix in ("", " (depthwise in int8)", " (built deployed)"))
+    torch_before, torch_after = (ms[name, "aotinductor", "int8"] for name in (plain, quantized))
+    intel_before, intel_after = (ms[name, "openvino", "int8"] for name in (plain, quantized))
+    assert (
+        f"save {100 * (1 - torch_after / torch_before):.0f} % of VanillaNet-11's time in `aotinductor` "
+        f"({torch_before:.0f} to {torch_after:.0f} ms) and {100 * (1 - intel_after / intel_before):.0f} % in OpenVINO "
+        f"({intel_before:.0f} to {intel_after:.0f})"
+    ) in page
+    fused = {
+        key: ms[plain, *key] / ms[twin, *key]
+        for key in itertools.product(report.ENGINES, ("fp32", "int8"))
+        if (twin, *key) in ms
+    }
+    assert (
+        f"`aotinductor` {fused['aotinductor', 'fp32']:.2f} in float32 and {fused['aotinductor', 'int8']:.2f} in int8, "
+        f"ONNX Runtime {fused['onnxruntime', 'fp32']:.2f} and {fused['onnxruntime', 'int8']:.2f}, "
+        f"OpenVINO {fused['openvino', 'fp32']:.2f} and {fused['openvino', 'int8']:.2f}"
+    ) in page
+    steps = {row["engine"]: float(row["median_ms"]) / 1e3 for row in section("training")[1]}
+    assert (
+        f"{steps['plain']:.1f} s in float32, contiguous or channels-last, and {steps['compile']:.1f} compiled" in page
+    )
+    assert f"{steps['plain']:.1f}" == f"{steps['channels_last']:.1f}"
 
 
 def test_a_process_that_cannot_says_why(tmp_path):
