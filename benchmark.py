@@ -415,9 +415,9 @@ def run(args: argparse.Namespace) -> None:
     drawn = report.write_figures(args.figures, sections) if args.figures else []
     if args.docs:
         report.write_page(args.docs, sections, figures=[path.name for path in drawn])
-    for path in (args.docs, *drawn):
-        if path:
-            print(path)
+    for written in (args.docs, *drawn):
+        if written:
+            print(written)
     return None
 
 

@@ -91,68 +91,73 @@ import sys
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 import networks
 from loading.transforms import build_eval_transform
 from object_detection.checkpoints import open_detector
 from object_detection.draw import draw_images
+from pictures import style
 from pictures.cam import View, activation_maps, cam_figure
 from pictures.figures import read_results, results_figures
-from pictures.subjects import label, open_network, pixels, read_images, short_name
+from pictures.subjects import Photo, label, open_network, pixels, read_images, short_name, true_class
 from records import curves, logs
 from records.files import mistakes_end, one_line
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    style.save(figure, path)
     print(path)
 
 
-def _images(args: argparse.Namespace) -> tuple[list[str], list[Image.Image], int]:
-    """Names, RGB images, and how many cannot be read, each of which is named; says so if --max_images takes a part."""
-    broken: list[str] = []
-    names, images, total = read_images(args.images, args.max_images, broken=broken)
+def _images(args: argparse.Namespace) -> tuple[list[Photo], int]:
+    """The images to draw, and how many cannot be read, each of which is named; says so if --max_images takes a part."""
+    photos, total, broken = read_images(args.images, args.max_images)
     for line in broken:
-        sys.stderr.write(f"visualize.py: {one_line(line)}\n")
-    if total > args.max_images:
-        print(f"the first {args.max_images} of {total} images; --max_images takes more")
-    return names, images, len(broken)
+        sys.stderr.write(f"visualize.py: error: {one_line(line)}\n")
+    if total > len(photos) + len(broken):
+        print(f"the first {len(photos)} of {total} images; --max_images takes more")
+    return photos, len(broken)
 
 
 # -- class-activation maps
 
 
-def _views(network: networks.Network, images: Sequence, target: int | None, level: int | None) -> list[View]:
+def _views(network: networks.Network, photos: Sequence[Photo], target: int | None, level: int | None) -> list[View]:
     """What a network makes of each image; the title has its answer, or with `target` that class's probability too."""
     prepare = build_eval_transform(network.preprocessing)
-    inputs = torch.stack([prepare(image) for image in images])
+    inputs = torch.stack([prepare(photo.image) for photo in photos])
     maps, logits = activation_maps(network.module, inputs, target=target, level=level)
+    chances_of_all = network.probabilities(torch.from_numpy(logits))
     views = []
-    for view, heat, chances in zip(
-        pixels(network, inputs).numpy(), maps, network.probabilities(torch.from_numpy(logits)), strict=True
-    ):
-        answer = int(chances.argmax())
+    for photo, view, heat, chances in zip(photos, pixels(network, inputs).numpy(), maps, chances_of_all, strict=True):
+        answer, truth = int(chances.argmax()), true_class(network, photo.folder)
         title = f"{short_name(network, answer)} {chances[answer]:.2f}"
         if target is not None:
             title = f"map of {short_name(network, target)} {chances[target]:.2f}\nanswer {title}"
-        views.append(View(view, heat, title))
+        views.append(View(view, heat, title, None if truth is None else truth == answer))
     return views
 
 
 def draw_cam(args: argparse.Namespace) -> int:
     opened = [open_network(spec, key=args.model_key) for spec in args.network]
-    names, images, broken = _images(args)
+    photos, broken = _images(args)
     columns: dict[str, list[View]] = {}
     for number, network in enumerate(opened, 1):
         column = label(network) if label(network) not in columns else f"{label(network)} ({number})"
         try:
-            columns[column] = _views(network, images, args.target, args.level)
+            columns[column] = _views(network, photos, args.target, args.level)
         except ValueError as error:
             raise ValueError(f"{' '.join(column.split())}: {error}") from error
-    _save(cam_figure(columns, names), args.output)
+    # The first network's name for the true class stands for all.
+    first = opened[0]
+    truths = [true_class(first, photo.folder) for photo in photos]
+    names = [
+        photo.name if truth is None else f"{photo.name}\ntrue: {short_name(first, truth)}"
+        for photo, truth in zip(photos, truths, strict=True)
+    ]
+    what = "its answer" if args.target is None else f"the class {short_name(first, args.target)}"
+    _save(cam_figure(columns, names, title=f"Where a network sees evidence for {what}"), args.output)
     return broken
 
 
@@ -204,8 +209,10 @@ def draw_figures(args: argparse.Namespace) -> None:
 
 def draw_detected(args: argparse.Namespace) -> int:
     detector, classes = open_detector(args.network, key=args.model_key)
-    _, images, broken = _images(args)
-    draw_images(detector, map(to_tensor, images), args.output, classes=classes, threshold=args.threshold)
+    photos, broken = _images(args)
+    draw_images(
+        detector, (to_tensor(photo.image) for photo in photos), args.output, classes=classes, threshold=args.threshold
+    )
     print(args.output)
     return broken
 

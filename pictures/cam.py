@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
+
+from pictures import style
 
 __all__ = ["View", "activation_maps", "cam_figure"]
 
@@ -132,35 +133,54 @@ class View:
         image: (H, W, 3) in [0, 1], the part of the image that the network is given.
         heat: (H, W) in [0, 1], the map.
         title: its answer, in words.
+        right: whether that is the true class; None where that is not known.
     """
 
     image: np.ndarray
     heat: np.ndarray
     title: str
+    right: bool | None = None
 
 
-def cam_figure(columns: Mapping[str, Sequence[View]], names: Sequence[str]) -> Figure:
-    """A row an image: the image as the first network is given it, then each network's map over its own.
+PANEL = 2.1  # inches
+WIDTH = 11  # inches, up to which images stand beside each other
+
+
+@style.styled
+def cam_figure(columns: Mapping[str, Sequence[View]], names: Sequence[str], *, title: str) -> Figure:
+    """A group of panels an image: as the first network is given it, then each network's map over its own.
+
+    Groups stand beside each other as far as the width allows, and then below each other.
 
     Args:
         columns: by the network's label, a view of each image.
-        names: of the images.
+        names: of the images, with their true classes if they are known.
     """
-    shape = len(names), 1 + len(columns)
-    figure = Figure(figsize=(2.4 * shape[1], 2.7 * shape[0] + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(*shape, squeeze=False)
-    for axes, label in zip(grid[0], ("", *columns), strict=True):
-        axes.set_title(label, fontsize=9)
-    for row, name, original in zip(grid, names, next(iter(columns.values())), strict=True):
-        row[0].imshow(original.image)
-        row[0].set_xlabel(name, fontsize=8)
-    for column, views in zip(grid.T[1:], columns.values(), strict=True):
-        for axes, view in zip(column, views, strict=True):
+    group = 1 + len(columns)
+    across = min(len(names), max(1, int(WIDTH / (PANEL * group))))
+    down = -(-len(names) // across)
+    figure = style.new_figure(PANEL * group * across, (PANEL + 0.4) * down + 0.9)
+    grid = figure.subplots(down, across * group, squeeze=False)
+    for axes, label in zip(grid[0], across * ("", *columns), strict=True):
+        axes.set_title(label, fontsize=8.5, loc="center")
+    groups = grid.reshape(down * across, group)  # a row of the grid holds whole groups
+    for axes in groups[len(names) :].flat:
+        axes.remove()
+    for panels, name, *views in zip(groups, names, *columns.values(), strict=False):
+        panels[0].imshow(views[0].image)
+        panels[0].set_xlabel(name, fontsize=8)
+        for axes, view in zip(panels[1:], views, strict=True):
             axes.imshow(view.image)
-            # Beyond the range of the values, to leave out the ends of the colour map, which are almost black.
-            axes.imshow(view.heat, cmap="turbo", vmin=-0.1, vmax=1.1, alpha=0.5)
-            axes.set_xlabel(view.title, fontsize=8)
-    for axes in grid.flat:
+            axes.imshow(view.heat, cmap="inferno", vmin=0, vmax=1, alpha=0.55)
+            mark, colour = MARKS[view.right]
+            axes.set_xlabel(f"{mark}{view.title}", fontsize=8, color=colour)
+    for axes in figure.axes:
         axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    known = any(view.right is not None for views in columns.values() for view in views)
+    marks = f" {MARKS[True][0]}right, {MARKS[False][0]}wrong." if known else ""
+    style.caption(figure, title, f"Bright: evidence for the class. Each map has a scale of its own.{marks}")
     return figure
+
+
+MARKS = {None: ("", style.INK), True: ("\u2713 ", style.RIGHT), False: ("\u2717 ", style.WRONG)}

@@ -1,24 +1,35 @@
 """What class-activation maps are drawn of: networks, ready to be asked about an image file, and images."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 
 import datasets
 import networks
 from loading.images import list_images, read_image
 from networks import Network
 
-__all__ = ["label", "open_network", "pixels", "read_images", "short_name"]
+__all__ = ["Photo", "label", "open_network", "pixels", "read_images", "short_name", "true_class"]
 
 
 def pixels(network: Network, images: torch.Tensor) -> torch.Tensor:
     """(N, 3, H, W) as the network is given them -> (N, H, W, 3) in [0, 1], to be looked at."""
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (network.preprocessing.mean, network.preprocessing.std))
     return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def true_class(network: Network, folder: str) -> int | None:
+    """The class that a folder is named for, by its own name or one like ImageNet's n01440764; None for no class."""
+    imagenet = ImageNetInfo()
+    name = imagenet.label_name_to_description(folder) if folder in imagenet.label_names() else folder
+    labels = network.labels
+    matching = [index for index, words in enumerate(labels) if name in (words, words.partition(",")[0])]
+    return matching[0] if len(matching) == 1 else None
 
 
 def short_name(network: Network, index: int) -> str:
@@ -40,36 +51,58 @@ def open_network(spec: str, *, key: str | None = None) -> Network:
     return networks.open(spec, key=key, flag="--network", mend=f"add its checkpoint, --network {spec}=FILE")
 
 
-def read_images(
-    paths: Sequence[str], limit: int, *, broken: list[str] | None = None
-) -> tuple[list[str], list[Image.Image], int]:
+@dataclass(frozen=True)
+class Photo:
+    """An image to look at.
+
+    Attributes:
+        name: of its file, with as many folders as tell it from others.
+        folder: that it lies in, which may be its true class; empty for an image of an idx file.
+        image: RGB.
+    """
+
+    name: str
+    folder: str
+    image: Image.Image
+
+
+def read_images(paths: Sequence[str], limit: int) -> tuple[list[Photo], int, list[str]]:
     """The first `limit` images of files, folders (with what is under them), and idx files as those of Fashion-MNIST.
 
-    Args:
-        broken: takes a line for each image that cannot be read, and that is left out then.
-
     Returns:
-        Their names, the RGB images, and how many there are without the limit.
+        The images, how many files there are without the limit, and what is wrong with those that cannot be read.
 
     Raises:
-        ValueError: nothing there, no image in a folder, no image that can be read, or without `broken` one that cannot.
+        ValueError: nothing there, no image in a folder, or none that can be read.
     """
     sources = []
     for path in paths:
         if path.removesuffix(".gz").endswith("idx3-ubyte"):
             sources += [(f"image {index}", array) for index, array in enumerate(datasets.read_idx(path))]
         else:
-            sources += [(Path(name).name, name) for name in list_images([path])]
-    found: list[tuple[str, Image.Image]] = []
-    for name, item in sources[:limit]:
+            sources += [(name, None) for name in list_images([path])]
+    photos, broken = [], []
+    for name, array in sources:
+        if len(photos) == limit:
+            break
         try:
-            image = read_image(item) if isinstance(item, str) else Image.fromarray(item).convert("RGB")
-            found.append((name, image))
+            image = read_image(name) if array is None else Image.fromarray(array).convert("RGB")
         except ValueError as error:
-            if broken is None:
-                raise
             broken.append(str(error))
-    if not found:
-        raise ValueError("; ".join(broken or ["there is no image"]))
-    names, images = map(list, zip(*found, strict=True))
-    return names, images, len(sources)
+            continue
+        photos.append(Photo(name, "" if array is not None else Path(name).absolute().parent.name, image))
+    if not photos:
+        raise ValueError(broken[0])
+    names = _short_names([photo.name for photo in photos])
+    return [replace(photo, name=name) for photo, name in zip(photos, names, strict=True)], len(sources), broken
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """Each file's name, with as many folders in front of it as tell it from the others."""
+    parts = [Path(path).parts for path in paths]
+
+    def unlike_others(own: tuple[str, ...]) -> int:
+        alone = (count for count in range(1, len(own)) if [other[-count:] for other in parts].count(own[-count:]) == 1)
+        return next(alone, len(own))
+
+    return [str(Path(*own[-unlike_others(own) :])) for own in parts]

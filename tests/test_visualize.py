@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch import nn
 
@@ -22,9 +23,11 @@ import models
 import utils
 import visualize
 from loading.transforms import build_eval_transform
+from pictures import style
 from pictures.cam import activation_maps
-from pictures.figures import depth_figure, latency_figure, read_results
-from pictures.subjects import label, open_network, read_images, short_name
+from pictures.confusion import confusion_figure, worst_pairs
+from pictures.figures import accuracy_figure, read_results, results_figures
+from pictures.subjects import label, open_network, read_images, short_name, true_class
 from records import curves
 from records.checkpoints import load_checkpoint, load_weights, save_checkpoint
 
@@ -238,7 +241,7 @@ def test_networks_side_by_side(run_folder, photos, tmp_path, figures, capsys):
     visualize.main([str(token) for token in command])
     assert capsys.readouterr().out == f"{tmp_path / 'o' / 'c.png'}\n"
     with Image.open(tmp_path / "o" / "c.png") as image:
-        assert image.size == (720, 580)
+        assert image.size == (round(140 * 6.3), round(140 * 5.9))
     axes = np.array(figures["c.png"].axes).reshape(2, 3)
     assert [a.get_title() for a in axes[0]] == [
         "",
@@ -246,9 +249,9 @@ def test_networks_side_by_side(run_folder, photos, tmp_path, figures, capsys):
         "vanillanet_6, deployed\ndeployed.pth",
     ]
     assert [a.get_xlabel() for a in axes[:, 0]] == ["b.png", "a.jpg"]
-    names, images, total = read_images([str(photos)], 8)
-    assert (names, total) == (["b.png", "a.jpg"], 2)
-    inputs = torch.stack([build_eval_transform(network.preprocessing)(image) for image in images])
+    found, total, broken = read_images([str(photos)], 8)
+    assert ([photo.name for photo in found], total, broken) == (["b.png", "a.jpg"], 2, [])
+    inputs = torch.stack([build_eval_transform(network.preprocessing)(photo.image) for photo in found])
     assert inputs.shape == (2, 3, 64, 64)
     assert inputs.min() == pytest.approx(-1)  # normalized by 0.5, as the run was told
     maps, logits = activation_maps(network.module, inputs)
@@ -272,7 +275,7 @@ def test_a_class_to_explain_a_level_and_a_limit(run_folder, tmp_path, figures, c
     axes = np.array(figures["c.png"].axes).reshape(3, 3)
     network = open_network(last, key="model")
     inputs = torch.stack(
-        [build_eval_transform(network.preprocessing)(image) for image in read_images([str(IMAGES)], 3)[1]]
+        [build_eval_transform(network.preprocessing)(photo.image) for photo in read_images([str(IMAGES)], 3)[0]]
     )
     maps, logits = activation_maps(network.module, inputs, target=7, level=0)
     chances = torch.from_numpy(logits).sigmoid()
@@ -281,6 +284,49 @@ def test_a_class_to_explain_a_level_and_a_limit(run_folder, tmp_path, figures, c
         assert row[1].get_xlabel().startswith(f"map of Sneaker {chance[7]:.2f}\nanswer ")
     averaged = open_network(last)
     assert not torch.equal(averaged.module.stem1[0].weight, network.module.stem1[0].weight)  # the EMA is the default
+
+
+def test_a_folder_named_as_a_class_tells_what_is_right(run_folder, tmp_path, figures, capsys):
+    """Images of one network stand two beside each other; a broken file is named, and the others are drawn."""
+    photos = tmp_path / "photos"
+    pixels, labels = (
+        datasets.read_idx(str(IMAGES).replace("images-idx3", kind)) for kind in ("images-idx3", "labels-idx1")
+    )
+    classes = torchvision.datasets.FashionMNIST.classes
+    network = open_network(str(run_folder / "checkpoint-last.pth"))
+    for index, number in enumerate((0, 0, 1)):  # two ankle boots, one of which has the name of the pullover
+        folder = photos / classes[labels[number]] / ("deeper" * (index == 1))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[number]).save(folder / f"{index // 2}.png")
+    (photos / "Pullover" / "broken.png").write_bytes(b"nothing")
+    command = ["cam", str(photos), "--network", str(run_folder / "checkpoint-last.pth"), "--level", "0"]
+    with pytest.raises(SystemExit) as ended:
+        visualize.main([*command, "--output", str(tmp_path / "c.png")])
+    assert ended.value.code == 1
+    assert re.fullmatch(r"visualize.py: error: .*broken.png: not an image.*\n", capsys.readouterr().err)
+    axes = figures["c.png"].axes
+    assert len(axes) == 6  # of eight places in a grid of two rows
+    assert len({round(panel.get_position().y0, 3) for panel in axes}) == 2
+    found = read_images([str(photos)], 8)[0]
+    assert [photo.name for photo in found] == ["Ankle boot/0.png", "deeper/0.png", "1.png"]
+    _, logits = activation_maps(
+        network.module, torch.stack([build_eval_transform(network.preprocessing)(photo.image) for photo in found])
+    )
+    answers = [classes[index] for index in logits.argmax(1)]
+    assert [panel.get_xlabel() for panel in axes[::2]] == [
+        "Ankle boot/0.png\ntrue: Ankle boot", "deeper/0.png", "1.png\ntrue: Pullover"
+    ]  # fmt: skip
+    for panel, answer, truth in zip(axes[1::2], answers, ("Ankle boot", None, "Pullover"), strict=True):
+        mark = {True: "\u2713 ", False: "\u2717 "}[answer == truth] if truth else ""
+        assert panel.get_xlabel().startswith(f"{mark}{answer} 0.")
+        assert panel.images[1].get_cmap().name == "inferno"
+
+
+def test_a_folder_of_imagenet_is_a_class(monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name))
+    network = open_network("starnet_s050")
+    assert [true_class(network, name) for name in ("n02099601", "golden retriever", "photos")] == [207, 207, None]
 
 
 def test_a_bare_state_dict_and_pretrained_weights(tmp_path, monkeypatch):
@@ -367,22 +413,29 @@ def test_the_papers_table_is_the_readmes():
     assert all("2305.12972" in row["source"] and "A100, fp32, batch 1" in row["conditions"] for row in rows)
 
 
-@pytest.mark.parametrize(("draw", "quantity"), [(depth_figure, "layers"), (latency_figure, "latency_ms")])
-def test_the_figures_hold_their_tables(tmp_path, draw, quantity):
+MEASURED = """network,series,layers,latency_ms,top1,conditions,source
+a,VanillaNet,5,3.5,87,a CPU,make demo
+b,VanillaNet,6,4.5,88,a CPU,make demo
+c,other,,9,,a CPU,make demo
+"""
+
+
+@pytest.mark.parametrize("quantity", ["layers", "latency_ms"])
+def test_the_figures_hold_their_tables(tmp_path, quantity):
     path = tmp_path / "measured.csv"
-    path.write_text(
-        "network,series,layers,latency_ms,top1,conditions,source\n"
-        "a,VanillaNet,5,3.5,87,a CPU,make demo\nb,VanillaNet,6,4.5,88,a CPU,make demo\nc,other,,9,,a CPU,make demo\n"
-    )
-    figure = draw({"the paper": PAPER, "measured here": read_results(path)})
-    panels = {
-        axes.get_title("left").partition("\n")[0]: axes for axes in figure.axes if axes.get_ylabel() == "top-1 (%)"
-    }
+    path.write_text(MEASURED)
+    tables = {"the paper": PAPER, "measured here": read_results(path)}
+    figure = results_figures(tables)[{"layers": "depth_accuracy.png", "latency_ms": "latency_accuracy.png"}[quantity]]
+    best = {"layers": "13 layers reach 83.11 % top-1", "latency_ms": "VanillaNet needs 9.72 ms for 83.11 % top-1"}
+    assert figure.get_suptitle() == best[quantity]
+    small = " ".join(figure.get_supxlabel().split())
+    assert "the paper: the paper, arXiv 2305.12972: A100, fp32, batch 1" in small
+    assert "measured here: make demo: a CPU" in small
+    panels = {axes.get_title("left"): axes for axes in figure.axes if axes.get_title("left")}
     assert list(panels) == ["the paper", "measured here"]
-    assert "arXiv 2305.12972" in panels["the paper"].get_title("left")
-    assert "make demo: a CPU" in panels["measured here"].get_title("left")
     drawn = {
-        name: {line.get_label(): line.get_xydata().tolist() for line in axes.lines} for name, axes in panels.items()
+        name: {line.get_label(): line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "o"}
+        for name, axes in panels.items()
     }
     known = [result for result in PAPER if result.top1 is not None]
     assert drawn["the paper"] == {
@@ -391,12 +444,56 @@ def test_the_figures_hold_their_tables(tmp_path, draw, quantity):
     }
     x = {"layers": (5, 6), "latency_ms": (3.5, 4.5)}[quantity]
     assert drawn["measured here"] == {"VanillaNet": [[x[0], 87], [x[1], 88]]}  # nothing of the paper's, and no c
-    strips = [axes for axes in figure.axes if axes.get_ylabel() == "latency only"]
+    strips = [axes for axes in figure.axes if axes.get_ylabel() == "latency alone"]
     alone = [{line.get_label(): line.get_xdata()[0] for line in axes.lines} for axes in strips]
-    if draw is latency_figure:
+    if quantity == "latency_ms":
         assert alone == [{r.network: r.latency_ms for r in PAPER if r.top1 is None}, {"c": 9}]
     else:
         assert alone == []
+
+
+def drawn_texts(axes):
+    """The names in a panel with their places, in pixels, once it is drawn."""
+    figure = axes.figure
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    return {text: text.get_window_extent(renderer) for text in axes.texts if text.get_text()}
+
+
+@pytest.mark.parametrize("quantity", ["layers", "latency_ms"])
+def test_names_are_all_there_and_lie_on_nothing(quantity):
+    figure = accuracy_figure({"the paper": PAPER}, quantity, title="t", xlabel="x")
+    axes = figure.axes[0]
+    boxes = list(drawn_texts(axes).values())
+    shown = [result for result in PAPER if result.top1 is not None]
+    assert len(boxes) == len(shown) == 11
+    dots = axes.transData.transform([(getattr(result, quantity), result.top1) for result in shown])
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:index])
+        assert not any(box.contains(*dot) for dot in dots)
+        inside = axes.bbox
+        assert (inside.x0 <= box.x0, box.x1 <= inside.x1, inside.y0 <= box.y0, box.y1 <= inside.y1) == (True,) * 4
+
+
+def test_a_logarithmic_axis_has_plain_numbers():
+    axis = accuracy_figure({"the paper": PAPER}, "latency_ms", title="t", xlabel="x").axes[-1].xaxis
+    labels = [label.get_text() for label in axis.get_ticklabels() if label.get_text()]
+    assert {"2", "5", "10", "20"} <= set(labels)
+    assert all(re.fullmatch(r"\d+(\.\d+)?", label) for label in labels)
+
+
+def test_figures_suit_a_dark_page(tmp_path, figures):
+    """No background; and what is drawn, blended onto white or black, stands out from it."""
+    visualize.main(["figures", "--output_dir", str(tmp_path)])
+    for name in figures:
+        with Image.open(tmp_path / name) as image:
+            pixels = np.asarray(image.convert("RGBA"), float)
+        assert pixels[0, 0, 3] == 0
+        ink = pixels[pixels[..., 3] > 250][:, :3]
+        assert len(ink) > 1000
+        luminance = ((ink / 255) ** 2.2) @ (0.2126, 0.7152, 0.0722)
+        assert (1.05 / (luminance + 0.05)).min() > 2.5  # contrast with white, by WCAG
+        assert ((luminance + 0.05) / 0.05).min() > 2.5
 
 
 def test_the_committed_figures_are_drawn_from_the_committed_table(tmp_path, figures):
@@ -406,8 +503,52 @@ def test_the_committed_figures_are_drawn_from_the_committed_table(tmp_path, figu
     for name in figures:
         with Image.open(tmp_path / name) as drawn, Image.open(ROOT / "docs" / name) as committed:
             assert drawn.size == committed.size
-            difference = np.asarray(drawn.convert("L"), float) - np.asarray(committed.convert("L"), float)
+            difference = np.asarray(drawn.convert("LA"), float) - np.asarray(committed.convert("LA"), float)
         assert np.abs(difference).mean() < 1  # of 255
+
+
+# -- confusion matrices
+
+
+def test_the_worst_pairs_are_the_errors_of_the_largest_share():
+    counts = np.array([[8, 2, 0, 0], [30, 60, 10, 0], [0, 0, 5, 5], [0, 0, 0, 0]])  # no image of the last class
+    assert worst_pairs(counts) == [(2, 3), (1, 0), (0, 1), (1, 2)]
+    assert worst_pairs(counts, 1) == [(2, 3)]
+    assert worst_pairs(np.diag([3, 4])) == []
+
+
+def test_a_confusion_matrix_has_true_classes_down():
+    counts = np.array([[8, 2, 0], [30, 60, 10], [0, 5, 5]])
+    figure = confusion_figure(counts, ["tench, Tinca tinca", "cat", "dog"])
+    (axes,) = figure.axes
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true class", "prediction")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["tench", "cat", "dog"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["tench", "cat", "dog"]
+    numbers = {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in axes.texts}
+    assert numbers == {place: str(count or "") for place, count in np.ndenumerate(counts)}
+    assert np.abs(axes.images[0].get_array() - counts / [[10], [100], [10]]).max() < 1e-12
+    assert figure.get_suptitle().replace("\n", " ") == "Right for 60.83 % of 120 images; 50 % of dog taken for cat"
+
+
+def test_of_many_classes_the_worst_pairs_are_listed(tmp_path):
+    counts = 9 * np.eye(50, dtype=int)
+    counts[np.arange(30), np.arange(30) + 1] = np.arange(30) + 1  # ever more
+    figure = confusion_figure(counts, [f"name {index}" for index in range(50)])
+    pairs = figure.axes[1]
+    assert [label.get_text() for label in pairs.get_yticklabels()] == [
+        f"name {index} \u2192 name {index + 1}" for index in range(29, 9, -1)
+    ]
+    assert [text.get_text() for text in pairs.texts][:2] == ["30 of 39", "29 of 38"]
+    assert pairs.patches[0].get_width() == pytest.approx(100 * 30 / 39)
+    style.save(figure, tmp_path / "new" / "confusion.png")
+    with Image.open(tmp_path / "new" / "confusion.png") as image:
+        assert image.getpixel((0, 0))[3] == 0
+
+
+@pytest.mark.parametrize(("counts", "message"), [(np.eye(3), r"2 classes .* \(3, 3\)"), (np.zeros((2, 2)), "no image")])
+def test_no_confusion_matrix(counts, message):
+    with pytest.raises(ValueError, match=message):
+        confusion_figure(counts, ["a", "b"])
 
 
 # -- bad input
