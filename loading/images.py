@@ -15,7 +15,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from records.files import first_line
+from records.files import first_line, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -148,12 +148,15 @@ class LeftOut:
         """One line of log for each of the two reasons."""
         if self.names:
             logger.warning(
-                "%s: left out %d names that are no data: %s", folder, len(self.names), some(sorted(set(self.names)))
+                "%s: left out %d by name, as no data: %s",
+                folder,
+                len(self.names),
+                one_line(some(sorted(set(self.names)))),
             )
         if self.extensions:
             found = [f"{count} {ext or 'without an extension'}" for ext, count in self.extensions.most_common()]
             logger.warning(
-                "%s: left out %d files whose extension is not one that is read (%s): convert or rename them",
+                "%s: left out %d by extension, as not read (%s): convert or rename them",
                 folder,
                 self.extensions.total(),
                 ", ".join(found),

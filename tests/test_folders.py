@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 import shutil
 
 import numpy as np
@@ -48,9 +49,16 @@ def test_names_that_are_no_data_are_left_out(folder, caplog):
     assert train.classes == ("a", "b")
     assert [train.describe(i) for i in range(len(train))] == expected
     assert len(caplog.records) == 1
-    assert "train: left out 13 names that are no data: .DS_Store, " in caplog.messages[0]
+    assert "train: left out 13 by name, as no data: .DS_Store, " in caplog.messages[0]
     assert list_images([str(folder / "train")]) == expected
     assert len(caplog.records) == 2
+
+
+def test_names_that_are_no_text_are_spelled_out(folder, caplog):
+    (folder / "train/a" / os.fsdecode(b"._\xff.jpg")).write_bytes(b"?")
+    assert len(open_folder(folder)) == 6
+    caplog.messages[0].encode("utf-8")  # a surrogate would raise
+    assert r"._\udcff.jpg" in caplog.messages[0]
 
 
 def test_a_folder_that_is_named_is_read_whatever_its_name(folder):
@@ -67,7 +75,7 @@ def test_formats_that_are_not_read_are_told(folder, caplog):
         (folder / "train" / name).write_bytes(b"?")
     assert len(open_folder(folder)) == 6
     assert len(caplog.records) == 1
-    assert "left out 6 files" in caplog.messages[0]
+    assert "left out 6 by extension" in caplog.messages[0]
     for part in ("2 .heic", "1 .svg", "1 .cr2", "1 .jxl", "1 without an extension"):
         assert part in caplog.messages[0]
     for name in ("a0", "a1", "a2"):
