@@ -99,6 +99,8 @@ def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]
                 row[key] = default
             if not _is(row[key], (*NUMBER, bool)):
                 raise ValueError(f"{path}: {key} of annotation {row['id']} must be a number, not {row[key]!r}")
+        if row["iscrowd"] not in (0, 1):
+            raise ValueError(f"{path}: iscrowd of annotation {row['id']} must be 0 or 1, not {row['iscrowd']}")
     return data
 
 

@@ -165,6 +165,7 @@ def test_loaders_keep_images_of_different_sizes_apart(tmp_path):
         (lambda d: d["annotations"][0].update(bbox=[10**400, 2, 3, 4]), r"bbox of annotation 0 is not \[x, y"),
         (lambda d: d["annotations"][0].update(bbox=None), r"bbox of annotations\[0\] must be \[x, y, width, height\]"),
         (lambda d: d["annotations"][0].update(area="200"), "area of annotation 0 must be a number, not '200'"),
+        (lambda d: d["annotations"][0].update(iscrowd=-1), "iscrowd of annotation 0 must be 0 or 1, not -1"),
         (lambda d: d["annotations"][0].update(iscrowd="0"), "iscrowd of annotation 0 must be a number, not '0'"),
         (
             lambda d: d["annotations"][0].update(segmentation=[[float("nan")] * 6]),

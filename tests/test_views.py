@@ -13,12 +13,14 @@ from timm.data import auto_augment, create_transform
 
 import benchmark
 from benchmarking import loading
+from loading import views
 from loading.images import BrokenImageError, decode_for_training, decode_image
 from loading.loaders import build_train_loader
 from loading.order import kept_random_states, seed_all
 from loading.processes import Loading
 from loading.resampling import move
 from loading.transforms import Preprocessing, build_train_transform
+from loading.views import stack_views
 
 
 def photograph(number, size=(90, 70)):
@@ -230,3 +232,19 @@ def test_the_benchmark_of_loading_refuses(photographs, capsys, arguments, messag
         benchmark.main(arguments.format(photographs).split())
     assert ended.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_batch_is_finished_alike_in_parts_and_as_a_whole(monkeypatch):
+    """In parts on a CPU, as a whole on other devices."""
+    transform = build_train_transform(Preprocessing(40), reprob=0.8, recount=2)
+    with kept_random_states():
+        seed_all(1)
+        singles = [transform.view(photograph(number)) for number in range(5)]
+    batch = stack_views(torch.cat([view.pixels for view in singles]), singles)
+    found = []
+    for values in (1, 1000, 10**9):
+        monkeypatch.setattr(views, "SINGLE_THREADED", values)
+        found.append(transform.finish(batch, torch.device("cpu")))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[0], torch.cat([transform.finish(view, torch.device("cpu")) for view in singles]))
