@@ -86,12 +86,12 @@ if __name__ == "__main__":
     ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import utils
 from deployment.exporting import COMPARED_IMAGES, TOLERANCES, write_exported, write_safetensors
 from deployment.fusing import metadata_of, open_deployed
 from deployment.images import real_images, transform
@@ -108,6 +108,8 @@ def print_layer_errors(network: nn.Module, images: torch.Tensor) -> None:
 
 def run(args: argparse.Namespace) -> None:
     network = open_deployed(args.source, **network_choices(args))
+    if network.weights and network.weights.choice:
+        sys.stderr.write(f"export.py: {network.weights.choice}\n")
     metadata = metadata_of(network)
     name = Path(args.source).stem if metadata.checkpoint else metadata.model
     if args.engine == WEIGHTS:
@@ -143,7 +145,6 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
     args = args or parse_args(argv)
-    utils.setup_logging(rank=0)
     with mistakes_end("export.py"):
         run(args)
 

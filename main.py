@@ -111,8 +111,9 @@ def build_eval_loader(
     """
     classes = networks.known_classes(classes, num_classes, dataset.classes)
     indices = datasets.match_classes(dataset, classes, of=of)
-    if (classes is None or dataset.classes is None) and class_count(args, dataset) != num_classes:
-        raise ValueError(f"{of} knows {num_classes} classes, the data have {class_count(args, dataset)}")
+    found = args.nb_classes if args.nb_classes == num_classes and indices else class_count(args, dataset)
+    if found != num_classes and not indices:
+        raise ValueError(f"{of} knows {num_classes} classes, the data have {found}")
     loading = loading_of(args, world if args.dist_eval else utils.World(0, 1, world.device))
     loader = loaders.build_eval_loader(dataset, loading, skip_broken=args.skip_broken_eval, class_indices=indices)
     real = None
@@ -187,7 +188,8 @@ def settle(args: argparse.Namespace, network: networks.Network | None, *, train:
     if network:
         args.model = network.name
         networks.check_input_size(network.module, args.input_size, f"--model {args.model}")
-        if networks.is_vanillanet(args.model):
+        if networks.is_vanillanet(args.model) and network.weights:
+            args.act_num = networks.shape_arguments(args.model, network.weights.tensors)["act_num"]
             args.width_mult = network.record.arguments.get("width_mult", args.width_mult)
     return preprocessing
 

@@ -204,8 +204,11 @@ def read_record(checkpoint: Mapping[str, Any], path: str | Path = "the checkpoin
         epoch, ramp = take(checkpoint, "epoch", _whole), take(arguments, "decay_epochs", _whole)
         if epoch is not None and ramp is not None:
             slope = activation_slope(epoch, decay_epochs=ramp, linear=arguments.get("decay_linear", True) is not False)
+    model = take(arguments, "model", _instance(str)) or take(checkpoint, "arch", _instance(str))
+    if model and model.startswith(HUBS):  # an address ends in the model's name
+        model = model.rpartition("/")[2]
     record = Record(
-        model=take(arguments, "model", _instance(str)) or take(checkpoint, "arch", _instance(str)),
+        model=model,
         classes=take(checkpoint, "classes", _names),
         slope=slope,
         loss=loss,
@@ -229,6 +232,7 @@ class Weights:
         key: what they were under in the file; empty where the file is a state dict itself.
         record: what the file says of the network.
         checkpoint: all that the file holds.
+        choice: a line for the user on which weights these are, where the file holds several.
     """
 
     path: str
@@ -236,6 +240,7 @@ class Weights:
     key: str
     record: Record
     checkpoint: Mapping[str, Any]
+    choice: str = ""
 
     def holds(self, key: str) -> bool:
         """Whether there is another state dict under `key`."""
@@ -261,9 +266,11 @@ def read(path: str | Path, *, key: str | None = None, order: str = AVERAGE_FIRST
     tensors = checkpoint_weights(checkpoint, key=key or order, whole_file=key is None, prefix=prefix, path=path)
     used = next((name for name in (key or order).split("|") if name in checkpoint), "")
     others = [name for name, value in checkpoint.items() if _is_state_dict(value) and name != used]
+    choice = ""
     if used and others:
-        logger.info("%s: the weights are those of %s; it holds %s, too (--model_key)", path, used, ", ".join(others))
-    return Weights(str(path), tensors, used, read_record(checkpoint, path), checkpoint)
+        choice = f"{path}: the weights are those of {used}; it holds {', '.join(others)}, too (--model_key)"
+        logger.info("%s", choice)
+    return Weights(str(path), tensors, used, read_record(checkpoint, path), checkpoint, choice)
 
 
 def _is_state_dict(value: Any) -> bool:

@@ -149,9 +149,10 @@ class Arguments(argparse.Namespace):
         """
         if flag in self.typed:
             raise ValueError(message)
-        if flag in self.given:
-            self.notes.append(f"--{flag} of a recipe is passed over: {message}")
-            logger.info("%s", self.notes[-1])
+        note = f"--{flag} of a recipe is passed over: {message}"
+        if flag in self.given and note not in self.notes:
+            self.notes.append(note)
+            logger.info("%s", note)
 
     def needs(self, flag: str, condition: object, mend: str) -> None:
         """`moot` if the flag asks for something and `condition` does not hold; a recipe's value becomes the default."""
@@ -336,7 +337,9 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
     first.add_argument("--device", default="cuda", help="what to compute on: cuda, cuda:N, mps or cpu")
     first.add_argument("--output_dir", type=file_path, help="folder for checkpoints, logs and curves [nothing is kept]")
     first.add_argument(
-        "--finetune", type=file_path, help="checkpoint with the weights to begin with, to evaluate or to deploy"
+        "--finetune",
+        type=file_path,
+        help="weights to begin with, evaluate or deploy: a checkpoint, and for main.py a name in timm or on a hub",
     )
     first.add_argument("--eval", type=boolean, default=False, help="evaluate --finetune and train nothing")
 

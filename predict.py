@@ -52,7 +52,6 @@ import sys
 
 import torch
 
-import utils
 from deployment.fusing import metadata_of, open_deployed
 from deployment.images import real_images, transform
 from deployment.predicting import Prediction, predict, printable, write_predictions
@@ -66,6 +65,8 @@ def open_runtime(args: argparse.Namespace) -> runtimes.Runtime:
     if runtimes.of_file(args.source):
         return runtimes.load(args.source, engine=args.engine, precision=args.precision, device=args.device)
     network = open_deployed(args.source, **network_choices(args))
+    if network.weights and network.weights.choice:
+        sys.stderr.write(f"predict.py: {network.weights.choice}\n")
     metadata = metadata_of(network)
     calibration = None
     if args.precision == "int8":
@@ -111,7 +112,6 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
     args = args or parse_args(argv)
-    utils.setup_logging(rank=0)
     with mistakes_end("predict.py"):
         code = run(args)
     if code:

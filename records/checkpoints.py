@@ -103,16 +103,18 @@ def _what_it_is(path: Path) -> str | None:
     """What a file is that is no checkpoint, with what to do about it; None if that cannot be told."""
     with path.open("rb") as file:
         head = file.read(512)
-    start = head.lstrip().lower()
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         return "it is empty: download or copy it again"
     if head.startswith(b"version https://git-lfs"):
         return "it is a git-lfs pointer, not the file itself: run git lfs pull"
     if start.startswith((b"<!doctype html", b"<html")):
         return "it is a web page: download the file itself, not the page that links to it"
-    if path.suffix in EXPORTED and not _has_pickle(path):
+    if path.suffix in EXPORTED and not _has_member(path, "data.pkl"):
         return "it is an exported network, not weights: give the checkpoint that it was exported from"
-    if _is_zip(path) and not _has_pickle(path):
+    if _has_member(path, "constants.pkl"):
+        return "it is a TorchScript program: save the weights alone, torch.save(module.state_dict(), FILE)"
+    if _is_zip(path) and not _has_member(path, "data.pkl"):
         return "it is a zip file of something else than a checkpoint: unpack it, or take another file"
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         return "it is compressed: unpack it first"
@@ -126,11 +128,11 @@ def _what_it_is(path: Path) -> str | None:
     return None
 
 
-def _has_pickle(path: Path) -> bool:
-    """Whether it is a zip file as `torch.save` writes it."""
+def _has_member(path: Path, ending: str) -> bool:
+    """Whether it is a zip file with a member of that name; `torch.save` writes data.pkl."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("data.pkl") for name in archive.namelist())
+            return any(name.endswith(ending) for name in archive.namelist())
     except Exception:  # of damaged bytes: BadZipFile, struct.error, ...
         return False
 

@@ -1,5 +1,6 @@
 """What the tests share."""
 
+import logging
 import pickle
 import signal
 from collections.abc import Callable
@@ -32,6 +33,16 @@ def _restore_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging():
+    """A run in this process logs to the standard error of its test, which is closed afterwards."""
+    yield
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

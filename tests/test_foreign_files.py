@@ -156,6 +156,7 @@ KINDS = [
         "git lfs pull",
     ),
     ("w.pth", zipped, "it is a zip file of something else"),
+    ("w.pth", lambda path: torch.jit.save(torch.jit.script(torch.nn.ReLU()), path), "it is a TorchScript program"),
     ("w.pth", lambda path: path.write_bytes(b"\x1f\x8b\x08" + bytes(50)), "it is compressed"),
     ("w.pth", lambda path: Image.new("RGB", (4, 4)).save(path, "PNG"), "it is an image"),
     ("w.pth", lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(50)), "HDF5"),
@@ -216,7 +217,7 @@ def test_safetensors_out_opens_in_timm(made, tmp_path, capsys):
         assert (network.classes, network.preprocessing) == (tuple("abcde"), wanted.preprocessing)
     with pytest.raises(SystemExit):
         export.main([str(tmp_path / "w.pth"), "--to", "safetensors", "--precision", "bf16"])
-    assert "--to safetensors writes weights" in capsys.readouterr().err
+    assert "safetensors writes the weights as they are" in capsys.readouterr().err
 
 
 def test_switch_to_deploy_writes_safetensors(made, tiny_fmnist, tmp_path, capsys):

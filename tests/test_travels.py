@@ -202,6 +202,8 @@ def test_architecture_and_size_come_from_the_file(vanilla, folders, tmp_path, ca
     found, log = reported(capsys)
     assert found == wanted
     assert "the weights are those of model; it holds model_ema, too" in log  # the default of the published script
+    predict.main([str(vanilla), str(next((folders / "val" / "bag").iterdir()))])  # takes the average, and says so
+    assert "the weights are those of model_ema; it holds model, too" in capsys.readouterr().err
     run("--switch_to_deploy", tmp_path / "d.pth", "--data_path", folders, "--finetune", vanilla)
     assert "deploy form of model" in capsys.readouterr().out
     run("--eval", "--data_path", folders, "--finetune", tmp_path / "d.pth")  # --deploy is in the file, too
