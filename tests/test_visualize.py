@@ -5,7 +5,6 @@ import csv
 import os
 import pickle
 import re
-import shutil
 import signal
 from pathlib import Path
 
@@ -667,19 +666,3 @@ def test_a_map_of_one_position_and_a_missing_package(run_folder, tmp_path, monke
         visualize.main([*argv, "--level", "1"])
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_broken_image_is_left_out_of_the_maps(run_folder, photos, tmp_path, figures, capsys):
-    (tmp_path / "in").mkdir()
-    for source in photos.rglob("*.*"):
-        shutil.copy(source, tmp_path / "in" / source.name)
-    (tmp_path / "in" / "aa.jpg").write_bytes(b"no image")
-    network = ["--network", str(run_folder / "checkpoint-last.pth"), "--output", str(tmp_path / "c.png")]
-    with pytest.raises(SystemExit) as ended:
-        visualize.main(["cam", str(tmp_path / "in"), *network])
-    assert ended.value.code == 1
-    assert capsys.readouterr().err.strip() == (
-        f"visualize.py: cannot read the image {tmp_path}/in/aa.jpg: not an image, or of an unknown format"
-    )
-    axes = np.array(figures["c.png"].axes).reshape(2, 2)
-    assert [a.get_xlabel() for a in axes[:, 0]] == ["a.jpg", "b.png"]
