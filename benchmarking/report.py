@@ -139,6 +139,14 @@ def _name(network: str) -> str:
     return published().get(network, (network,))[0]
 
 
+def _engine(engine: str) -> str:
+    return ENGINES.get(engine, engine)
+
+
+def _way(row: Row) -> str:
+    return f"{_engine(row['engine'])}, {PRECISIONS[row['precision']]}"
+
+
 def _ms(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
@@ -162,9 +170,7 @@ def speed_table(rows: Sequence[Row]) -> list[list[str]]:
     columns = [one for one in order if one in present] + sorted(present - set(order))
     cells = {_same(row, "network", "engine", "precision"): row for row in rows}
     networks = {row["network"]: (not is_vanillanet(row["network"]), row["macs_g"]) for row in rows}
-    lines = [
-        ["network", *(f"{ENGINES.get(engine, engine)}<br>{PRECISIONS[precision]}" for engine, precision in columns)]
-    ]
+    lines = [["network", *(f"{_engine(engine)}<br>{PRECISIONS[precision]}" for engine, precision in columns)]]
     for network in sorted(networks, key=networks.get):
         line = [_name(network)]
         best = min(row["median_ms"] for row in rows if row["network"] == network)
@@ -180,54 +186,53 @@ def speed_table(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
+def _best(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    """By precision and network, the row of the fastest engine."""
+    best: dict[str, dict[str, Row]] = {}
+    for (precision, network), row in fastest(rows, "precision", "network").items():
+        best.setdefault(precision, {})[network] = row
+    return {precision: best[precision] for precision in PRECISIONS if precision in best}
+
+
 def statements(rows: Sequence[Row]) -> list[str]:
     """What the rows of one image show of VanillaNets, a sentence each; none where the rows do not suffice for it."""
     ours = [row for row in rows if is_vanillanet(row["network"])]
-    best = fastest(ours, "network", "precision")
-    precisions = [precision for precision in PRECISIONS if any(key[1] == precision for key in best)]
+    best, own = _best(ours), _best(row for row in ours if row["library"].startswith("torch "))
     said = []
 
     # A network of the middle, in each precision.
-    hero = {precision: best[HERO, precision] for precision in precisions if (HERO, precision) in best}
-    base = next(
-        (row for row in ours if row["network"] == HERO and _same(row, "engine", "precision") in PUBLISHED), None
-    )
+    hero = [found[HERO] for found in best.values() if HERO in found]
+    base = [row for row in ours if row["network"] == HERO and _same(row, "engine", "precision") in PUBLISHED]
     if hero and base:
         parts = [
-            f"{_ms(row['median_ms'])} ms in {PRECISIONS[precision]} ({ENGINES.get(row['engine'], row['engine'])})"
-            for precision, row in hero.items()
+            f"{_ms(row['median_ms'])} ms in {PRECISIONS[row['precision']]} ({_engine(row['engine'])})" for row in hero
         ]
         said.append(
             f"VanillaNet-11 takes {_listed(parts)}, where the published way, PyTorch in float32, takes "
-            f"{_ms(base['median_ms'])} ms."
+            f"{_ms(base[0]['median_ms'])} ms."
         )
 
     # What an engine beside PyTorch would bring.
-    torch_best = fastest([row for row in ours if row["library"].startswith("torch ")], "network", "precision")
     lags = {
-        precision: median(
-            row["median_ms"] / best[key]["median_ms"] for key, row in torch_best.items() if key[1] == precision
+        PRECISIONS[precision]: median(
+            row["median_ms"] / best[precision][name]["median_ms"] for name, row in found.items()
         )
-        for precision in precisions
-        if any(key[1] == precision for key in torch_best)
+        for precision, found in own.items()
     }
     if lags:
-        beside = [PRECISIONS[precision] for precision, lag in lags.items() if lag <= BESIDE]
-        behind = [PRECISIONS[precision] for precision, lag in lags.items() if lag > BESIDE]
+        beside = [precision for precision, lag in lags.items() if lag <= BESIDE]
+        behind = [precision for precision in lags if precision not in beside]
         verdict = f"stands beside the best engines in {_listed(beside)}" if beside else "falls behind the best engines"
         if beside and behind:
             verdict += f", but not in {_listed(behind)}"
-        parts = [f"{lag:.2f} times in {PRECISIONS[precision]}" for precision, lag in lags.items()]
+        parts = [f"{lag:.2f} times in {precision}" for precision, lag in lags.items()]
         said.append(
             f"Plain PyTorch {verdict}: compared with the fastest engine of all, the fastest of PyTorch's own takes "
             f"{_listed(parts)} as long, at the median over the VanillaNets."
         )
 
     # How much is left to gain.
-    shares = {
-        precision: [row["share"] for key, row in best.items() if key[1] == precision and row["share"]]
-        for precision in precisions
-    }
+    shares = {precision: [row["share"] for row in found.values() if row["share"]] for precision, found in best.items()}
     if parts := [f"{_range(found)} in {PRECISIONS[precision]}" for precision, found in shares.items() if found]:
         said.append(
             f"Of the processor's limit, the rate of its fastest large matrix product, the fastest engines reach "
@@ -265,8 +270,7 @@ def training_statement(rows: Sequence[Row]) -> str:
     row = min(rows, key=lambda row: row["median_ms"])
     return (
         f"A training step of {_name(row['network'])} with {row['batch']:g} images of {row['resolution']:g} px takes "
-        f"{row['median_ms'] / 1e3:.1f} s at best ({ENGINES.get(row['engine'], row['engine'])}, "
-        f"{PRECISIONS[row['precision']]})."
+        f"{row['median_ms'] / 1e3:.1f} s at best ({_way(row)})."
     )
 
 
@@ -276,33 +280,14 @@ def varied(rows: Sequence[Row], column: str) -> list[Row]:
     Only engines that have all of these values are kept; fewer than two are none.
     """
     fixed = {"batch": "resolution", "resolution": "batch"}[column]
-    groups: dict[tuple, list[Row]] = {}
+    groups: dict[tuple, dict[tuple, list[Row]]] = {}
     for row in rows:
         if row["kind"] == "inference":
-            groups.setdefault(_same(row, "network", fixed), []).append(row)
-    most = max(groups.values(), key=lambda group: len({row[column] for row in group}), default=[])
-    values = {row[column] for row in most}
-    seen: dict[tuple, set] = {}
-    for row in most:
-        seen.setdefault(_same(row, "engine", "precision"), set()).add(row[column])
-    return [row for row in most if len(values) > 1 and seen[_same(row, "engine", "precision")] == values]
-
-
-def sizes_statements(rows: Sequence[Row]) -> list[str]:
-    """What the image size and the batch change, in the fastest engine for each."""
-    said = []
-    if by_size := fastest(varied(rows, "resolution"), "resolution"):
-        (small,), (large,) = min(by_size), max(by_size)
-        one, other = (by_size[size,]["median_ms"] for size in (small, large))
-        said.append(
-            f"{(large / small) ** 2:.1f} times the pixels ({large:g} px instead of {small:g}) take {other / one:.1f} "
-            f"times as long"
-        )
-    if by_batch := fastest(varied(rows, "batch"), "batch"):
-        (small,), (large,) = min(by_batch), max(by_batch)
-        one, other = (by_batch[batch,]["images_per_s"] for batch in (small, large))
-        said.append(f"batches of {large:g} instead of {small:g} bring {other / one:.1f} times as many images a second")
-    return said
+            engines = groups.setdefault(_same(row, "network", fixed), {})
+            engines.setdefault(_same(row, "engine", "precision"), []).append(row)
+    most = max(groups.values(), key=lambda engines: max(map(len, engines.values())), default={})
+    full = max(map(len, most.values()), default=0)
+    return [row for found in most.values() for row in found if len(found) == full > 1]
 
 
 # -- figures
@@ -352,37 +337,39 @@ def accuracy(rows: Sequence[Row], processor: str) -> Figure | None:
     return accuracy_figure(panels, "latency_ms", title=title, xlabel="latency of one image (ms)")
 
 
+# Column: what is drawn over it, the names of both, and what the ends of the fastest engine's line say.
+SIZES = {
+    "resolution": (
+        "median_ms", "image size (px)", "latency of one image (ms)", "{:g} px take {:.1f} times as long as {:g} px",
+    ),
+    "batch": (
+        "images_per_s", "images in a call", "images a second",
+        "Batches of {:g} have {:.1f} times the throughput of {:g}",
+    ),
+}  # fmt: skip
+
+
 @style.styled
 def sizes(rows: Sequence[Row], processor: str) -> Figure | None:
     """Latency by resolution, and throughput by batch size, an engine a line; None for a single size."""
-    panels = [
-        (found, *labels)
-        for column, *labels in (
-            ("resolution", "median_ms", "resolution (px)", "latency of one image (ms)"),
-            ("batch", "images_per_s", "images in a call", "images a second"),
-        )
-        if (found := [{**row, "size": row[column]} for row in varied(rows, column)])
-    ]
+    panels = {column: found for column in SIZES if (found := varied(rows, column))}
     if not panels:
         return None
     figure = style.new_figure(5.5 * len(panels), 4)
-    for axes, (found, quantity, xlabel, ylabel) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
-        for engine, precision in dict.fromkeys(_same(row, "engine", "precision") for row in found):
-            points = sorted(
-                _same(row, "size", quantity)
-                for row in found
-                if _same(row, "engine", "precision") == (engine, precision)
-            )
-            axes.plot(
-                *zip(*points, strict=True), marker="o", label=f"{ENGINES.get(engine, engine)}, {PRECISIONS[precision]}"
-            )
-        axes.set(title=_name(found[0]["network"]), xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
-        axes.set_xticks(sorted({row["size"] for row in found}))
+    for axes, (column, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        quantity, xlabel, ylabel, said = SIZES[column]
+        lines: dict[str, list[tuple]] = {}
+        for row in sorted(found, key=lambda row: row[column]):
+            lines.setdefault(_way(row), []).append(_same(row, column, quantity))
+        for way, points in lines.items():
+            axes.plot(*zip(*points, strict=True), marker="o", label=way)
+        best = [row for _, row in sorted(fastest(found, column).items())]
+        said = said.format(best[-1][column], best[-1][quantity] / best[0][quantity], best[0][column])
+        axes.set(title=said, xlabel=xlabel, ylabel=ylabel, ylim=(0, None), xticks=[row[column] for row in best])
     figure.axes[0].legend()
-    said = "; ".join(sizes_statements(rows))
-    style.caption(figure, f"{said[0].upper()}{said[1:]}", _conditions([row for found, *_ in panels for row in found]))
+    shown = [row for found in panels.values() for row in found]
+    names = _listed(list(dict.fromkeys(_name(row["network"]) for row in shown)))
+    style.caption(figure, f"{names} in other sizes, on {processor}", _conditions(shown))
     return figure
 
 
@@ -446,8 +433,7 @@ def write_page(path: Path, sections: Mapping[str, Sequence[Row]], *, figures: Co
         parts += [f"## {_processor(label) if chosen else 'Training steps'}", f"`{label}.csv`: {_conditions(rows)}."]
         if chosen:
             parts += [" ".join(statements(chosen)), images.get("accuracy", ""), _markdown(speed_table(chosen))]
-        if said := sizes_statements(rows):
-            parts += [f"Other sizes, in the fastest engine for each: {'; '.join(said)}.", images.get("sizes", "")]
+        parts.append(images.get("sizes", ""))
         if training:
             parts += [training_statement(training), _markdown(speed_table(training))]
     path.parent.mkdir(parents=True, exist_ok=True)
