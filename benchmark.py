@@ -12,7 +12,7 @@ import runtimes
 from options import COUNT, POSITIVE, WHOLE, Arguments, Parser, boolean, file_path, parse_checked, path
 
 TRAINING_ENGINES = ("plain", "channels_last", "compile")
-TRAINING_PRECISIONS = ("fp32", "bf16")
+TRAINING_PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("default", "fp32", "tf32", "bf16")}
 QUICK = {
     "model": ["vanillanet_5"],
     "peers": ["resnet18"],
@@ -21,8 +21,10 @@ QUICK = {
     "calls": 10,
     "together": 2,
 }
-CALLS_PER_TURN = 5
 LOADING = {"loading", "data_path", "num_workers", "input_size", "batch_size", "threads", "device", "output"}
+CALLS_PER_TURN = {"cpu": 5, "cuda": 50}  # on a GPU a call is short, and the first ones after a pause are slow
+# What rows are compared with: float32 as PyTorch computes it when nothing is set.
+PUBLISHED_PRECISION = {"cpu": "fp32", "cuda": "default"}
 
 
 # -- the command line
@@ -115,8 +117,9 @@ def _check(args: Arguments) -> None:
         args.needs(flag, args.loading or flag not in args.given, "it is for --loading true")
     for flag in ("engine", "twins", "int8_depthwise"):
         args.needs(flag, not args.training, "--training true has engines of its own")
-    if args.training and not set(args.precision or ()) <= set(TRAINING_PRECISIONS):
-        raise ValueError(f"--training true computes in {' and '.join(TRAINING_PRECISIONS)}: name no other --precision")
+    precisions = TRAINING_PRECISIONS.get(runtimes.device_type(args.device), ())
+    if args.training and not set(args.precision or ()) <= set(precisions):
+        raise ValueError(f"--training true computes in {' and '.join(precisions)}: name no other --precision")
     if args.quick:
         for flag in QUICK.keys() - set(args.given):
             setattr(args, flag, QUICK[flag])
@@ -168,9 +171,9 @@ def _networks(args: argparse.Namespace) -> list[str]:
 
 def _engines(args: argparse.Namespace) -> list[tuple[str, str]]:
     """(engine, precision) of all that is asked for and can run on this device."""
-    if args.training:
-        return list(itertools.product(TRAINING_ENGINES, args.precision or TRAINING_PRECISIONS))
     kind = runtimes.device_type(args.device)
+    if args.training:
+        return list(itertools.product(TRAINING_ENGINES, args.precision or TRAINING_PRECISIONS[kind]))
     every = list(runtimes.ENGINES) if "all" in args.engine else args.engine
     pairs = []
     for name in every:
@@ -223,7 +226,8 @@ def _start(
     started: list[Worker] = []
     facts = {}
     while waiting or started:
-        while waiting and len(started) < args.threads:
+        # On a GPU one after the other, so that the driver's count of memory tells them apart.
+        while waiting and len(started) < (args.threads if args.device == "cpu" else 1):
             started.append(Worker(waiting.pop(), folder, threads=args.threads, profile=args.profile))
         worker = started.pop(0)
         try:
@@ -256,8 +260,9 @@ def _measure_group(
     args: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """Rows of the networks whose processes are alive, measured by turns, without what needs the whole run."""
-    rounds = -(-args.calls // CALLS_PER_TURN)
-    takes = [partial(worker.times, CALLS_PER_TURN) for worker in (anchor, *workers)]
+    turn = CALLS_PER_TURN[runtimes.device_type(args.device)]
+    rounds = -(-args.calls // turn)
+    takes = [partial(worker.times, turn) for worker in (anchor, *workers)]
     anchor_seconds, *seconds = profiling.interleave(takes, rounds=rounds, warm_up=1)
     for precision in {worker.spec.precision for worker in workers}:
         limits[precision] = max(limits.get(precision, 0.0), limit.ask(precision))
@@ -288,8 +293,8 @@ def _measure_group(
 def complete(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
     """Put in what compares a row with others: the ratio to the published way, and the share of the machine's limit.
 
-    The published way is PyTorch eager in float32, contiguous, on the same network, resolution and batch; for training
-    it is `plain` in float32. A training step is counted as three forward passes.
+    The published way is PyTorch eager in float32 as torch computes it when nothing is set, contiguous, on the same
+    network, resolution and batch; for training it is `plain`. A training step is counted as three forward passes.
     """
 
     def key(row: dict[str, Any]) -> tuple:
@@ -299,7 +304,9 @@ def complete(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
     published = {
         key(row): row["median_ms"]
         for row in rows
-        if row["engine"] in ("eager", "plain") and row["precision"] == "fp32" and " (" not in row["network"]
+        if row["engine"] in ("eager", "plain")
+        and row["precision"] == PUBLISHED_PRECISION[runtimes.device_type(row["device"])]
+        and " (" not in row["network"]
     }
     for row in rows:
         base = published.get(key(row))
@@ -326,7 +333,8 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         _specs(args, name)  # says at once what cannot be
     with tempfile.TemporaryDirectory() as temporary, closing([]) as lasting:
         folder = Path(temporary)
-        first = Spec(names[0], "eager", "fp32", args.input_size[0], device=args.device, width_mult=args.width_mult)
+        published = PUBLISHED_PRECISION[runtimes.device_type(args.device)]
+        first = Spec(names[0], "eager", published, args.input_size[0], device=args.device, width_mult=args.width_mult)
         for spec in (first, Spec("", "limit", "fp32", device=args.device)):
             lasting.append(Worker(spec, folder, threads=args.threads))
             lasting[-1].ready()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from runtimes.processor import has_bfloat16
+from runtimes.running import set_tf32
 
 SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # the smallest at which the rate has stopped rising, and twice it
 REPEATS = 5
@@ -24,10 +25,9 @@ def _packed(weight: torch.Tensor, a: torch.Tensor) -> Callable[[], torch.Tensor]
     return lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
 
 
-def _floating(dtype: torch.dtype, tf32: bool = False):
+def _floating(dtype: torch.dtype, precision: str = "fp32"):
     def products(size: int, device: str) -> list[Callable[[], torch.Tensor]]:
-        if device != "cpu":
-            torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+        set_tf32(precision, device)
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         found = [lambda: a @ b]
         if device == "cpu" and ONEDNN_HAS.get(dtype, torch.backends.mkldnn.is_available)():
@@ -58,8 +58,9 @@ def _int8(size: int, device: str) -> list[Callable[[], torch.Tensor]]:
 
 
 PRODUCTS = {
+    "default": _floating(torch.float32, "tf32"),  # in which its convolutions run
     "fp32": _floating(torch.float32),
-    "tf32": _floating(torch.float32, tf32=True),
+    "tf32": _floating(torch.float32, "tf32"),
     "bf16": _floating(torch.bfloat16),
     "fp16": _floating(torch.float16),
     "int8": _int8,
@@ -85,7 +86,7 @@ def best_product(precision: str, device: str = "cpu") -> float:
                 start = time.perf_counter()
                 product()
                 if kind != "cpu":
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize(device)
                 rate = max(rate, 2 * size**3 / (time.perf_counter() - start) / 1e9)
             if 2 * sizes[-1] ** 3 / 1e9 / rate > SLOW:
                 given_up.add(number)

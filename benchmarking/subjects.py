@@ -9,10 +9,10 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 import networks
+import runtimes
 from benchmarking.spec import Spec
 from deployment.fusing import open_deployed
 from networks import is_vanillanet
-from runtimes import Calibration, Target
 from utils import keep_freed_memory
 
 # The networks beside which the paper puts its own, by their names in timm.
@@ -65,7 +65,7 @@ def deployed(spec: Spec) -> nn.Module:
     return reparameterize_model(network)
 
 
-def build_network(spec: Spec) -> tuple[nn.Module, torch.Tensor, Target]:
+def build_network(spec: Spec) -> tuple[nn.Module, torch.Tensor, runtimes.Target]:
     """(the deployed network, a batch of random images, what they are to run in, with images to calibrate int8 on)."""
     network = deployed(spec)
     generator = torch.Generator().manual_seed(0)
@@ -75,8 +75,8 @@ def build_network(spec: Spec) -> tuple[nn.Module, torch.Tensor, Target]:
     if spec.precision == "int8":
         count = -(-CALIBRATION_IMAGES // spec.batch)
         batches = [torch.randn(spec.batch, *shape, generator=generator) for _ in range(count)]
-        calibration = Calibration(batches, spec.int8_depthwise)
-    return network, images, Target(spec.engine, spec.precision, spec.device, calibration=calibration)
+        calibration = runtimes.Calibration(batches, spec.int8_depthwise)
+    return network, images, runtimes.Target(spec.engine, spec.precision, spec.device, calibration=calibration)
 
 
 def training_step(spec: Spec) -> Callable[[], None]:
@@ -86,6 +86,7 @@ def training_step(spec: Spec) -> Callable[[], None]:
     """
     if torch.device(spec.device).type == "cpu":
         keep_freed_memory()
+    runtimes.set_tf32(spec.precision, spec.device)
     network = create(spec.network, resolution=spec.resolution, width_mult=spec.width_mult, deploy=False)
     layout = torch.contiguous_format if spec.engine == "plain" else torch.channels_last
     network = network.to(spec.device, memory_format=layout).train()

@@ -60,6 +60,7 @@ def _open(spec: Spec, folder: Path, *, profile: bool) -> tuple[Callable[[], Any]
         start = time.perf_counter()
         step = training_step(spec)
         step()
+        _wait(spec.device)
         return step, time.perf_counter() - start, list
     path = None if profile else _file(spec, folder)
     if path is None:
@@ -74,26 +75,33 @@ def _open(spec: Spec, folder: Path, *, profile: bool) -> tuple[Callable[[], Any]
     start = time.perf_counter()
     runtime = runtimes.load(source, target, images=images)
     runtime(images)
+    _wait(spec.device)
     return lambda: runtime(images), time.perf_counter() - start, lambda: runtime.profile(images)
 
 
-def _reset_peak(device: str) -> None:
+def _wait(device: str) -> None:
     if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        return
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak() -> None:
     with contextlib.suppress(OSError):  # not in every container
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_mb(device: str) -> float:
-    """On a GPU the most that PyTorch held; else the process's largest resident size since the reset."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 1e6
+def _resident_mb() -> float:
+    """The process's largest resident size since the reset."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024 / 1e6
     return float("nan")
+
+
+def _device_mb(device: str) -> float:
+    """What is in use on a GPU, as its driver says: torch does not know what other libraries hold there."""
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free) / 1e6
 
 
 def _times(call: Callable[[], Any], calls: int, device: str) -> list[float]:
@@ -102,8 +110,7 @@ def _times(call: Callable[[], Any], calls: int, device: str) -> list[float]:
     for _ in range(calls + 1):
         start = time.perf_counter()
         call()
-        if device != "cpu":
-            torch.cuda.synchronize()
+        _wait(device)
         seconds.append(time.perf_counter() - start)
     return seconds[1:]
 
@@ -139,15 +146,16 @@ def _answers(job: dict[str, Any]) -> Iterator[Any]:
         request = yield {}
         while True:
             request = yield best_product(request, spec.device)
+    before = _device_mb(spec.device) if spec.device != "cpu" else 0.0
     call, first, layers = _open(spec, folder, profile=job["profile"])
     _times(call, 1, spec.device)
-    _reset_peak(spec.device)
+    _reset_peak()
     request = yield {"first_s": first}
     while True:
         if request == "profile":
             request = yield [asdict(layer) for layer in layers()]
         elif request == "peak_mb":
-            request = yield _peak_mb(spec.device)
+            request = yield _resident_mb() if spec.device == "cpu" else _device_mb(spec.device) - before
         else:
             request = yield _times(call, request, spec.device)
 
