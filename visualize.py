@@ -190,7 +190,7 @@ def draw_curves(args: argparse.Namespace) -> None:
     runs = {name: _read_run(folder) for name, folder in zip(_run_names(args.runs), args.runs, strict=True)}
     classifies = any("act_learn" in rows[0] for rows in runs.values())
     panels = curves.CURVES if classifies else curves.DETECTION_CURVES
-    _save(curves.curves_figure(runs, panels), args.output)
+    _save(style.styled(curves.curves_figure)(runs, panels), args.output)
 
 
 # -- the paper's figures

@@ -66,7 +66,7 @@ def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]], panels: Pa
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         if len(columns) > 1 and axes.lines:
-            shown = [Line2D([], [], color="black", ls=style, label=column) for column, style in styles.items()]
+            shown = [Line2D([], [], color="gray", ls=style, label=column) for column, style in styles.items()]
             axes.legend(handles=axes.lines if single else shown)
     if not single:
         names = [Line2D([], [], color=color, marker=".", label=run) for color, run in zip(colors, runs, strict=True)]

@@ -346,7 +346,8 @@ def test_curves_of_a_detector_are_its_own(tmp_path, figures):
     (tmp_path / "summary.csv").write_text("epoch,train_loss,lr,test_box_AP\n0,2.5,0.1,0.25\n1,1.5,0.01,0.5\n")
     visualize.main(["curves", str(tmp_path), "--output", str(tmp_path / "curves.png")])
     drawn = {
-        axes.get_title(): [line.get_ydata().tolist() for line in axes.lines] for axes in figures["curves.png"].axes
+        axes.get_title("left"): [line.get_ydata().tolist() for line in axes.lines]
+        for axes in figures["curves.png"].axes
     }
     assert drawn == {"loss": [[2.5, 1.5]], "box AP": [[0.25, 0.5]], "mask AP": [], "learning rate": [[0.1, 0.01]]}
 
