@@ -100,14 +100,16 @@ class TrainTransform:
         images = torch.empty(pixels.shape, device=device)
         # On a CPU by a few rows: they stay in its cache, and torch starts no threads, which would wait for each other
         # while loader processes have the cores.
-        rows = max(1, SINGLE_THREADED // (3 * width)) if device.type == "cpu" else len(pixels) * pixels.shape[1]
-        flat = (tensor.view(-1, 3 * width).split(rows) for tensor in (images, pixels))
+        limit = SINGLE_THREADED if device.type == "cpu" else images.numel()
+        flat = (tensor.view(-1, 3 * width).split(max(1, limit // (3 * width))) for tensor in (images, pixels))
         for floats, whole in zip(*flat, strict=True):
             floats.copy_(whole).div_(255).sub_(mean).div_(std)
         begin = 0
         for number, top, left, h, w, count in views.areas:
-            fill = values[begin : begin + count].view(3, *((h, w) if count > 3 else (1, 1)))
-            images[number, top : top + h, left : left + w] = fill.permute(1, 2, 0)
+            fill = values[begin : begin + count].view(3, *((h, w) if count > 3 else (1, 1))).expand(3, h, w)
+            area, rows = images[number, top : top + h, left : left + w], max(1, limit // (3 * w))
+            for floats, filling in zip(area.split(rows), fill.permute(1, 2, 0).split(rows), strict=True):
+                floats.copy_(filling)
             begin += count
         return images.permute(0, 3, 1, 2)
 
