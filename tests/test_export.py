@@ -2,7 +2,10 @@
 
 import hashlib
 import shlex
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,7 +17,8 @@ import export
 import models
 import networks
 import runtimes
-from deployment.images import EMBEDDED, sample_folder
+from deployment.images import EMBEDDED, sample_folder, transform
+from loading.images import read_image
 from loading.transforms import build_eval_transform
 from records.checkpoints import save_checkpoint
 from runtimes.layer_errors import layer_errors
@@ -113,6 +117,45 @@ def test_a_layer_that_does_not_fit_int8_shows(randomized):
     after = {found.layer: found.error for found in layer_errors(network, [images])}
     assert after["stages.1.conv"] > 5 * before["stages.1.conv"]
     assert max(after, key=lambda name: after[name] if not name.startswith("all") else 0) == "stages.1.conv"
+
+
+@pytest.mark.parametrize(("engine", "suffix"), [("onnxruntime", ".onnx"), ("openvino", ".xml")])
+def test_a_file_is_used_without_this_project(checkpoint, photographs, tmp_path, engine, suffix):
+    """The programs in docs/examples know the file alone, and find what predict.py finds with our own preprocessing."""
+    pytest.importorskip(engine)
+    pytest.importorskip("onnxscript")
+    path = tmp_path / f"network{suffix}"
+    run(checkpoint, "--engine", engine, "--input_size", "64", "--crop_pct", "0.8", "--output", path)
+    program = Path(export.__file__).with_name("docs") / "examples" / f"with_{engine}.py"
+    shutil.copy(program, tmp_path / program.name)  # from where nothing of the project can be imported
+    runtime = runtimes.load(path)
+    prepare = transform(runtime.metadata)
+    for photograph in sorted(photographs.glob("*/*.png"))[:3]:
+        command = [sys.executable, program.name, path, photograph]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        name, chance = done.stdout.removesuffix(" %\n").rsplit(": ", 1)
+        expected = runtime(prepare(read_image(photograph))[None]).softmax(1)
+        assert name == runtime.metadata.classes[expected.argmax()]
+        assert float(chance) == pytest.approx(100 * expected.max().item(), abs=0.05)
+
+
+def test_names_in_the_files(checkpoint, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("onnxscript")
+    run(checkpoint, "--engine", "onnxruntime", "--output", tmp_path / "n.onnx")
+    graph = onnx.load(tmp_path / "n.onnx").graph
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    assert shapes == {"images": ["batch", 3, 32, 32], "logits": ["batch", 10]}
+    run(checkpoint, "--engine", "openvino", "--output", tmp_path / "n.xml")
+    model = openvino.Core().read_model(tmp_path / "n.xml")
+    assert ([port.names for port in model.inputs], [port.names for port in model.outputs]) == (
+        [{"images"}],
+        [{"logits"}],
+    )
 
 
 # -- what a checkpoint says of its images and classes

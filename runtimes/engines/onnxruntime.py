@@ -89,6 +89,10 @@ def write_onnx(
             require("onnxruntime", "int8 in ONNX")
             _quantize(path, target.calibration, symmetric=symmetric)
     model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:  # the one free dimension, which the exporter calls s34
+                dim.dim_param = "batch"
     onnx.helper.set_model_props(model, metadata.to_strings())
     onnx.checker.check_model(model)
     onnx.save(model, path)

@@ -64,6 +64,8 @@ class Engine(base.FileEngine):
                 model = self._quantize(
                     model, target.calibration, skip_depthwise=series and not target.calibration.depthwise
                 )
+        for port, name in ((model.input(0), "images"), (model.output(0), "logits")):
+            port.tensor.set_names({name})
         for name, value in metadata.to_strings().items():
             model.set_rt_info(value, [SECTION, name])
         # In float16 a file for bfloat16 would be half as large, but weights that are rounded twice cost accuracy.
