@@ -665,7 +665,9 @@ def _open_name(name: str, *, pretrained: bool, flag: str, mend: str, arguments: 
     except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         if not pretrained:
             raise
-        raise ValueError(f"no pretrained weights for {flag} {name} ({first_line(error)}): {mend}") from error
+        cause = first_line(error) if "weights_only" not in str(error) else "refused, since to load them could run code"
+        mend = mend or "give a file of weights"
+        raise ValueError(f"no pretrained weights for {flag} {name} ({cause}): {mend}") from error
     classes = module.pretrained_cfg.get("label_names") if pretrained else None
     if pretrained and classes is None and not name.startswith("local-dir:"):
         classes = _imagenet_names(module.num_classes)

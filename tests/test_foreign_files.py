@@ -235,6 +235,15 @@ def test_switch_to_deploy_writes_safetensors(made, tiny_fmnist, tmp_path, capsys
     assert "top-1" in capsys.readouterr().err
 
 
+def test_code_in_a_folder_of_timm_is_not_run(hostile, tmp_path):
+    timm.models.save_for_hf(timm.create_model("resnet10t", num_classes=3), tmp_path / "hub")
+    hostile().replace(tmp_path / "hub" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="could run code") as raised:
+        networks.open(f"local-dir:{tmp_path / 'hub'}")
+    assert "weights_only" not in str(raised.value)
+    assert not (tmp_path / "harm").exists()
+
+
 # -- fine-tuning by name
 
 
