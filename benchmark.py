@@ -71,6 +71,13 @@ def build_parser() -> Parser:
     what.add_argument("--data_path", type=path, metavar="DIR", help="with --loading true, a folder with images in it")
     what.add_argument("--num_workers", type=WHOLE, default=2, help="with --loading true, loader processes")
     what.add_argument(
+        "--grad_checkpointing",
+        nargs="+",
+        choices=("none", "activations", "full"),
+        default=["none"],
+        help="gradient checkpointing of training steps",
+    )
+    what.add_argument(
         "--profile", type=boolean, default=False, help="print the time of each kind of layer by the engine's own clock"
     )
     what.add_argument("--twins", type=boolean, default=False, help="measure VanillaNets as built in deploy form, too")
@@ -117,6 +124,8 @@ def _check(args: Arguments) -> None:
         args.needs(flag, args.loading or flag not in args.given, "it is for --loading true")
     for flag in ("engine", "twins", "int8_depthwise"):
         args.needs(flag, not args.training, "--training true has engines of its own")
+    if not args.training:
+        args.moot("grad_checkpointing", "--grad_checkpointing belongs to training steps: add --training true")
     precisions = TRAINING_PRECISIONS.get(runtimes.device_type(args.device), ())
     if args.training and not set(args.precision or ()) <= set(precisions):
         raise ValueError(f"--training true computes in {' and '.join(precisions)}: name no other --precision")
@@ -145,10 +154,12 @@ from typing import Any
 import timm
 import torch
 
+import networks
 from benchmarking import loading, profiling, report, results
 from benchmarking.spec import Spec
-from benchmarking.subjects import PAPER_PEERS, create, deployed, is_vanillanet
+from benchmarking.subjects import PAPER_PEERS, TRAINING_SLOPE, create, deployed, is_vanillanet
 from benchmarking.worker import Worker, WorkerError, closing, prepare
+from models.checkpointing import set_grad_checkpointing
 from records import logs
 from records.files import mistakes_end
 
@@ -204,7 +215,9 @@ def _specs(args: argparse.Namespace, network: str) -> list[Spec]:
         for engine, precision in _engines(args):
             leaves_depthwise = not args.training and runtimes.find(engine).leaves_depthwise
             for twin in (False, True) if args.twins and is_vanillanet(network) else (False,):
-                specs.append(Spec(network, engine, precision, resolution, batch, twin=twin, **shared))
+                for mode in args.grad_checkpointing:
+                    how = {"twin": twin, "grad_checkpointing": mode}
+                    specs.append(Spec(network, engine, precision, resolution, batch, **how, **shared))
             if args.int8_depthwise and precision == "int8" and leaves_depthwise and is_vanillanet(network):
                 specs.append(Spec(network, engine, precision, resolution, batch, int8_depthwise=True, **shared))
     return specs
@@ -242,13 +255,19 @@ def _start(
 
 
 def _costs(spec: Spec) -> dict[str, float]:
-    """Layers, parameters and multiply-accumulates of a network in the form that is measured."""
+    """Layers, parameters and multiply-accumulates of a network as it is measured; of a training step, the memory."""
     if spec.kind == "training":
         network = create(spec.network, resolution=spec.resolution, width_mult=spec.width_mult, deploy=False)
     else:
         network = deployed(spec)
     layers, params, macs = profiling.profile(network, spec.resolution)
-    return {"layers": layers, "params_m": params / 1e6, "macs_g": macs / 1e9}
+    costs = {"layers": layers, "params_m": params / 1e6, "macs_g": macs / 1e9}
+    if spec.kind == "training" and spec.engine != "compile":  # the compiler has plans of its own
+        networks.set_slope(TRAINING_SLOPE, network.train())
+        set_grad_checkpointing(network, spec.grad_checkpointing)
+        dtype = torch.bfloat16 if spec.precision == "bf16" else None
+        costs["saved_mib"] = profiling.saved_per_image(network, spec.resolution, dtype=dtype) / 2**20
+    return costs
 
 
 def _measure_group(
@@ -269,7 +288,8 @@ def _measure_group(
     costs: dict[tuple, dict[str, float]] = {}
     for worker, times in zip(workers, seconds, strict=True):
         spec = worker.spec
-        key = (spec.network, spec.resolution, spec.twin)
+        training = (spec.engine, spec.precision, spec.grad_checkpointing) if spec.kind == "training" else ()
+        key = (spec.network, spec.resolution, spec.twin, *training)
         if key not in costs:
             costs[key] = _costs(spec)
         yield {

@@ -346,6 +346,12 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--early_stop_epochs", type=COUNT, help="end after this many epochs, with the schedules of --epochs")
     add("--update_freq", type=COUNT, default=1, help="batches accumulated for one optimizer step")
+    add(
+        "--grad_checkpointing",
+        choices=("none", "activations", "full"),
+        default="none",
+        help="save memory: compute activations, or all of a stage, again in the backward pass",
+    )
     add("--seed", type=number(int, low=0, high=2**63 - 1), default=0, help="seed of all random numbers")
     add("--num_workers", type=WHOLE, default=10, help="loader processes, of each process")
     add("--pin_mem", type=boolean, default=True, help="load into page-locked memory, for a GPU")

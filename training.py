@@ -20,6 +20,7 @@ import networks
 import utils
 from engine import Objective, Precision, Schedule, TrainState, train_one_epoch
 from loading.processes import Loading
+from models.checkpointing import set_grad_checkpointing
 from optim_factory import build_optimizer, taken_by
 from options import plain_args, save_args
 from records import curves, logs
@@ -119,8 +120,9 @@ def loading_of(args: argparse.Namespace, world: utils.World) -> Loading:
 
 
 def place(args: argparse.Namespace, model: nn.Module, device: torch.device) -> nn.Module:
-    """A network on the device in its memory format, with the BatchNorms asked for."""
+    """A network on the device in its memory format, with the BatchNorms and the gradient checkpointing asked for."""
     model = model.to(device, memory_format=layout_of(args))
+    set_grad_checkpointing(getattr(model, "network", model), args.grad_checkpointing)  # a detector's network
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model

@@ -6,15 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain
 from statistics import median
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 from torchprofile import profile_macs
 
 from models.vanillanet import SeriesActivation
 
-__all__ = ["count_layers", "count_macs", "count_params", "interleave", "profile", "throughput"]
+__all__ = ["count_layers", "count_macs", "count_params", "interleave", "profile", "saved_per_image", "throughput"]
 
 WARM_UP_ROUNDS = 2
 
@@ -54,6 +57,46 @@ def count_macs(model: nn.Module, input_size: int | tuple[int, int, int]) -> int:
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     with torch.no_grad():
         return profile_macs(model, image)
+
+
+def _saved(model: Callable, images: torch.Tensor, precision: AbstractContextManager) -> int:
+    """Bytes that a forward pass leaves for the backward pass, each storage counted once."""
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), precision:
+        outputs = model(images)  # they hold what was saved until the end
+    del outputs
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def saved_per_image(model: nn.Module, resolution: int, *, dtype: torch.dtype | None = None) -> float:
+    """Bytes that the forward pass of `model`, as it is, leaves for the backward pass, for each image of a batch.
+
+    Parameters and their copies in a lower precision do not count, since they do not grow with the batch. The tensors
+    are fake: their shapes are computed and nothing else, so the device and its memory do not matter.
+
+    Args:
+        model: in train mode, in any memory format.
+        resolution: height and width of the images, px.
+        dtype: of autocast; None computes in the parameters' own.
+    """
+    device = next(model.parameters()).device
+    with FakeTensorMode() as mode:
+        tensors = {name: mode.from_tensor(t) for name, t in chain(model.named_parameters(), model.named_buffers())}
+        small, large = (
+            _saved(
+                partial(functional_call, model, tensors),
+                torch.empty(count, 3, resolution, resolution, device=device).to(memory_format=torch.channels_last),
+                torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
+            )
+            for count in (2, 4)
+        )
+    return (large - small) / 2
 
 
 def profile(model: nn.Module, input_size: int | tuple[int, int, int]) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ __all__ = ["TEXT_COLUMNS", "published", "speed_table", "statements", "tables", "
 
 Row = Mapping[str, Any]
 TEXT_COLUMNS = 3
+SAVED = "saved for the backward pass (MiB/image)"
 PAPER = Path(__file__).parents[1] / "docs" / "paper_results.csv"
 # By timm's names, the name in words, and torchvision's of the same network where it states an accuracy.
 PEERS = {
@@ -80,6 +81,7 @@ COLUMNS = (
     ("of the limit", "share", 2),
     ("memory (MB)", "peak_mb", 0),
     ("first answer (s)", "first_s", 2),
+    (SAVED, "saved_mib", 1),
 )
 
 
@@ -96,9 +98,14 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
             ]
         )
     return [
-        (f"{kind} on {device}, {resolution:g} px, batch {batch:g}", lines)
+        (f"{kind} on {device}, {resolution:g} px, batch {batch:g}", _without_empty_end(lines))
         for (kind, device, resolution, batch), lines in found.items()
     ]
+
+
+def _without_empty_end(lines: list[list[str]]) -> list[list[str]]:
+    """The table without its last column, which only training steps fill, where no line has it."""
+    return lines if any(line[-1] for line in lines[1:]) else [line[:-1] for line in lines]
 
 
 # -- what a page says of one processor

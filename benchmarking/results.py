@@ -20,7 +20,7 @@ __all__ = ["COLUMNS", "conditions", "read", "statistics", "write"]
 COLUMNS = (
     "kind", "network", "engine", "precision", "device", "resolution", "batch", "layers", "params_m", "macs_g",
     "calls", "median_ms", "p5_ms", "p95_ms", "mean_ms", "images_per_s", "ratio", "gflops", "limit_gflops", "share",
-    "peak_mb", "first_s", "anchor_ms", "anchor",
+    "peak_mb", "saved_mib", "first_s", "anchor_ms", "anchor",
     "processor", "threads", "torch", "library", "date",
 )  # fmt: skip
 
@@ -85,7 +85,8 @@ def write(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[st
         writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
 
 
-NUMBERS = frozenset(COLUMNS[5:23]) | {"threads"}
+NUMBERS = frozenset(COLUMNS[5:24]) | {"threads"}
+ADDED = {"saved_mib"}  # columns that older files lack
 
 
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, object]]:
@@ -100,12 +101,12 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, object]
             rows = list(reader)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text'}") from error
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    missing = [name for name in columns if name not in (reader.fieldnames or ()) and name not in ADDED]
     if missing:
         raise ValueError(f"{path} is no table of benchmark.py: it has no column {missing[0]}")
     try:
         return [
-            {name: (float(row[name]) if row[name] else None) if name in NUMBERS else row[name] for name in columns}
+            {name: (float(row[name]) if row.get(name) else None) if name in NUMBERS else row[name] for name in columns}
             for row in rows
         ]
     except (ValueError, TypeError) as error:

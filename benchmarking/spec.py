@@ -19,6 +19,7 @@ class Spec:
         width_mult: factor on a VanillaNet's channels, for trials.
         twin: a VanillaNet built in deploy form instead of fused from its train form.
         int8_depthwise: quantize its series activations, too.
+        grad_checkpointing: of a training step, see `models.checkpointing`.
     """
 
     network: str
@@ -31,12 +32,14 @@ class Spec:
     width_mult: float | None = None
     twin: bool = False
     int8_depthwise: bool = False
+    grad_checkpointing: str = "none"
 
     @property
     def label(self) -> str:
         """The network as tables name it."""
         twin, depthwise = " (built deployed)" * self.twin, " (depthwise in int8)" * self.int8_depthwise
-        return f"{Path(self.network).stem}{twin}{depthwise}"
+        checkpointing = f" (checkpointing {self.grad_checkpointing})" * (self.grad_checkpointing != "none")
+        return f"{Path(self.network).stem}{twin}{depthwise}{checkpointing}"
 
     def __str__(self) -> str:
         return f"{self.label}, {self.engine}, {self.precision}, {self.resolution} px, batch {self.batch}"

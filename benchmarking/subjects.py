@@ -12,6 +12,7 @@ import networks
 import runtimes
 from benchmarking.spec import Spec
 from deployment.fusing import open_deployed
+from models.checkpointing import set_grad_checkpointing
 from networks import is_vanillanet
 from utils import keep_freed_memory
 
@@ -91,6 +92,7 @@ def training_step(spec: Spec) -> Callable[[], None]:
     layout = torch.contiguous_format if spec.engine == "plain" else torch.channels_last
     network = network.to(spec.device, memory_format=layout).train()
     networks.set_slope(TRAINING_SLOPE, network)
+    set_grad_checkpointing(network, spec.grad_checkpointing)
     if spec.engine == "compile":
         network.compile()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)

@@ -8,8 +8,10 @@ the pair is linear, and `switch_to_deploy` merges it into one convolution: the *
 The series-informed activation makes up for the depth ("Series Informed Activation Function").
 """
 
-from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -19,15 +21,15 @@ from timm.layers import SelectAdaptivePool2d, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from . import workarounds
+from .checkpointing import checkpointed
 from .fusion import fold_bn, merge_pointwise
 from .safe_globals import SAFE_GLOBALS
 
 __all__ = ["Block", "FadingReLU", "SeriesActivation", "VanillaNet"]  # register_model adds the entry points
 
 BN_EPS = 1e-6
-ADA_POOL_IMG_SIZE = 224  # the input size that the published adaptive pool sizes belong to
 
 
 class FadingReLU(nn.Module):
@@ -39,10 +41,10 @@ class FadingReLU(nn.Module):
     Neither is in the state dict. Any shape, the shape is kept.
     """
 
-    def __init__(self, slope: float = 1.0, device=None, dtype=None):
+    def __init__(self, device=None, dtype=None):
         super().__init__()
-        self.slope = slope
-        self.register_buffer("slope_tensor", torch.tensor(slope, device=device, dtype=dtype), persistent=False)
+        self.slope = 1.0
+        self.register_buffer("slope_tensor", torch.ones((), device=device, dtype=dtype), persistent=False)
 
     def set_slope(self, slope: float) -> None:
         """Set lambda in place. Raises ValueError outside [0, 1]."""
@@ -67,25 +69,6 @@ class FadingReLU(nn.Module):
 
     def extra_repr(self) -> str:
         return f"slope={self.slope}"
-
-
-@torch.fx.wrap  # a symbolic trace does not know the map's size
-def _train_series(x: torch.Tensor, weight: torch.Tensor, act_num: int) -> torch.Tensor:
-    """The series of (N, C, H, W) with a weight of (C, 1, 2n+1, 2n+1), in the form whose gradient is quick.
-
-    Where the kernel is larger than the map, oneDNN has no kernel for its gradient and multiplies small matrices image
-    by image: half of a training step at 48 px on a processor without AVX-512. So taps that meet nothing but the zero
-    padding are left out, and the padding that the map needs to be as large as the kernel is written out. The sum keeps
-    its terms.
-    """
-    height, width = x.shape[-2:]
-    if not x.is_cpu or min(height, width) > 2 * act_num:
-        return F.conv2d(x, weight, padding=act_num, groups=x.shape[1])
-    rows, columns = min(act_num, height - 1), min(act_num, width - 1)  # how far a tap reaches within the map
-    weight = weight[:, :, act_num - rows : act_num + rows + 1, act_num - columns : act_num + columns + 1]
-    padding = min(rows, (height - 1) // 2), min(columns, (width - 1) // 2)
-    top, left = rows - padding[0], columns - padding[1]
-    return F.conv2d(F.pad(x, (left, left, top, top)), weight, padding=padding, groups=x.shape[1])
 
 
 class SeriesActivation(nn.Conv2d):
@@ -113,8 +96,10 @@ class SeriesActivation(nn.Conv2d):
         if self.bn is None:
             return self._conv_forward(x, self.weight, self.bias)
         if self.training:
-            return self.bn(_train_series(x, self.weight, self.act_num))
-        return self.bn(self._conv_forward(x, self.weight, self.bias))
+            x = workarounds.depthwise_conv2d(x, self.weight, self.act_num)
+        else:
+            x = self._conv_forward(x, self.weight, self.bias)
+        return self.bn(x)
 
     def switch_to_deploy(self) -> None:
         """Fold the BatchNorm in. A second call does nothing."""
@@ -190,9 +175,10 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.conv is not None:
-            x = self.conv(x)
+            x = self.conv(x)  # (N, dim, H, W) -> (N, dim_out, H, W)
         else:
-            x = self.conv2(self.relu(self.conv1(x)))  # (N, dim, H, W) -> (N, dim_out, H, W)
+            x = self.conv1(x)
+            x = self.conv2(self.relu(x))  # (N, dim, H, W) -> (N, dim_out, H, W)
         x = self.pool(x)  # -> (N, dim_out, H / stride, W / stride)
         return self.act(x)
 
@@ -204,25 +190,6 @@ class Block(nn.Module):
         self.conv = merge_pointwise(fold_bn(*self.conv1), fold_bn(*self.conv2))
         self.conv1 = self.relu = self.conv2 = None
         self.act.switch_to_deploy()
-
-
-class _RootFusion(nn.Module):
-    """Passes `switch_to_deploy` on to the network that holds it.
-
-    timm's `reparameterize_model` calls the children of the module it is given, never that module itself. The stem and
-    the classifier are fused by the network, so the network keeps this parameterless child to be reached through.
-    It is the identity, because timm's feature list runs all children of a network in their order.
-    """
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self._network = (network,)  # in a tuple, where it is not registered as a submodule
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def switch_to_deploy(self) -> None:
-        self._network[0].switch_to_deploy()
 
 
 class VanillaNet(nn.Module):
@@ -284,12 +251,12 @@ class VanillaNet(nn.Module):
         if min(strides, default=0) < 1:
             raise ValueError(f"there must be stages, with strides of 1 or more, not {strides}")
         dd = {"device": device, "dtype": dtype}
-        self._fusion = _RootFusion(self)  # first, so that timm's walk reaches it before the parts
+        self._fusion = workarounds.RootFusion(self)  # first, so that timm's walk reaches it before the parts
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = dims[-1]
         self.drop_rate = drop_rate
-        self.grad_checkpointing = False
+        self.set_grad_checkpointing(False)
 
         stem_stride, stem_padding = (3, 1) if ada_pool else (4, 0)
         if ada_pool and img_size is not None:
@@ -312,10 +279,7 @@ class VanillaNet(nn.Module):
             )
         )
         self._levels = _feature_levels(strides)
-        reduction, reductions = stem_stride, [stem_stride]
-        for stride in strides:
-            reduction *= stride
-            reductions.append(reduction)
+        reductions = list(accumulate(strides, mul, initial=stem_stride))
         self.feature_info = [
             {
                 "num_chs": dims[level],
@@ -420,14 +384,19 @@ class VanillaNet(nn.Module):
         """(N, in_chans, H, W) -> (N, dims[0], H/4, W/4); a third instead of a quarter with `ada_pool`."""
         if self.stem is not None:
             return self.stem(x)
-        return self.stem2(self.relu(self.stem1(x)))
+        x = self.stem1(x)  # (N, in_chans, H, W) -> (N, dims[0], H/4, W/4)
+        return self.stem2(self.relu(x))
+
+    @torch.jit.ignore
+    def _run(self, part: Callable, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return checkpointed(part, module, self.checkpoint_mode, x) if self.grad_checkpointing else part(x)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_chans, H, W) -> (N, num_features, H/32, W/32), unpooled."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = _checkpointed(self.forward_stem, self, x)
+            x = self._run(self.forward_stem, self, x)
             for stage in self.stages:
-                x = _checkpointed(stage, stage, x)
+                x = self._run(stage, stage, x)
             return x
         x = self.forward_stem(x)
         return self.stages(x)
@@ -440,11 +409,11 @@ class VanillaNet(nn.Module):
             x = self.cls1[1](self.cls1[0](x))
         else:
             x = self.cls2(self.relu(self.cls1(x)))
-        return self.flatten(x)
+        return self.flatten(x)  # (N, num_classes, 1, 1) -> (N, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.forward_features(x)
-        return self.forward_head(x)
+        x = self.forward_features(x)  # (N, in_chans, H, W) -> (N, num_features, H/32, W/32)
+        return self.forward_head(x)  # -> (N, num_classes)
 
     # -- what timm asks of a model
 
@@ -475,11 +444,11 @@ class VanillaNet(nn.Module):
             raise ValueError(f"output_fmt must be NCHW, not {output_fmt}")
         take, last = feature_take_indices(len(self._levels), indices=indices)
         wanted = [self._levels[index] for index in take]
-        x = _checkpointed(self.forward_stem, self, x) if self.grad_checkpointing else self.forward_stem(x)
+        x = self._run(self.forward_stem, self, x)
         maps = {0: x}
         stages = self.stages[: self._levels[last]] if stop_early else self.stages
         for position, stage in enumerate(stages, 1):
-            x = _checkpointed(stage, stage, x) if self.grad_checkpointing else stage(x)
+            x = self._run(stage, stage, x)
             maps[position] = x
         intermediates = [maps[level] for level in wanted]
         return intermediates if intermediates_only else (x, intermediates)
@@ -520,9 +489,9 @@ class VanillaNet(nn.Module):
                 module.apply(self._init_weights).train(self.training)
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each layer's activations in the backward pass instead of storing them."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, mode: str = "full") -> None:
+        """Keep less for the backward pass, which computes the rest again; see `checkpointing.MODES`."""
+        self.grad_checkpointing, self.checkpoint_mode = enable, mode
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -547,7 +516,7 @@ def _adapt_pools(
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if height != width:
         raise ValueError(f"adaptive pooling is square, img_size {height}x{width} is not")
-    if height == ADA_POOL_IMG_SIZE:
+    if height == 224:  # which the sizes given belong to
         return tuple(pools)
     size, adapted = (height + 2 * stem_padding - 4) // stem_stride + 1, []
     for pool, stride in zip(pools, strides, strict=True):
@@ -556,39 +525,18 @@ def _adapt_pools(
     return tuple(adapted)
 
 
-@contextmanager
-def _spared_statistics(module: nn.Module):
-    """BatchNorms move copies of their running statistics, which are thrown away at the end.
-
-    They are not just told to keep none: that saves fewer tensors for the backward pass than the first forward pass
-    did, which checkpointing takes for an error.
-    """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
-    for norm, name, buffer in kept:
-        setattr(norm, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for norm, name, buffer in kept:
-            setattr(norm, name, buffer)
-
-
-def _checkpointed(function, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Gradient checkpointing whose second forward pass does not move BatchNorm statistics a second time."""
-    return checkpoint(function, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _spared_statistics(module)))
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, *, fuse: bool = False) -> dict[str, Any]:
     """The weights in a released checkpoint, less the classifier if the model has other classes.
 
     Sets the model's lambda where the file records it. timm then drops the convolutions named in `classifier` itself,
     but knows nothing of the BatchNorm between them. It also no longer loads strictly, so the names of the rest are
-    compared here.
+    compared here. With `fuse` the model is wanted in deploy form, and the file may hold either form.
 
     Raises:
         RuntimeError: the names of the stem or of the stages are not the model's.
     """
+    if fuse and "stem.0.weight" in state_dict:
+        model.switch_to_deploy()
     if "act_learn" in state_dict:
         model.change_act(float(state_dict["act_learn"]))
     for key in ("model_ema", "model"):
@@ -601,13 +549,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         raise RuntimeError(f"not the weights of this network: {len(alien)} names differ, among them {alien[:4]}")
     same_classes = model.num_classes == model.pretrained_cfg["num_classes"]
     return {name: value for name, value in state_dict.items() if same_classes or not name.startswith("cls")}
-
-
-def _fused_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """As above for a network that is wanted in deploy form, where the file may hold either form."""
-    if "stem.0.weight" in state_dict:
-        model.switch_to_deploy()
-    return checkpoint_filter_fn(state_dict, model)
 
 
 # -- variants: dims in units of 128 * 4 channels (paper, the table of architectures)
@@ -649,12 +590,13 @@ def _name_deployed_layers(model: nn.Module) -> None:
         model.pretrained_cfg = model.default_cfg = {**cfg, **{key: layers[key] for key in layers if key in cfg}}
 
 
-def _cfg(variant: str, **kwargs) -> dict[str, Any]:
+def _cfg(variant: str, ada_pool: Sequence[int] | None) -> dict[str, Any]:
     return {
         "url": f"https://github.com/huawei-noah/VanillaNet/releases/download/ckpt/{variant}.pth",
         "num_classes": 1000,
         "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
+        "pool_size": (10, 10) if ada_pool else (7, 7),
+        "fixed_input_size": bool(ada_pool),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
@@ -665,17 +607,11 @@ def _cfg(variant: str, **kwargs) -> dict[str, Any]:
         "paper_ids": "arXiv:2305.12972",
         "paper_name": "VanillaNet: the Power of Minimalism in Deep Learning",
         "origin_url": "https://github.com/huawei-noah/VanillaNet",
-        **kwargs,
     }
 
-
-_ADA_POOL_CFG = {"pool_size": (10, 10), "fixed_input_size": True}
 
 default_cfgs = generate_default_cfgs(
-    {
-        f"{variant}.in1k": _cfg(variant, **(_ADA_POOL_CFG if spec["ada_pool"] else {}))
-        for variant, spec in VARIANTS.items()
-    }
+    {f"{variant}.in1k": _cfg(variant, spec["ada_pool"]) for variant, spec in VARIANTS.items()}
 )
 
 
@@ -688,7 +624,7 @@ def _create_vanillanet(variant: str, pretrained: bool = False, deploy: bool = Fa
             VanillaNet,
             variant,
             pretrained=pretrained,
-            pretrained_filter_fn=_fused_filter_fn if fuse else checkpoint_filter_fn,
+            pretrained_filter_fn=partial(checkpoint_filter_fn, fuse=fuse),
             feature_cfg={
                 "out_indices": tuple(range(len(_feature_levels(kwargs["strides"])))),
                 "feature_cls": "getter",

@@ -21,7 +21,8 @@ from records.checkpoints import load_checkpoint
 ROOT = Path(utils.__file__).parent
 EMBEDDED = ROOT / "data" / "fashion-mnist"
 FREE_FLAGS = (
-    "output_dir", "auto_resume", "resume", "early_stop_epochs", "num_workers", "save_ckpt_steps", "dist_timeout"
+    "output_dir", "auto_resume", "resume", "early_stop_epochs", "num_workers", "save_ckpt_steps", "dist_timeout",
+    "grad_checkpointing",
 )  # fmt: skip
 TIMINGS = {"images_per_second"}  # what differs between two runs of the same thing
 

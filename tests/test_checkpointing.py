@@ -1,0 +1,192 @@
+"""Gradient checkpointing: the same numbers from less memory."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import models  # noqa: F401  registers the variants
+from benchmarking.profiling import saved_per_image
+from models.checkpointing import MODES, set_grad_checkpointing
+from runs import assert_same_run, torchrun
+
+NETWORKS = {
+    "vanillanet_6": {"width_mult": 1 / 16},
+    "resnet18": {},
+    "swin_tiny_patch4_window7_224": {"img_size": 64, "embed_dim": 24, "drop_path_rate": 0.3},
+}
+each_network = pytest.mark.parametrize("name", NETWORKS)
+each_mode = pytest.mark.parametrize("mode", MODES[1:])
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=10, **NETWORKS[name]).train()
+    if hasattr(network, "change_act"):
+        network.change_act(0.5)
+    return network
+
+
+def step(network: nn.Module, images: torch.Tensor, *, dtype: torch.dtype | None = None, seed: int = 3):
+    """Outputs, gradients and buffers after one forward and backward pass."""
+    torch.manual_seed(seed)  # of a stochastic depth, which the second forward pass has to repeat
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        outputs = network(images)
+    outputs.float().square().sum().backward()
+    return [outputs, *(p.grad for p in network.parameters()), *network.buffers()]
+
+
+def assert_equal(found, expected) -> None:
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@each_mode
+@each_network
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_gradients_and_statistics_are_equal_bit_by_bit(name, mode, dtype):
+    network = build(name)
+    images = torch.randn(4, 3, 64, 64)
+    expected = step(copy.deepcopy(network), images, dtype=dtype)
+    set_grad_checkpointing(network, mode)
+    average = ModelEmaV3(network)  # copies it
+    assert_equal(step(network, images, dtype=dtype), expected)
+    assert_equal(step(average.module.requires_grad_().train(), images, dtype=dtype), expected)
+    tracked = {b.item() for key, b in network.named_buffers() if key.endswith("num_batches_tracked")}
+    assert tracked <= {1}  # not twice
+    with torch.no_grad():
+        before = [b.clone() for b in network.buffers()]
+        assert torch.equal(network.eval()(images), average.module.eval()(images))
+    assert_equal(list(network.buffers()), before)
+
+
+class Count(TorchDispatchMode):
+    """Counts convolutions' forward passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.convolution.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["vanillanet_6", "resnet18"])
+def test_what_is_computed_again(name):
+    counts = {}
+    for mode in MODES:
+        network = build(name)
+        set_grad_checkpointing(network, mode)
+        loss = network(torch.randn(2, 3, 64, 64)).sum()
+        with Count() as counter:
+            loss.backward()
+        counts[mode] = counter.count
+    assert counts["none"] == counts["activations"] == 0
+    assert counts["full"] >= 13
+
+
+# -- memory
+
+
+@pytest.mark.parametrize(("mode", "most"), [("none", 81), ("activations", 50), ("full", 10)])
+def test_memory_of_vanillanet_6_in_bfloat16(mode, most):
+    """MiB an image at 224 px; without checkpointing it is 80.3."""
+    network = timm.create_model("vanillanet_6").train()
+    network.change_act(0.5)
+    set_grad_checkpointing(network, mode)
+    found = saved_per_image(network, 224, dtype=torch.bfloat16) / 2**20
+    assert most * 0.6 < found <= most
+
+
+@each_network
+def test_less_is_saved_and_counting_is_right(name):
+    """Against a count on real tensors by another way: what autograd's nodes hold."""
+    found = []
+    for mode in MODES:
+        network = build(name)
+        state = copy.deepcopy(network.state_dict())
+        set_grad_checkpointing(network, mode)
+        found.append(saved_per_image(network, 64))
+        assert_equal(list(network.state_dict().values()), list(state.values()))  # counting moves nothing
+    assert found[0] > found[1] > found[2] > 0
+    sizes = []
+    for count in (2, 4):
+        outputs = build(name)(torch.randn(count, 3, 64, 64))
+        nodes, seen, storages = [outputs.grad_fn], set(), {}
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            for attribute in dir(node):
+                value = getattr(node, attribute) if attribute.startswith("_saved_") else None
+                if isinstance(value, torch.Tensor):
+                    storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        sizes.append(sum(storages.values()))
+    assert found[0] == pytest.approx((sizes[1] - sizes[0]) / 2, rel=1e-3)
+
+
+# -- with the rest
+
+
+@each_mode
+@each_network
+def test_compiled(name, mode):
+    network = build(name)
+    images = torch.randn(4, 3, 64, 64)
+    found = []
+    for chosen in ("none", mode):
+        compiled = copy.deepcopy(network)
+        set_grad_checkpointing(compiled, chosen)
+        torch._dynamo.reset()
+        compiled.compile(backend="aot_eager")
+        found.append(step(compiled, images))
+    assert_equal(*found)
+
+
+def test_networks_that_cannot():
+    with pytest.raises(ValueError, match=r"--grad_checkpointing full: VGG has no blocks"):
+        set_grad_checkpointing(timm.create_model("vgg11", device="meta"), "full")
+
+
+@each_mode
+def test_a_feature_network(mode):
+    network = timm.create_model("vanillanet_6", features_only=True, width_mult=1 / 16).train()
+    images = torch.randn(2, 3, 64, 64)
+
+    def gradients(network):
+        sum(maps.square().sum() for maps in network(images)).backward()
+        return [p.grad for p in network.parameters()]
+
+    expected = gradients(copy.deepcopy(network))
+    before = saved_per_image(Sum(network), 64)
+    set_grad_checkpointing(network.model, mode)
+    assert_equal(gradients(network), expected)
+    assert saved_per_image(Sum(network), 64) < before
+
+
+class Sum(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.features = features
+
+    def forward(self, images):
+        return sum(maps.sum() for maps in self.features(images))
+
+
+@each_mode
+def test_a_run_on_two_processes_is_the_same_run(mode, tiny_fmnist, tmp_path):
+    """With accumulation, averages, dropout and clipping; the flags of `runs.BASE`."""
+    folders = []
+    for chosen in ("none", mode):
+        folders.append(tmp_path / chosen)
+        flags = ("--epochs", 2, "--output_dir", folders[-1], "--grad_checkpointing", chosen)
+        run = torchrun(2, tiny_fmnist, *flags)
+        assert run.returncode == 0, run.stderr
+    assert assert_same_run(*folders) > 0
