@@ -1,0 +1,21 @@
+"""VanillaNet in two kernels a layer, in one CUDA graph: a product of matrices, and a Triton kernel for the rest."""
+
+from .. import base
+
+
+class Engine(base.Engine):
+    """Channels-last throughout; of one batch size and image size. Deployed VanillaNets without adaptive pools only."""
+
+    on_cuda = ("tf32", "bf16", "fp16")
+    packages = ("triton",)
+    libraries = ("triton",)
+
+    def _build(self, network, images, target):
+        from ..graphs import Graph
+        from ..running import FixedBatch, Runtime, operator_profile
+        from ..series_network import SeriesNetwork
+
+        form = SeriesNetwork(network, images, precision=target.precision, device=target.device)
+        runtime = Runtime(target, form)  # which sets what the recording needs
+        run = FixedBatch(Graph(runtime, images.to(form.device)), len(images))
+        return Runtime(target, run, size=tuple(images.shape[-2:]), profile=operator_profile(run))
