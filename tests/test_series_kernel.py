@@ -44,15 +44,35 @@ print("agrees")
 """
 
 
+WHOLE = """
+import timm, torch
+import models
+from runtimes import series_kernel, series_network
+series_network.series = series_kernel.launch  # the kernel itself, in place of the operator's way on the CPU
+torch.manual_seed(0)
+network = timm.create_model("vanillanet_5", width_mult=1 / 64, num_classes=10, deploy=True).eval()
+with torch.no_grad():
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.normal_(std=(2 / module.weight[0].numel()) ** 0.5)
+    images = torch.randn(1, 3, 64, 64)
+    expected = network(images)
+    found = series_network.SeriesNetwork(network, images, precision="tf32", device="cpu")(images)
+assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+print("agrees")
+"""
+
+
 def deployed(randomized, name="vanillanet_5", **arguments):
     network = randomized(timm.create_model(name, num_classes=10, width_mult=1 / 32, **arguments))
     network.switch_to_deploy()
     return network
 
 
-def test_the_kernel_agrees_with_float64():
+@pytest.mark.parametrize("program", [INTERPRETED, pytest.param(WHOLE, marks=pytest.mark.slow)], ids=["kernel", "whole"])
+def test_the_kernel_agrees_with_pytorch(program):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", INTERPRETED]
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "agrees\n", done.stderr
 
