@@ -426,7 +426,7 @@ def write_page(path: Path, sections: Mapping[str, Sequence[Row]], *, figures: Co
         "# Benchmark",
         "How long VanillaNets and other networks take for an image, in each engine that runs here. Written by "
         "`benchmark.py --report`: do not edit. The rows behind the page, with spread, memory and further sizes, are "
-        "in the CSV files that its sections name, and [DEPLOY.md](DEPLOY.md#measuring) says how they were measured.",
+        "in the CSV files that its sections name, and [DEPLOY.md](measuring.md) says how they were measured.",
         "In the tables a cell is the median in ms, and under it how many times as fast that is as the published way, "
         "PyTorch in float32 with contiguous tensors. The fastest of each row is bold. Networks are in deploy form.",
     ]

@@ -32,7 +32,7 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration)
 
     The rest is as in `Mixed`. The depthwise convolutions of the series activations are left out because they would cost
     more accuracy than all others together and save a twentieth of the time, the pools because in 8 bits they cost
-    accuracy and save nothing (docs/DEPLOY.md).
+    accuracy and save nothing (docs/int8.md).
 
     Args:
         network: in eval mode, in deploy form.

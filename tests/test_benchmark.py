@@ -357,8 +357,8 @@ def test_each_statement_of_the_page_follows_from_its_file(name):
     assert f"takes {float(base['median_ms']):.0f} ms. Plain" in part
 
 
-def test_what_the_page_on_deploying_states_is_in_the_file():
-    page = " ".join((ROOT / "docs" / "DEPLOY.md").read_text().split())
+def test_what_the_page_on_measuring_states_is_in_the_file():
+    page = " ".join((ROOT / "docs" / "measuring.md").read_text().split())
     rows = [row for row in section("cpu-avx2")[1] if (row["resolution"], row["batch"]) == ("224", "1")]
     ms = {(row["network"], row["engine"], row["precision"]): float(row["median_ms"]) for row in rows}
     plain, quantized, twin = (f"vanillanet_11{suffix}" for suffix in ("", " (depthwise in int8)", " (built deployed)"))
@@ -367,7 +367,7 @@ def test_what_the_page_on_deploying_states_is_in_the_file():
     assert (
         f"save {100 * (1 - torch_after / torch_before):.0f} % of VanillaNet-11's time in `aotinductor` "
         f"({torch_before:.0f} to {torch_after:.0f} ms) and {100 * (1 - intel_after / intel_before):.0f} % in OpenVINO "
-        f"({intel_before:.0f} to {intel_after:.0f})"
+        f"({intel_before:.0f} to {intel_after:.0f} ms)"
     ) in page
     fused = {
         key: ms[plain, *key] / ms[twin, *key]
@@ -375,13 +375,13 @@ def test_what_the_page_on_deploying_states_is_in_the_file():
         if (twin, *key) in ms
     }
     assert (
-        f"`aotinductor` {fused['aotinductor', 'fp32']:.2f} in float32 and {fused['aotinductor', 'int8']:.2f} in int8, "
-        f"ONNX Runtime {fused['onnxruntime', 'fp32']:.2f} and {fused['onnxruntime', 'int8']:.2f}, "
-        f"OpenVINO {fused['openvino', 'fp32']:.2f} and {fused['openvino', 'int8']:.2f}"
+        f"{fused['aotinductor', 'fp32']:.2f} in float32 and {fused['aotinductor', 'int8']:.2f} in int8 with "
+        f"`aotinductor`, {fused['onnxruntime', 'fp32']:.2f} and {fused['onnxruntime', 'int8']:.2f} with ONNX Runtime, "
+        f"{fused['openvino', 'fp32']:.2f} and {fused['openvino', 'int8']:.2f} with OpenVINO"
     ) in page
     steps = {row["engine"]: float(row["median_ms"]) / 1e3 for row in section("training")[1]}
     assert (
-        f"{steps['plain']:.1f} s in float32, contiguous or channels-last, and {steps['compile']:.1f} compiled" in page
+        f"{steps['plain']:.1f} s in float32, contiguous or channels-last, and {steps['compile']:.1f} s compiled" in page
     )
     assert f"{steps['plain']:.1f}" == f"{steps['channels_last']:.1f}"
 

@@ -1,4 +1,4 @@
-"""The documentation: every command parses, the Python runs, links lead somewhere, tables agree with the code."""
+"""The documentation: commands parse, the Python runs, links lead somewhere, pages are listed, tables are the code's."""
 
 import argparse
 import json
@@ -25,8 +25,10 @@ from options import parse_args
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-DETECTION = ROOT / "object_detection" / "README.md"
-PAGES = [README, DETECTION, *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+ELSEWHERE = [ROOT / folder / "README.md" for folder in ("object_detection", "data", "tests/data")]
+PAGES = [README, *ELSEWHERE, *sorted(DOCS.glob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 KEYS = json.loads((ROOT / "tests/data/state_dict_keys.json").read_text())
 
 # The paper's table: parameters (M), MACs (G), latency (ms), top-1 and ReaL (%). Frozen: these are not ours to change.
@@ -106,9 +108,9 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
     return flags
 
 
-def table(first_header: str) -> list[list[str]]:
-    """The rows, without header, of the README's table whose first column is called so."""
-    lines = README.read_text().splitlines()
+def table(first_header: str, page: Path = README) -> list[list[str]]:
+    """The rows, without header, of the page's table whose first column is called so."""
+    lines = page.read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_header} |"))
     rows = []
     for line in lines[start + 2 :]:
@@ -180,7 +182,7 @@ def test_enough_python_blocks_run():
     assert sum("pretrained=True" not in block.text and ".pth" not in block.text for block in PYTHON) >= 2
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@each_page
 def test_flags_in_the_text_exist(page):
     modules = (options, visualize, export, predict, benchmark, object_detection.options, object_detection.benchmark)
     flags = set().union(*(flags_of(module.build_parser()) for module in modules))
@@ -190,7 +192,7 @@ def test_flags_in_the_text_exist(page):
     assert named - flags - launcher == set()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@each_page
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith("https://"):
@@ -203,42 +205,75 @@ def test_links_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
 
 
+def links_of(page: Path) -> set[str]:
+    """The paths in the repository that a page links to."""
+    targets = (target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()))
+    paths = [(page.parent / target).resolve() for target in targets if target and not target.startswith("https://")]
+    return {str(path.relative_to(ROOT)) for path in paths}
+
+
+def test_every_page_is_listed_with_a_line():
+    rows = re.findall(r"^- \[([^\]]+)\]\(([^)]+)\): (.+)$", (DOCS / "README.md").read_text(), re.MULTILINE)
+    listed = [(DOCS / target).resolve() for _, target, _ in rows]
+    assert sorted(listed) == sorted(set(PAGES) - {README, DOCS / "README.md"})
+    assert all(name == target for name, target, _ in rows)
+
+
+def test_the_page_of_the_faults_has_the_suites_text():
+    text = re.search(r'PAGE = """\\\n(.*?)"""', (ROOT / "tests/faults/page.py").read_text(), re.DOTALL).group(1)
+    head, _, tail = re.split(r"\{(conditions)\}\n\n\{table\}", text)
+    page = (DOCS / "RELIABILITY.md").read_text()
+    assert page.startswith(head)
+    assert page.endswith(tail)
+
+
+def test_the_readme_is_short_and_leads_to_the_pages():
+    assert len(README.read_text().split()) <= 1400
+    assert "docs/README.md" in links_of(README)
+
+
 def test_every_file_has_a_door():
     listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("needs the git repository, to know what belongs to it")
-    readme = README.read_text()
     files = {path for path in listed.stdout.splitlines() if path not in (".gitignore", "README.md")}
-    assert {path.partition("/")[0] for path in files if path.partition("/")[0] not in readme} == set()
-    pages_and_recipes = {path for path in files if path.startswith(("docs/", "recipes/", "models/"))}
-    missing = {path for path in pages_and_recipes if f"({path})" not in readme} - {"models/__init__.py"}
-    # A figure may stand on a page of docs/ alone, which the README links.
-    shown = {f"docs/{name}" for page in PAGES[2:] for name in re.findall(r"!\[[^]]*\]\(([^/)]+)\)", page.read_text())}
-    assert missing - shown == set()
+    linked = links_of(DOCS / "code.md")
+    top = {path.partition("/")[0] for path in files}
+    assert top - {path.partition("/")[0] for path in linked} == set()
+    by_name = {path for path in files if "/" not in path or path.startswith("models/")}
+    assert by_name - linked - {"models/__init__.py"} == set()
+    assert {path for path in files if path.startswith("recipes/")} - links_of(DOCS / "variants.md") == set()
+    shown = set().union(*map(links_of, PAGES))
+    assert {path for path in files if path.startswith("docs/")} - shown == set()
 
 
 def test_every_requirement_is_explained():
+    install = DOCS / "install.md"
     lines = Path("requirements.txt").read_text().splitlines()
     required = [re.match(r"[\w-]+", line).group() for line in lines if line and not line.startswith("#")]
-    assert [row[0] for row in table("package")] == required
-    assert all(job for _, job in table("package"))
-    readme = README.read_text()
-    for line in Path("requirements-dev.txt").read_text().splitlines():
-        name = re.match(r"[\w-]*", line).group()
-        assert line.startswith("-r ") or name in readme, name
+    rows = table("package", install)
+    assert [row[0] for row in rows] == required
+    assert all(job for _, job in rows)
+    for further in ("requirements-deploy.txt", "requirements-dev.txt"):
+        for line in Path(further).read_text().splitlines():
+            name = re.match(r"[\w-]*", line).group()
+            assert line.startswith("-r ") or name in install.read_text(), name
 
 
 def test_the_papers_table_is_the_papers():
     expected = [[cell.replace("_", " ") for cell in line.split()] for line in PAPER.split("\n") if line]
-    assert table("from the paper") == expected
+    rows = table("variant")
+    assert [row[:-1] for row in rows] == expected
+    for name, (*_, weights) in zip(KEYS, rows, strict=True):
+        assert weights == f"[{name}]({timm.get_pretrained_cfg_value(name, 'url')})"
 
 
 def test_our_table_is_the_networks():
-    rows = table("measured here")
+    rows = table("counted here", DOCS / "variants.md")
     assert [row[0].strip("`") for row in rows] == list(KEYS) == timm.list_models("vanillanet*")
-    for (name, recipe, trained, deployed, macs), paper in zip(rows, table("from the paper"), strict=True):
+    for (name, recipe, trained, deployed, macs), paper in zip(rows, table("variant"), strict=True):
         counts = KEYS[name.strip("`")]
-        assert recipe.endswith(f"(recipes/{name.strip('`')}.args)")
+        assert recipe.endswith(f"(../recipes/{name.strip('`')}.args)")
         assert (trained, deployed) == tuple(f"{counts[f'params_{form}'] / 1e6:.3f}" for form in ("train", "deploy"))
         assert float(paper[1]) == pytest.approx(float(deployed), abs=0.05)
         assert float(paper[2]) == pytest.approx(float(macs), abs=0.1)  # counted by tests/test_model.py

@@ -15,20 +15,21 @@ import torchvision
 PAGE = """\
 # Reliability
 
-What happens to a run when something goes wrong. `make faults` injects each of these faults, checks what is claimed, and
-writes this page from what it observed: do not edit it by hand, its text is in
-[tests/faults/page.py](../tests/faults/page.py). `make test` runs a short form of each.
+This page says what a run loses when something goes wrong. `make faults` injects each of these faults, checks the
+claims, and writes the page from what it observed. Do not edit the page by hand: its text is in
+[tests/faults/page.py](../tests/faults/page.py). `make test` runs a short form of each fault.
 
 ```sh
 make faults
 ```
 
-The injection is real: signals of the kernel, full file systems, truncated and flipped bytes, links taken down. The runs
-are `main.py` with a network of 24,000 weights on a few images, on the CPU, with gloo where there are several processes
-(ranks). Except where `python` or `torchrun` is named, they begin in a process that has imported everything already,
-since that takes longer than such a run. "The same end" means: equal bit by bit to a run that nothing happened to, in
-weights, BatchNorm statistics, averages, optimizer, scaler, schedules, lambda, random numbers, metrics and log lines,
-without the timings among them.
+The faults are real: signals of the kernel, full file systems, truncated files, flipped bits, links taken down. The runs
+are `main.py` with a network of 24,000 weights on a few images, on the CPU, and with gloo where there are several
+processes (ranks). Except where `python` or `torchrun` is named, they start in a process that has imported everything
+already, because importing takes longer than such a run.
+
+"The same end" means that the run ended bit by bit like a run without the fault. That holds for weights, BatchNorm
+statistics, averages, optimizer, scaler, schedules, lambda, random numbers, metrics and log lines, except for timings.
 
 {conditions}
 
@@ -36,19 +37,19 @@ without the timings among them.
 
 ## What to know
 
-- **Go on** by the same command with `--auto_resume true`. At most what came after the last checkpoint is done again: an
-  epoch, or `--save_ckpt_steps` steps.
-- **A lost process** ends the others at once if its machine lives, and after `--dist_timeout` seconds (1800 unless it is
-  given) if the machine or the network is gone. Only a launcher can start all of them anew: `torchrun --max-restarts=N`
-  does, and needs `--auto_resume true`.
-- **`torchrun`** passes SIGTERM and SIGINT on. The processes save and exit with 143 or 130; torchrun's own code is 1. It
-  kills what has not ended after 30 s. SIGUSR1 is not passed on: it ends torchrun itself. Under SLURM let `srun` start
-  the processes.
-- **Several networks** between two machines: gloo takes the one that the host's name leads to. `GLOO_SOCKET_IFNAME` is
-  the name of another one, as `NCCL_SOCKET_IFNAME` is for GPUs.
-- **The lock** `run.lock` is the kernel's, and is gone with the process. Where a network file system has no locks, a
-  warning says so.
-- **Not covered** here: GPUs and NCCL, a machine that loses power, network file systems.
+- **Resume** with the same command and `--auto_resume true`. At most what came after the last checkpoint is done again:
+  an epoch, or `--save_ckpt_steps` steps.
+- **A lost process** ends the others at once if its machine is alive. If the machine or the network is gone, they end
+  after `--dist_timeout` seconds (1800 by default). Only a launcher can restart all of them: `torchrun --max-restarts=N`
+  does so, and needs `--auto_resume true`.
+- **`torchrun`** passes SIGTERM and SIGINT on. The processes save and exit with 143 or 130, and torchrun's own code is
+  1. It kills what has not ended after 30 s. It does not pass SIGUSR1 on, which ends torchrun itself. Under SLURM let
+  `srun` start the processes.
+- **Several networks** between two machines: gloo uses the one that the host's name leads to. `GLOO_SOCKET_IFNAME` names
+  another one, as `NCCL_SOCKET_IFNAME` does for GPUs.
+- **The lock** `run.lock` belongs to the kernel and disappears with the process. If a network file system has no locks,
+  a warning says so.
+- **Not covered** are GPUs and NCCL, a machine that loses power, and network file systems.
 """
 
 

@@ -65,7 +65,7 @@ CASES = [
     ("truncated", "", "w.pth"),
     ("no checkpoint", "", "w.pth"),
     ("missing", "", "does not exist"),
-    ("seven classes", "", "another shape"),
+    ("seven classes", "", "knows 7 classes, the data have 10"),
     ("another variant", "", "does not fit"),
     (None, "--model_key ema", "has no key ema"),
     (None, "--nb_classes 1000", "10 classes"),
