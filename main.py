@@ -38,6 +38,7 @@ from loading.transforms import Preprocessing
 from optim_factory import activation_slope, cosine_schedule, freeze
 from records import logs, scores
 from records.checkpoints import load_weights
+from records.files import check_writable
 from training import (
     Task,
     broken_count,
@@ -328,6 +329,8 @@ def prepare_eval(args: argparse.Namespace, world: utils.World):
 
 
 def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
+    for path in filter(None, (args.results_file, args.confusion)):
+        check_writable(path)
     loader, real, network = prepare_eval(args, world)
     if args.compile:
         network.module.compile()
@@ -382,6 +385,8 @@ def open_exported(args: argparse.Namespace, world: utils.World, path: str):
 
 def evaluate_deployed(args: argparse.Namespace, world: utils.World) -> None:
     """Evaluate in the engine of --engine: an exported file, or a checkpoint's network, fused and built here."""
+    for wanted in filter(None, (args.results_file, args.confusion)):
+        check_writable(wanted)
     path = args.finetune or args.resume
     if runtimes.of_file(path):
         loader, real, runtime = open_exported(args, world, path)

@@ -48,6 +48,7 @@ if __name__ == "__main__":
     ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
 
 import argparse
+import io
 import sys
 
 import torch
@@ -57,7 +58,7 @@ from deployment.images import real_images, transform
 from deployment.predicting import Prediction, predict, printable, write_predictions
 from loading.images import BrokenImageError, list_images
 from records import logs
-from records.files import mistakes_end, one_line
+from records.files import check_writable, mistakes_end, one_line
 
 
 def open_runtime(args: argparse.Namespace) -> runtimes.Runtime:
@@ -87,6 +88,10 @@ def open_runtime(args: argparse.Namespace) -> runtimes.Runtime:
 def run(args: argparse.Namespace) -> int:
     """Print, and write to --output. Returns the exit code: 1 if an image is broken."""
     paths = list_images(args.images)
+    if args.output is not None:
+        check_writable(args.output)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may not have all letters of a class's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     found = predict(open_runtime(args), paths, top=args.topk, batch_size=args.batch_size)
     kept: list[Prediction] = []
     broken = 0
@@ -94,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     for path, predictions in logs.progress(found, description="images", total=len(paths), enabled=shown):
         if isinstance(predictions, BrokenImageError):
             broken += 1
-            if len(paths) == 1:
+            if len(paths) == 1 and paths == args.images:
                 raise ValueError(f"cannot read the image {printable(path)}: {predictions}")
             sys.stderr.write(f"predict.py: cannot read the image {one_line(printable(path))}: {predictions}\n")
             continue

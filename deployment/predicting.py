@@ -73,9 +73,9 @@ def _likeliest(runtime: Runtime, images: dict[str, torch.Tensor], top: int) -> I
         ]
 
 
-def printable(path: str) -> str:
-    """The path as standard output can show it: bytes that are no text in its encoding are spelled out."""
-    encoding = sys.stdout.encoding or "utf-8"
+def printable(path: str, encoding: str | None = None) -> str:
+    """The path as standard output, or a file of this encoding, can show it: bytes that are no text are spelled out."""
+    encoding = encoding or sys.stdout.encoding or "utf-8"
     return os.fsencode(path).decode(encoding, errors="backslashreplace")
 
 
@@ -86,7 +86,7 @@ def write_predictions(path: str | Path, predictions: Sequence[Prediction]) -> No
         ValueError: it cannot be written.
     """
     path = Path(path)
-    rows = [asdict(found) | {"path": printable(found.path)} for found in predictions]
+    rows = [asdict(found) | {"path": printable(found.path, "utf-8")} for found in predictions]
     rows = [{"class" if key == "name" else key: value for key, value in row.items()} for row in rows]
     columns = ["class" if field.name == "name" else field.name for field in fields(Prediction)]
     try:

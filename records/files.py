@@ -1,6 +1,7 @@
 """Text and files: errors in one line, files replaced as a whole. Imports no library, so that it costs no time."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -8,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["TEMPORARY", "cannot_write", "first_line", "mistakes_end", "one_line", "replacing"]
+__all__ = ["TEMPORARY", "cannot_write", "check_writable", "first_line", "mistakes_end", "one_line", "replacing"]
 
 TEMPORARY = ("writing-", ".tmp")  # how the names of files that are being written begin and end
 
@@ -47,6 +48,19 @@ def cannot_write(path: str | Path, error: OSError) -> str:
         f"cannot write {path}: {cause}; what was there before is kept. Make room or make it writable and start again, "
         "a training run with --auto_resume true"
     )
+
+
+def check_writable(path: str | Path) -> None:
+    """Ask before long work whether a file can be written to `path`, whose folder is made. ValueError if not."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(cannot_write(path, error)) from error
 
 
 def _fsync(path: Path) -> None:

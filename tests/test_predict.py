@@ -306,6 +306,29 @@ def test_a_broken_file_does_not_stop_the_others(checkpoint, folder, capsys):
     ]
 
 
+def test_a_folder_of_one_broken_file(checkpoint, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("no image")
+    for named, code in ((tmp_path / "photos", 1), (tmp_path / "photos" / "a.jpg", 2)):
+        with pytest.raises(SystemExit) as ended:
+            predict.main([str(checkpoint), str(named)])
+        assert ended.value.code == code
+        assert f"cannot read the image {tmp_path}/photos/a.jpg" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(
+    checkpoint, photographs, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(predict, "open_runtime", lambda args: pytest.fail("the network was opened"))
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "new.csv", tmp_path / "folder.csv"):
+        (tmp_path / "folder.csv").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit) as ended:
+            predict.main([str(checkpoint), str(photographs), "--output", str(output)])
+        assert ended.value.code == 2
+        assert f"cannot write {output}" in capsys.readouterr().err
+
+
 def test_standard_output_that_is_strict_utf8(checkpoint, folder):
     (folder / "b.jpg").unlink()
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
