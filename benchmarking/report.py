@@ -94,7 +94,7 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
         lines.append(
             [
                 *_same(row, "network", "engine", "precision"),
-                *(_number(row[name], digits) for _, name, digits in COLUMNS),
+                *(_number(row.get(name), digits) for _, name, digits in COLUMNS),
             ]
         )
     return [
