@@ -31,7 +31,7 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration)
     """`network` with its dense convolutions in int8: weights per output channel, activations uint8 per tensor.
 
     The rest is as in `Mixed`. The depthwise convolutions of the series activations are left out because they would cost
-    more accuracy than all others together and save a twentieth of the time, the pools because in 8 bits they cost
+    more accuracy than all others together and save some 15 % of the time, the pools because in 8 bits they cost
     accuracy and save nothing (docs/int8.md).
 
     Args:
