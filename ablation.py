@@ -1,7 +1,7 @@
 """The paper's claims, measured anew: many runs of `main.py`, and the tables and figure of docs/RESULTS.md from them.
 
-python ablation.py --data_path DIR            # runs what is missing, experiment by experiment, then reports
-python ablation.py --report                   # reports from the CSV files in results/ablation/ alone
+python ablation.py --data_path DIR --cifar10 DIR    # runs what is missing, experiment by experiment, then reports
+python ablation.py --report                         # reports from the CSV files in results/ablation/ alone
 
 An interrupted run goes on where it was; one whose CSV file is in results/ablation/ is not run again.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev, variance
 from textwrap import fill
 
-from options import COUNT, Arguments, Parser, boolean, file_path, parse_checked, path
+from options import COUNT, Arguments, Parser, boolean, file_path, parse_args, parse_checked, path
 
 ROOT = Path(__file__).resolve().parent
 RECORDS = ROOT / "results" / "ablation"
@@ -58,10 +58,9 @@ class Trial:
 
     @property
     def flags(self) -> list[str]:
-        return (
-            f"@recipes/{self.recipe}.args --model vanillanet_{self.depth} --act_num {self.act_num} "
-            f"--decay_epochs {self.decay_epochs} --seed {self.seed}"
-        ).split() + (["--epochs", str(self.epochs)] if self.epochs else [])
+        own = f"--model vanillanet_{self.depth} --act_num {self.act_num} --decay_epochs {self.decay_epochs}"
+        epochs = ["--epochs", str(self.epochs)] if self.epochs else []
+        return [f"@{ROOT}/recipes/{self.recipe}.args", *own.split(), "--seed", str(self.seed), *epochs]
 
     def record(self, folder: Path) -> Path:
         return folder / f"{self.name}.csv"
@@ -105,22 +104,26 @@ class Experiment:
 
 
 SHORT = Trial(recipe="ablation_short", decay_epochs=2)
+PHOTOGRAPHS = Trial(recipe="cifar10")
 LONG = Trial(epochs=20, decay_epochs=8)
+
+PAPER = {"neither": 59.58, "deep training": 60.53, "series activation": 75.23, "both": 76.36}
+
+
+def four(both: Trial) -> dict[str, Trial]:
+    """With and without each of the paper's two ideas."""
+    return {
+        "neither": replace(both, decay_epochs=0, act_num=0),
+        "deep training": replace(both, act_num=0),
+        "series activation": replace(both, decay_epochs=0),
+        "both": both,
+    }
+
 
 # In the order of their worth, since a measurement may end early. The paper's numbers are those of its ablation table
 # (VanillaNet-6) and of its main table.
 EXPERIMENTS = {
-    "claims": Experiment(
-        "The paper's two ideas, 10 epochs",
-        "trained with",
-        {
-            "neither": Trial(decay_epochs=0, act_num=0),
-            "deep training": Trial(act_num=0),
-            "series activation": Trial(decay_epochs=0),
-            "both": Trial(),
-        },
-        paper={"neither": 59.58, "deep training": 60.53, "series activation": 75.23, "both": 76.36},
-    ),
+    "claims": Experiment("The paper's two ideas, 10 epochs", "trained with", four(Trial()), paper=PAPER),
     "act_num": Experiment(
         "Reach of the series activation, 5 epochs", "n", {str(n): replace(SHORT, act_num=n) for n in range(5)}
     ),
@@ -130,6 +133,7 @@ EXPERIMENTS = {
         {str(depth): replace(SHORT, depth=depth) for depth in (5, 6, 9, 13)},
         paper={"5": 72.49, "6": 76.36, "9": 79.87, "13": 82.05},
     ),
+    "photographs": Experiment("The two ideas on CIFAR-10, 10 epochs", "trained with", four(PHOTOGRAPHS), paper=PAPER),
     "long": Experiment(
         "Deep training, 20 epochs", "trained with", {"series activation": replace(LONG, decay_epochs=0), "both": LONG}
     ),
@@ -141,6 +145,8 @@ COMPARISONS = (
     ("series activation, with deep training", "claims", "both", "deep training"),
     ("deep training, without series activation", "claims", "deep training", "neither"),
     ("deep training, with series activation, 10 epochs", "claims", "both", "series activation"),
+    ("series activation, with deep training, on CIFAR-10", "photographs", "both", "deep training"),
+    ("deep training, with series activation, on CIFAR-10", "photographs", "both", "series activation"),
     ("deep training, with series activation, 20 epochs", "long", "both", "series activation"),
     *((f"n of {n} instead of {n - 1}", "act_num", str(n), str(n - 1)) for n in range(1, 5)),
     *(
@@ -153,28 +159,25 @@ COMPARISONS = (
 # -- running
 
 
-def run(trial: Trial, data_path: str, output_dir: Path, threads: int) -> None:
+def run(trial: Trial, data: Sequence[str], output_dir: Path, threads: int) -> None:
     """Train, or finish, one trial, and keep its CSV file.
+
+    Args:
+        data: the flags that say where the images are.
 
     Raises:
         RuntimeError: main.py ended with an error; its last line is in the message.
     """
     folder = output_dir / trial.name
-    command = [
-        sys.executable,
-        "main.py",
-        *trial.flags,
-        "--auto_resume",
-        "true",
-        "--save_ckpt_num",
-        "1",
-        "--output_dir",
-        str(folder),
-        "--data_path",
-        data_path,
-    ]
+    own = ["--auto_resume", "true", "--save_ckpt_num", "1", "--output_dir", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "main.py", *trial.flags, *data, *own],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise RuntimeError(f"{trial.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     RECORDS.mkdir(parents=True, exist_ok=True)
@@ -182,18 +185,32 @@ def run(trial: Trial, data_path: str, output_dir: Path, threads: int) -> None:
     print(f"{trial.name}: top-1 {trial.top1(RECORDS):.2f}", flush=True)
 
 
-def run_all(names: Iterable[str], data_path: str, output_dir: Path, jobs: int) -> None:
+def cifar10_flags(folder: Path) -> list[str]:
+    """Of the images as torchvision stores them, or as image files in train/CLASS/ and test/CLASS/."""
+    files = ["--data_set", "image_folder", "--val_split", "test"] if (folder / "train").is_dir() else []
+    return ["--data_path", str(folder), *files]
+
+
+def run_all(names: Iterable[str], data_path: Path | None, cifar10: Path, output_dir: Path, jobs: int) -> None:
     wanted = dict.fromkeys(trial for name in names for trial in EXPERIMENTS[name].trials())
-    missing = [trial for trial in wanted if not trial.record(RECORDS).exists()]
+    missing = {
+        trial: cifar10_flags(cifar10) if trial.recipe == PHOTOGRAPHS.recipe else ["--data_path", str(data_path)]
+        for trial in wanted
+        if not trial.record(RECORDS).exists()
+    }
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    if missing:
+    # Opened once beforehand: runs beside each other would all download the images, into the same files.
+    for trial in {trial.recipe: trial for trial in missing}.values():
         import datasets
 
-        for train in (True, False):  # runs beside each other would all download them, into the same files
-            datasets.build_dataset("FMNIST", data_path, train=train, transform=None, download=True)
+        args = parse_args([*trial.flags, *missing[trial]])
+        for train, split in ((True, args.train_split), (False, args.val_split)):
+            datasets.build_dataset(
+                args.data_set, args.data_path, train=train, split=split, transform=None, download=True
+            )
     print(f"{len(missing)} of {len(wanted)} runs to do, {jobs} at a time, {threads} thread(s) each", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run, trial, data_path, output_dir, threads) for trial in missing]
+        futures = [pool.submit(run, trial, data, output_dir, threads) for trial, data in missing.items()]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -317,11 +334,15 @@ def report() -> None:
         raise ValueError(f"no row has its {SEEDS} seeds in {RECORDS}: run without --report")
     PAGE.write_text(write_page(PAGE.read_text()))
     panels = {name: (EXPERIMENTS[name].title, EXPERIMENTS[name].varied, scores) for name, scores in found.items()}
-    rows = [[panels[name] for name in row if name in panels] for row in (("claims", "long"), ("act_num", "depth"))]
+    rows = [
+        [panels[name] for name in row if name in panels]
+        for row in (("claims", "long"), ("photographs",), ("act_num", "depth"))
+    ]
     figure = seeds_figure(
         [row for row in rows if row],
-        title="What each part of VanillaNet adds on Fashion-MNIST",
-        conditions="Accuracy on the 10,000 test images after the last epoch. A dot is a run, a bar the mean of three.",
+        title="What each part of VanillaNet adds",
+        conditions="Fashion-MNIST unless a panel says otherwise. Top-1 of the 10,000 test images after the last epoch. "
+        "A dot is a run, a bar the mean of three.",
         ylabel="top-1 (%)",
     )
     style.save(figure, FIGURE)
@@ -334,6 +355,13 @@ def build_parser() -> Parser:
     parser = Parser(prog="ablation.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data_path", type=file_path, help="folder with Fashion-MNIST's four idx files, or to download them to"
+    )
+    parser.add_argument(
+        "--cifar10",
+        type=path,
+        default=Path("outputs/cifar10"),
+        help="folder of CIFAR-10, which is downloaded if it is missing, or that has its images in train/CLASS and "
+        "test/CLASS",
     )
     parser.add_argument(
         "--only",
@@ -352,20 +380,17 @@ def build_parser() -> Parser:
 
 
 def _check(args: Arguments) -> None:
-    if not args.report and not args.data_path:
-        raise ValueError("--data_path is missing; --report does without")
-
-
-def parse_args(argv: Sequence[str] | None = None) -> Arguments:
-    return parse_checked(build_parser(), argv, _check)
+    if not args.report and not args.data_path and args.only != ["photographs"]:
+        raise ValueError("--data_path is missing; --report and --only photographs do without")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parse_checked(build_parser(), argv, _check)
     try:
         if not args.report:
             # The runs are started in the project's folder, whatever this one is.
-            run_all(args.only, os.path.abspath(args.data_path), args.output_dir.absolute(), args.jobs)
+            folders = (folder and Path(folder).absolute() for folder in (args.data_path, args.cifar10, args.output_dir))
+            run_all(args.only, *folders, jobs=args.jobs)
         report()
     except (RuntimeError, ValueError, OSError) as error:
         sys.stderr.write(f"ablation.py: error: {error}\n")

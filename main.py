@@ -176,11 +176,11 @@ def settle(args: argparse.Namespace, network: networks.Network | None, *, train:
             if other := {name: recorded[name] for name in values if recorded.get(name, values[name]) != values[name]}:
                 logger.info("--%s %s instead of what %s records, %s", flag, getattr(args, flag), network.source, other)
     preprocessing = network.preprocessing if network else networks.named_preprocessing(args.model)
-    native = None
-    if train:
+    native = None if args.resize is None else not args.resize
+    if train and native is None:
         native = transforms.keeps_native_size(args.data_set, changes.get("input_size", preprocessing.input_size))
     for flag in ("scale", "ratio", "crop_pct") if native else ():
-        args.moot(flag, f"--{flag} has no effect on images that are not resized (up to {transforms.NATIVE_SIZE} px)")
+        args.moot(flag, f"--{flag} has no effect on images that are not resized: add --resize true")
         changes.pop(flag, None)
     preprocessing = networks.prepare(
         preprocessing, network.record.arguments if recorded else flags, native=native, **changes

@@ -482,6 +482,12 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("augmentation").add_argument
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's auto-augment policy; none: off")
     add("--color_jitter", type=NONNEGATIVE, default=0.4, help="strength of color jitter, with --aa none")
+    add(
+        "--resize",
+        type=boolean,
+        help="resize images to --input_size; false: they have that size, and training pads and crops them [false for "
+        "CIFAR and FMNIST up to 32 px, or else true]",
+    )
     for flag, default, what in (
         ("--scale", [0.08, 1.0], "share of the image's area"),
         ("--ratio", [3 / 4, 4 / 3], "width divided by height"),

@@ -81,7 +81,7 @@ class Preprocessing:
 
     def __post_init__(self):
         if self.native and self.crop_pct is not None:
-            raise ValueError(f"--crop_pct has no effect on images that are not resized (up to {NATIVE_SIZE} px)")
+            raise ValueError("--crop_pct has no effect on images that are not resized: add --resize true")
         if not self.native and self.crop_pct is None:
             object.__setattr__(self, "crop_pct", default_crop_pct(self.input_size))
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:

@@ -35,7 +35,10 @@ def test_each_run_is_a_command_and_differs_in_one_thing():
         assert args["epochs"] == (trial.epochs or defaults[trial.recipe]["epochs"])
     combinations = {name: (one.act_num, one.decay_epochs) for name, one in EXPERIMENTS["claims"].variants.items()}
     assert combinations == SWITCHES
-    assert list(EXPERIMENTS) == ["claims", "act_num", "depth", "long"]  # the most valuable first
+    photographs = EXPERIMENTS["photographs"].variants
+    assert {name: (one.act_num, one.decay_epochs) for name, one in photographs.items()} == SWITCHES
+    assert {one.recipe for one in photographs.values()} == {"cifar10"}
+    assert list(EXPERIMENTS) == ["claims", "act_num", "depth", "photographs", "long"]  # the most valuable first
     assert ablation.SEEDS == 3
     longer = [(one.act_num, one.decay_epochs, one.epochs) for one in EXPERIMENTS["long"].variants.values()]
     assert longer == [(3, 0, 20), (3, 8, 20)]
@@ -46,7 +49,7 @@ def test_each_run_is_a_command_and_differs_in_one_thing():
 
 def test_a_run_shared_by_experiments_is_done_once():
     assert [name for name, one in EXPERIMENTS.items() if ablation.SHORT in one.trials()] == ["act_num", "depth"]
-    assert len({trial.name for trial in all_trials()}) == len(all_trials()) == 3 * (4 + 5 + 3 + 2)
+    assert len({trial.name for trial in all_trials()}) == len(all_trials()) == 3 * (4 + 5 + 3 + 4 + 2)
 
 
 def record(folder, trial, *top1):
@@ -94,7 +97,7 @@ def test_what_the_page_says_follows_from_the_runs(tmp_path, monkeypatch):
     assert gains.endswith("series activation, without deep training; series activation, with deep training")
     assert none.endswith("seeds do as much: deep training, with series activation, 10 epochs")
     assert losses == "These are losses here: deep training, without series activation"
-    assert missing.startswith("Not measured yet: 6 layers instead of 5;")
+    assert missing.startswith("Not measured yet: series activation, with deep training, on CIFAR-10;")
     assert "| deep training, without series activation | -1.00 ± 0.23 | loss | +0.95 |" in table
     assert "| n of 1 instead of 0 |  | not measured yet |  |" in table
     assert ablation.decay_table().splitlines()[2].startswith("| neither | 78.16 | 0.14 | 78.10 | 0.10 | -0.06 ± ")
@@ -127,13 +130,30 @@ def test_a_run_ends_in_the_records_and_is_not_repeated(tiny_fmnist, tmp_path, mo
     monkeypatch.setattr(ablation, "RECORDS", folder)
     monkeypatch.setattr(ablation, "SEEDS", 1)
     monkeypatch.setattr(ablation, "EXPERIMENTS", {"claims": Experiment("title", "n", {"0": Trial(act_num=0)})})
-    ablation.run_all(["claims"], str(tiny_fmnist), tmp_path / "runs", 1)
+    ablation.run_all(["claims"], tiny_fmnist, tmp_path, tmp_path / "runs", 1)
     trial = Trial(act_num=0)
     assert capsys.readouterr().out.splitlines()[1] == f"{trial.name}: top-1 {trial.top1(folder):.2f}"
     with trial.record(folder).open(newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == [str(epoch) for epoch in range(10)]
-    ablation.run_all(["claims"], "not there any more", tmp_path / "runs", 1)
+    ablation.run_all(["claims"], tmp_path / "not there any more", tmp_path, tmp_path / "runs", 1)
     assert capsys.readouterr().out.startswith("0 of 1 runs to do")
+
+
+def test_photographs_come_from_torchvision_or_from_folders(tmp_path, monkeypatch, capsys):
+    assert command(ablation.PHOTOGRAPHS).data_set == "torch/cifar10"
+    for split in ("train", "test"):
+        for name in ("frog", "ship"):
+            (tmp_path / "cifar" / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (name == "frog" and "green") or "grey").save(
+                tmp_path / "cifar" / split / name / "0.jpg"
+            )
+    monkeypatch.setattr(ablation, "RECORDS", tmp_path / "results")
+    monkeypatch.setattr(ablation, "SEEDS", 1)
+    short = replace(ablation.PHOTOGRAPHS, epochs=2, decay_epochs=0)
+    monkeypatch.setattr(ablation, "EXPERIMENTS", {"photographs": Experiment("title", "n", {"0": short})})
+    ablation.run_all(["photographs"], None, tmp_path / "cifar", tmp_path / "runs", 1)
+    assert f"{short.name}: top-1 {short.top1(tmp_path / 'results'):.2f}" in capsys.readouterr().out
+    assert ablation.cifar10_flags(tmp_path) == ["--data_path", str(tmp_path)]
 
 
 def test_a_report_writes_the_page_and_the_figure(tmp_path, monkeypatch):
@@ -187,4 +207,5 @@ def test_missing_or_damaged_data_end_it_before_any_run(tmp_path, monkeypatch, ca
     assert code == 1
     assert line.startswith("ablation.py: error: ")
     assert "is not an idx file" in line
-    assert failure(capsys) == (2, "ablation.py: error: --data_path is missing; --report does without")
+    missing = "ablation.py: error: --data_path is missing; --report and --only photographs do without"
+    assert failure(capsys) == (2, missing)

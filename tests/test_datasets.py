@@ -929,6 +929,24 @@ def test_bad_real_file(tmp_path, content):
 # -- data sets of timm's
 
 
+def test_cifar_10_of_torchvision(tmp_path, monkeypatch):
+    """Its folder, in its own format, as recipes/cifar10.args names it."""
+    base = tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+    pixels = np.random.RandomState(0).randint(0, 256, (2, 3072), dtype=np.uint8)
+    (base / "data").write_bytes(pickle.dumps({"data": pixels, "labels": [1, 0]}))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": ["frog", "ship"]}))
+    for name in ("train_list", "test_list"):
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, name, [["data", None]])
+    monkeypatch.setitem(torchvision.datasets.CIFAR10.meta, "md5", None)
+    for train in (True, False):
+        dataset = datasets.build_dataset("torch/cifar10", tmp_path, train=train, transform=to_tensor)
+        assert (len(dataset), list(dataset.classes)) == (2, ["frog", "ship"])
+        image, target = dataset[1]
+        assert target == 0
+        assert torch.equal((image * 255).round().to(torch.uint8).flatten(), torch.from_numpy(pixels[1]))
+
+
 def test_torch_data_set_of_timm(tmp_path):
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)

@@ -589,6 +589,63 @@ def test_a_crop_of_images_that_are_not_resized(tiny_fmnist, tmp_path, capsys):
     assert log.count("of a recipe is passed over: --crop_pct has no effect on images that are not resized") == 1
 
 
+def photographs(folder, side, number=8):
+    """Images of noise in folders by the names of CIFAR-10's."""
+    noise = np.random.RandomState(0)
+    for split in ("train", "test"):
+        for name in ("frog", "ship"):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(number):
+                image = Image.fromarray(noise.randint(0, 256, (side, side, 3), dtype=np.uint8))
+                image.save(folder / split / name / f"{index}.png")
+    return folder
+
+
+def test_images_in_a_folder_that_are_not_resized(tmp_path, monkeypatch, capsys):
+    """Evaluated pixel by pixel, also from the checkpoint alone, and trained with crops from 4 px of padding."""
+    data = photographs(tmp_path / "data", 40)
+    seen = []
+    build = transforms.build_train_transform
+    monkeypatch.setattr(
+        transforms, "build_train_transform", lambda *args, **kwargs: seen.append(build(*args, **kwargs)) or seen[-1]
+    )
+    flags = ("--data_set", "image_folder", "--val_split", "test", "--input_size", 40, "--output_dir", tmp_path / "run")
+    base = [*shlex.split("--model vanillanet_5 --width_mult 0.03125 --device cpu --num_workers 0 --batch_size 8")]
+    short = shlex.split("--epochs 1 --warmup_epochs 0 --decay_epochs 0 --aa none --reprob 0 --mixup 0 --cutmix 0")
+    run(data, *flags, *short, "--resize", "false", base=base)
+    crop = seen[0].transforms[0]
+    assert (crop.size, crop.padding) == ((40, 40), 4)
+    network = networks.open(tmp_path / "run" / "checkpoint-last.pth")
+    assert network.preprocessing.native
+    with Image.open(data / "test" / "frog" / "0.png") as image:
+        exact = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - 0.5) / 0.5
+        mean, std = (torch.tensor(x)[:, None, None] for x in (network.preprocessing.mean, network.preprocessing.std))
+        found = build_eval_transform(network.preprocessing)(image)
+    assert torch.allclose(found * std + mean, exact * 0.5 + 0.5, atol=1e-6)
+    with pytest.raises(SystemExit):
+        run(data, *flags, *short, "--resize", "false", "--scale", 0.5, 1, base=base)
+    assert "--scale has no effect on images that are not resized: add --resize true" in capsys.readouterr().err
+
+
+def test_small_images_are_resized_if_that_is_asked_for(tiny_fmnist, tmp_path):
+    run(
+        tiny_fmnist,
+        "--epochs",
+        1,
+        "--warmup_epochs",
+        0,
+        "--resize",
+        "true",
+        "--scale",
+        0.5,
+        1,
+        "--output_dir",
+        tmp_path,
+    )
+    network = networks.open(tmp_path / "checkpoint-last.pth")
+    assert (network.preprocessing.native, network.preprocessing.crop_pct) == (False, 0.875)
+
+
 def test_a_runs_own_arguments_repeat_it(tiny_fmnist, tmp_path):
     run(tiny_fmnist, "--epochs", 2, "--output_dir", tmp_path / "first", "--opt", "sgd", "--momentum", 0.9)
     main.main([f"@{tmp_path / 'first' / 'args.yaml'}", f"--output_dir={tmp_path / 'second'}"])
