@@ -41,28 +41,21 @@ def build_parser() -> Parser:
         type=NONNEGATIVE,
         help="largest difference from PyTorch, relative to the largest logit [by --precision: from 1e-4 to 0.25]",
     )
-    add("--layer_errors", type=boolean, default=False, help="print what int8 costs layer by layer, and write nothing")
     return parser
 
 
 def _check(args: Arguments) -> None:
     if args.precision != "int8":
         args.excludes("int8", "precision", f"--int8 and --precision {args.precision} exclude each other")
-    for flag in ("precision", "tolerance"):
-        args.needs(flag, not args.layer_errors, "--layer_errors true is about int8, in PyTorch")
-    args.needs("device", args.device == "cpu" or not args.layer_errors, "--layer_errors true computes on the CPU")
+    if not args.engine:
+        raise ValueError("--engine is missing: " + ", ".join(ENGINES))
     args.needs("device", args.device == "cpu" or args.engine != WEIGHTS, "--engine safetensors is for any device")
-    for flag in ("engine", "output"):
-        args.needs(flag, not args.layer_errors, "--layer_errors true writes no file")
     for flag in ("precision", "int8", "batch_size", "tolerance", "calib_data", "int8_depthwise"):
         args.needs(flag, args.engine != WEIGHTS, "--engine safetensors writes the weights as they are")
     args.precision = "int8" if args.int8 else args.precision or "fp32"
-    if not (args.layer_errors or args.engine):
-        raise ValueError("--engine is missing: " + ", ".join(ENGINES))
-    quantizes = args.layer_errors or args.precision == "int8"
-    if quantizes and not args.calib_data:
+    if args.precision == "int8" and not args.calib_data:
         raise ValueError("int8 needs real images to calibrate on: add --calib_data DIR")
-    args.needs("calib_count", quantizes, "it is for --int8")
+    args.needs("calib_count", args.precision == "int8", "it is for --int8")
     args.needs("data_set", args.calib_data, "it says what --calib_data is: add that")
     engine = runtimes.find(args.engine) if args.engine in runtimes.ENGINES else None
     args.needs(
@@ -89,21 +82,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from deployment.exporting import COMPARED_IMAGES, TOLERANCES, write_exported, write_safetensors
 from deployment.fusing import metadata_of, open_deployed
 from deployment.images import real_images, transform
-from records import logs
 from records.files import mistakes_end
-from runtimes.layer_errors import layer_errors
-
-
-def print_layer_errors(network: nn.Module, images: torch.Tensor) -> None:
-    rows = [["in int8", "kind", "error of the logits (%)"]]
-    rows += [[found.layer, found.kind, f"{100 * found.error:.3f}"] for found in layer_errors(network, images.split(50))]
-    print(logs.table(rows, "root mean square, relative", text_columns=2))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -118,12 +100,10 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--output {path}: a file of --engine safetensors ends in .safetensors")
         config = write_safetensors(network, path)
         print(f"{metadata.model}, {metadata.input_size} px: {path}, {config}")
-        return None
-    calibrates = args.layer_errors or args.precision == "int8"
+        return
+    calibrates = args.precision == "int8"
     count = args.calib_count if calibrates else COMPARED_IMAGES
     images = real_images(transform(metadata), count, path=args.calib_data, data_set=args.data_set)
-    if args.layer_errors:
-        return print_layer_errors(network.module, images)
     engine = runtimes.find(args.engine)
     path = Path(args.output or Path("exports") / f"{name}-{args.precision}{engine.suffix}")
     if path.suffix != engine.suffix:
@@ -140,7 +120,6 @@ def run(args: argparse.Namespace) -> None:
     )
     print(comparison)
     print(f"{metadata.model}, {args.precision}, {metadata.input_size} px: {path}")
-    return None
 
 
 def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:

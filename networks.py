@@ -33,35 +33,6 @@ from optim_factory import activation_slope
 from records.checkpoints import checkpoint_weights, load_checkpoint, load_weights
 from records.files import first_line
 
-__all__ = [
-    "AVERAGE_FIRST",
-    "BINARY_CROSS_ENTROPY",
-    "CROSS_ENTROPY",
-    "NETWORK_FIRST",
-    "Network",
-    "Normalization",
-    "Record",
-    "Weights",
-    "check_input_size",
-    "check_name",
-    "class_labels",
-    "config_preprocessing",
-    "describe",
-    "is_file",
-    "is_vanillanet",
-    "known_classes",
-    "named_preprocessing",
-    "open",
-    "prepare",
-    "probabilities",
-    "read",
-    "renormalized",
-    "set_slope",
-    "shape_arguments",
-    "unlabelled",
-    "warn_of_other_preprocessing",
-]
-
 logger = logging.getLogger(__name__)
 
 # Where the weights are in a checkpoint of ours, of the published code, of timm; the first that is there is taken.

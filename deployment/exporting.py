@@ -13,8 +13,6 @@ from networks import Network
 from records.checkpoints import save_checkpoint
 from records.files import cannot_write
 
-__all__ = ["COMPARED_IMAGES", "TOLERANCES", "compare", "write_exported", "write_safetensors"]
-
 # The largest difference from PyTorch in float32, relative to the largest logit. A file beyond it is not written.
 TOLERANCES = {"default": 1e-2, "fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2, "int8": 2.5e-1}
 COMPARED_IMAGES = 32

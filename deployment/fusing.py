@@ -16,8 +16,6 @@ import runtimes
 from networks import Network
 from records.checkpoints import save_checkpoint
 
-__all__ = ["COMPARED_BATCHES", "deployed", "largest_difference", "metadata_of", "open_deployed", "write_deployed"]
-
 TOLERANCE = 1e-4  # the largest difference of the fused network's answers, relative to the largest
 COMPARED_BATCHES = 4
 

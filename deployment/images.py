@@ -11,8 +11,6 @@ from loading.images import list_images, read_image
 from loading.transforms import Preprocessing, Transform, build_eval_transform
 from runtimes import Metadata
 
-__all__ = ["EMBEDDED", "real_images", "sample_folder", "spread", "transform"]
-
 EMBEDDED = Path(__file__).parents[1] / "data" / "fashion-mnist"
 
 

@@ -4,8 +4,6 @@ from typing import Any
 
 from options import COUNT, SHARE, Arguments, Parser, boolean, file_path
 
-__all__ = ["CALIBRATION_FLAGS", "NETWORK_FLAGS", "SUFFIXES", "add_network_flags", "network_choices"]
-
 # What `add_network_flags` adds: flags that choose or prepare a network, which an exported file settles itself.
 CALIBRATION_FLAGS = ("calib_data", "calib_count", "data_set", "int8_depthwise")
 NETWORK_FLAGS = ("model", "model_key", "input_size", "crop_pct", "random_weights", *CALIBRATION_FLAGS)

@@ -16,8 +16,6 @@ from loading.images import BrokenImageError, decode_image, upright
 from records.files import cannot_write, replacing
 from runtimes import Runtime
 
-__all__ = ["Prediction", "predict", "printable", "write_predictions"]
-
 
 @dataclass(frozen=True)
 class Prediction:

@@ -8,8 +8,6 @@ import torch
 from einops import einsum, rearrange
 from torch import nn
 
-__all__ = ["fold_bn", "merge_pointwise"]
-
 
 @torch.no_grad()
 def _conv_like(conv: nn.Conv2d, out_channels: int, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SAFE_GLOBALS"]
-
 
 def _plain_dict(*_factory: Any) -> dict:
     """A defaultdict is read as a dict: torch 2.14 fills no other kind, and nobody asks it for what it lacks."""

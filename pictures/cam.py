@@ -17,8 +17,6 @@ from torch import nn
 
 from pictures import style
 
-__all__ = ["View", "activation_maps", "cam_figure"]
-
 
 class _Split(nn.Module):
     """A timm model whose last feature map, before pooling, passes through `features`, where it can be observed."""

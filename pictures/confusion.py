@@ -9,8 +9,6 @@ from matplotlib.figure import Figure
 
 from pictures import style
 
-__all__ = ["confusion_figure", "worst_pairs"]
-
 NAMED = 40  # classes, up to which each row and column has its name
 NUMBERED = 20  # classes, up to which each cell has its number
 SHADES = LinearSegmentedColormap.from_list("shades", [(style.ACCENT, 0), (style.ACCENT, 1)])

@@ -15,8 +15,6 @@ from matplotlib.figure import Figure
 from pictures import style
 from records.logs import read_rows
 
-__all__ = ["COLUMNS", "Result", "accuracy_figure", "read_results", "results_figures"]
-
 COLUMNS = ("network", "series", "layers", "latency_ms", "top1", "conditions", "source")
 
 

@@ -7,9 +7,6 @@ from matplotlib.figure import Figure
 
 from pictures import style
 
-__all__ = ["seeds_figure"]
-
-
 Panel = tuple[str, str, Mapping[str, Sequence[float]]]
 
 

@@ -16,21 +16,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-__all__ = [
-    "ACCENT",
-    "COLOURS",
-    "INK",
-    "PEER",
-    "RIGHT",
-    "WRONG",
-    "caption",
-    "name_points",
-    "new_figure",
-    "plain_log",
-    "save",
-    "styled",
-]
-
 INK = "#737b85"  # text and axes: a contrast of at least 4 both on white and on a page that is almost black
 ACCENT = "#e8590c"  # VanillaNet, or what else the figure is about
 PEER = "#8b949e"  # what it is compared with

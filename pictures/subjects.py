@@ -14,8 +14,6 @@ import networks
 from loading.images import list_images, read_image
 from networks import Network
 
-__all__ = ["Photo", "label", "open_network", "pixels", "read_images", "short_name", "true_class"]
-
 
 def pixels(network: Network, images: torch.Tensor) -> torch.Tensor:
     """(N, 3, H, W) as the network is given them -> (N, H, W, 3) in [0, 1], to be looked at."""

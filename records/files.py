@@ -9,8 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["TEMPORARY", "cannot_write", "check_writable", "first_line", "mistakes_end", "one_line", "replacing"]
-
 TEMPORARY = ("writing-", ".tmp")  # how the names of files that are being written begin and end
 
 

@@ -12,8 +12,6 @@ from torch import nn
 
 from .running import input_sizes
 
-__all__ = ["AxisMaxPool", "fix_adaptive_pools", "windows"]
-
 
 def windows(size: int, out: int) -> list[tuple[int, int]]:
     """The half-open windows of adaptive pooling from `size` to `out` places along one axis."""

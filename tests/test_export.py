@@ -1,4 +1,4 @@
-"""export.py: files that agree with PyTorch, or none; what the file knows; int8 layer by layer."""
+"""export.py: files that agree with PyTorch, or none; what the file knows."""
 
 import hashlib
 import shlex
@@ -21,7 +21,6 @@ from deployment.images import EMBEDDED, sample_folder, transform
 from loading.images import read_image
 from loading.transforms import build_eval_transform
 from records.checkpoints import save_checkpoint
-from runtimes.layer_errors import layer_errors
 
 SMALL = {"width_mult": 1 / 16, "num_classes": 10}
 
@@ -93,30 +92,6 @@ def test_past_the_tolerance_nothing_is_written(checkpoint, photographs, tmp_path
     )  # fmt: skip
     assert "more than 1e-06, nothing written" in line
     assert list(folder.iterdir()) == []
-
-
-def test_layer_errors(checkpoint, photographs, capsys, monkeypatch):
-    run(checkpoint, "--layer_errors", "true", "--calib_data", photographs)
-    rows = [row.split("|")[1:-1] for row in capsys.readouterr().out.splitlines() if row.startswith("|")]
-    names = [row[0].strip() for row in rows[1:]]
-    assert names == [
-        "stem.0", "stem.1", "stages.0.conv", "stages.0.act", "stages.1.conv", "stages.1.act", "stages.2.conv",
-        "stages.2.act", "stages.3.conv", "stages.3.act", "cls.2", "all dense", "all depthwise", "all",
-    ]  # fmt: skip
-    assert all(0 < float(row[2]) < 20 for row in rows[1:])
-
-
-def test_a_layer_that_does_not_fit_int8_shows(randomized):
-    """One input channel far beyond the others leaves those few steps of the activation's 255."""
-    network = randomized(timm.create_model("vanillanet_5", deploy=True, **SMALL))
-    images = torch.randn(8, 3, 64, 64)
-    before = {found.layer: found.error for found in layer_errors(network, [images])}
-    with torch.no_grad():
-        network.stages[0].act.bias[0] += 300
-        network.stages[1].conv.weight[:, 0] = 0
-    after = {found.layer: found.error for found in layer_errors(network, [images])}
-    assert after["stages.1.conv"] > 5 * before["stages.1.conv"]
-    assert max(after, key=lambda name: after[name] if not name.startswith("all") else 0) == "stages.1.conv"
 
 
 @pytest.mark.parametrize(("engine", "suffix"), [("onnxruntime", ".onnx"), ("openvino", ".xml")])
@@ -230,13 +205,10 @@ def test_the_payload_would_work(hostile, tmp_path):
         ("--to pt2 --int8_depthwise true", "--int8_depthwise"),
         ("--to onnx --int8 --calib_data DIR --int8_depthwise true", "ONNX has it always"),
         ("--to openvino --device cuda", "not on cuda"),
-        ("--layer_errors true", "--calib_data"),
-        ("--layer_errors true --calib_data DIR --to onnx", "--engine"),
         ("--to onnx --calib_data no/folder", "no/folder"),
         ("--to onnx --random_weights true", "--random_weights"),
         ("--to onnx --calib_count 7", "--calib_count"),
         ("--to onnx --data_set FMNIST", "--data_set"),
-        ("--layer_errors true --calib_data DIR --tolerance 1", "--tolerance"),
         ("--to onnx --device gpu", "--device gpu"),
         ("--to onnx --input_size 16", "cannot take --input_size 16"),
         ("--to onnx --model nosuch", "nosuch"),
