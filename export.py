@@ -5,6 +5,7 @@ python export.py outputs/demo/checkpoint-last.pth --engine openvino --int8 --cal
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import runtimes
 from deployment.options import add_network_flags, network_choices
@@ -45,29 +46,28 @@ def build_parser() -> Parser:
 
 
 def _check(args: Arguments) -> None:
-    if args.precision != "int8":
-        args.excludes("int8", "precision", f"--int8 and --precision {args.precision} exclude each other")
     if not args.engine:
         raise ValueError("--engine is missing: " + ", ".join(ENGINES))
-    args.needs("device", args.device == "cpu" or args.engine != WEIGHTS, "--engine safetensors is for any device")
+    engine = None if args.engine == WEIGHTS else runtimes.find(args.engine)
+    suffix = engine.suffix if engine else ".safetensors"
+    if args.output and Path(args.output).suffix != suffix:
+        raise ValueError(f"--output {args.output}: a file of --engine {args.engine} ends in {suffix}")
+    if args.precision != "int8":
+        args.excludes("int8", "precision", f"--int8 and --precision {args.precision} exclude each other")
+    args.needs("device", args.device == "cpu" or engine, "--engine safetensors is for any device")
     for flag in ("precision", "int8", "batch_size", "tolerance", "calib_data", "int8_depthwise"):
-        args.needs(flag, args.engine != WEIGHTS, "--engine safetensors writes the weights as they are")
+        args.needs(flag, engine, "--engine safetensors writes the weights as they are")
     args.precision = "int8" if args.int8 else args.precision or "fp32"
-    if args.precision == "int8" and not args.calib_data:
+    quantizes = args.precision == "int8"
+    if quantizes and not args.calib_data:
         raise ValueError("int8 needs real images to calibrate on: add --calib_data DIR")
-    args.needs("calib_count", args.precision == "int8", "it is for --int8")
+    args.needs("calib_count", quantizes, "it is for --int8")
     args.needs("data_set", args.calib_data, "it says what --calib_data is: add that")
-    engine = runtimes.find(args.engine) if args.engine in runtimes.ENGINES else None
-    args.needs(
-        "int8_depthwise",
-        args.precision == "int8" and engine is not None and engine.leaves_depthwise,
-        "it is for --int8 with --engine aotinductor or openvino; ONNX has it always",
-    )
-    args.needs(
-        "batch_size",
-        args.batch_size == 1 or (engine is not None and engine.fixes_batch),
-        "it is for --engine aotinductor; the other formats take any batch",
-    )
+    if engine:
+        mend = "it is for --int8 with --engine aotinductor or openvino; ONNX has it always"
+        args.needs("int8_depthwise", quantizes and engine.leaves_depthwise, mend)
+        mend = "it is for --engine aotinductor; the other formats take any batch"
+        args.needs("batch_size", args.batch_size == 1 or engine.fixes_batch, mend)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
@@ -78,17 +78,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
 if __name__ == "__main__":
     ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
 
-import argparse
 import sys
-from pathlib import Path
 
-from deployment.exporting import COMPARED_IMAGES, TOLERANCES, write_exported, write_safetensors
+from deployment.exporting import COMPARED_IMAGES, write_exported, write_safetensors
 from deployment.fusing import metadata_of, open_deployed
 from deployment.images import real_images, transform
 from records.files import mistakes_end
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: Arguments) -> None:
     network = open_deployed(args.source, **network_choices(args))
     if network.weights and network.weights.choice:
         sys.stderr.write(f"export.py: {network.weights.choice}\n")
@@ -96,27 +94,23 @@ def run(args: argparse.Namespace) -> None:
     name = Path(args.source).stem if metadata.checkpoint else metadata.model
     if args.engine == WEIGHTS:
         path = Path(args.output or Path("exports") / name / "model.safetensors")
-        if path.suffix != ".safetensors":
-            raise ValueError(f"--output {path}: a file of --engine safetensors ends in .safetensors")
         config = write_safetensors(network, path)
         print(f"{metadata.model}, {metadata.input_size} px: {path}, {config}")
         return
-    calibrates = args.precision == "int8"
-    count = args.calib_count if calibrates else COMPARED_IMAGES
+    # Real images: to calibrate int8, and to compare the file with the network.
+    quantizes = args.precision == "int8"
+    count = args.calib_count if quantizes else COMPARED_IMAGES
     images = real_images(transform(metadata), count, path=args.calib_data, data_set=args.data_set)
-    engine = runtimes.find(args.engine)
-    path = Path(args.output or Path("exports") / f"{name}-{args.precision}{engine.suffix}")
-    if path.suffix != engine.suffix:
-        raise ValueError(f"--output {path}: a file of --engine {args.engine} ends in {engine.suffix}")
-    calibration = runtimes.Calibration(images.split(16), args.int8_depthwise) if calibrates else None
+    calibration = runtimes.Calibration(images.split(16), args.int8_depthwise) if quantizes else None
+    path = Path(args.output or Path("exports") / f"{name}-{args.precision}{runtimes.find(args.engine).suffix}")
     comparison = write_exported(
         network.module,
         path,
-        runtimes.Target(engine.name, args.precision, args.device, calibration=calibration),
+        runtimes.Target(args.engine, args.precision, args.device, calibration=calibration),
         metadata=metadata,
         images=images[:COMPARED_IMAGES],
         batch_size=args.batch_size,
-        tolerance=TOLERANCES[args.precision] if args.tolerance is None else args.tolerance,
+        tolerance=args.tolerance,
     )
     print(comparison)
     print(f"{metadata.model}, {args.precision}, {metadata.input_size} px: {path}")

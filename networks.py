@@ -30,7 +30,7 @@ from loading import transforms
 from loading.transforms import Preprocessing
 from models.vanillanet import VARIANTS
 from optim_factory import activation_slope
-from records.checkpoints import checkpoint_weights, load_checkpoint, load_weights
+from records.checkpoints import checkpoint_weights, is_state_dict, load_checkpoint, load_weights
 from records.files import first_line
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ class Weights:
 
     def holds(self, key: str) -> bool:
         """Whether there is another state dict under `key`."""
-        return _is_state_dict(self.checkpoint[key])
+        return is_state_dict(self.checkpoint[key])
 
     def under(self, key: str) -> dict[str, torch.Tensor]:
         """The tensors under another key."""
@@ -236,16 +236,12 @@ def read(path: str | Path, *, key: str | None = None, order: str = AVERAGE_FIRST
     checkpoint = load_checkpoint(path)
     tensors = checkpoint_weights(checkpoint, key=key or order, whole_file=key is None, prefix=prefix, path=path)
     used = next((name for name in (key or order).split("|") if name in checkpoint), "")
-    others = [name for name, value in checkpoint.items() if _is_state_dict(value) and name != used]
+    others = [name for name, value in checkpoint.items() if is_state_dict(value) and name != used]
     choice = ""
     if used and others:
         choice = f"{path}: the weights are those of {used}; it holds {', '.join(others)}, too (--model_key)"
         logger.info("%s", choice)
     return Weights(str(path), tensors, used, read_record(checkpoint, path), checkpoint, choice)
-
-
-def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(x, torch.Tensor) for x in value.values())
 
 
 # -- the network
@@ -295,10 +291,6 @@ class Network:
         """The classes in words, numbered where nothing is known of them."""
         number = self.module.num_classes
         return class_labels(self.classes or _imagenet_names(number), number)
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint of the network holds beside its weights and `args`, for `read_record`."""
-        return describe(self.preprocessing, self.loss, self.classes)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return probabilities(logits, self.loss)

@@ -47,7 +47,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
 if __name__ == "__main__":
     ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
 
-import argparse
 import io
 import sys
 
@@ -61,7 +60,7 @@ from records import logs
 from records.files import check_writable, mistakes_end, one_line
 
 
-def open_runtime(args: argparse.Namespace) -> runtimes.Runtime:
+def open_runtime(args: Arguments) -> runtimes.Runtime:
     """The network in its engine; `metadata` are there whatever it was made from."""
     if runtimes.of_file(args.source):
         return runtimes.load(args.source, engine=args.engine, precision=args.precision, device=args.device)
@@ -85,14 +84,18 @@ def open_runtime(args: argparse.Namespace) -> runtimes.Runtime:
     return runtime
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Arguments) -> int:
     """Print, and write to --output. Returns the exit code: 1 if an image is broken."""
     paths = list_images(args.images)
     if args.output is not None:
         check_writable(args.output)
+    runtime = open_runtime(args)
+    number = len(runtime.metadata.classes)
+    if args.topk > number:
+        args.moot("topk", f"--topk {args.topk} is more than the {number} classes of {args.source}")
     if isinstance(sys.stdout, io.TextIOWrapper):  # which may not have all letters of a class's name
         sys.stdout.reconfigure(errors="backslashreplace")
-    found = predict(open_runtime(args), paths, top=args.topk, batch_size=args.batch_size)
+    found = predict(runtime, paths, top=args.topk, batch_size=args.batch_size)
     kept: list[Prediction] = []
     broken = 0
     shown = args.output is not None or not sys.stdout.isatty()
@@ -102,13 +105,12 @@ def run(args: argparse.Namespace) -> int:
             if len(paths) == 1 and paths == args.images:
                 raise ValueError(f"cannot read the image {printable(path)}: {predictions}")
             sys.stderr.write(f"predict.py: cannot read the image {one_line(printable(path))}: {predictions}\n")
-            continue
-        kept += predictions
-        if args.output is None:
+        elif args.output is not None:
+            kept += predictions
+        else:
             print(printable(path))
             for prediction in predictions:
-                print(f"  {100 * prediction.chance:5.1f} %  {prediction.name}")
-            kept.clear()
+                print(f"  {100 * prediction['chance']:5.1f} %  {prediction['class']}")
     if args.output is not None:
         write_predictions(args.output, kept)
         print(f"{args.output}: {len(paths) - broken} images")

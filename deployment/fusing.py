@@ -13,6 +13,7 @@ from torch import nn
 
 import networks
 import runtimes
+from deployment.images import RECORDED
 from networks import Network
 from records.checkpoints import save_checkpoint
 
@@ -28,8 +29,8 @@ def deployed(network: Network) -> Network:
 def open_deployed(
     source: str | Path,
     *,
-    name: str | None = None,
-    key: str | None = None,
+    model: str | None = None,
+    model_key: str | None = None,
     input_size: int | None = None,
     crop_pct: float | None = None,
     random_weights: bool = False,
@@ -37,11 +38,12 @@ def open_deployed(
     """A network in deploy form, on the CPU in eval mode, opened by `networks.open`.
 
     Args:
+        model, model_key: the `name` of the model, and the `key` of its weights.
         input_size, crop_pct: instead of those that the network records.
         random_weights: do without the pretrained weights of a name.
     """
     mend = "give a checkpoint, or add --random_weights true to measure speed alone"
-    network = networks.open(source, name=name, key=key, pretrained=not random_weights, mend=mend)
+    network = networks.open(source, name=model, key=model_key, pretrained=not random_weights, mend=mend)
     network = deployed(network.prepared(input_size=input_size, crop_pct=crop_pct))
     networks.check_input_size(network.module, network.preprocessing.input_size, str(source))
     return network
@@ -49,18 +51,9 @@ def open_deployed(
 
 def metadata_of(network: Network) -> runtimes.Metadata:
     """What a program needs to know besides the network, for an exported file."""
-    images = network.preprocessing
+    images = {name: getattr(network.preprocessing, name) for name in RECORDED}
     return runtimes.Metadata(
-        model=network.name,
-        classes=network.labels,
-        mean=images.mean,
-        std=images.std,
-        input_size=images.input_size,
-        crop_pct=images.crop_pct,
-        interpolation=images.interpolation,
-        crop_mode=images.crop_mode,
-        loss=network.loss,
-        checkpoint=network.digest,
+        model=network.name, classes=network.labels, loss=network.loss, checkpoint=network.digest, **images
     )
 
 

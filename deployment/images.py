@@ -14,19 +14,14 @@ from runtimes import Metadata
 EMBEDDED = Path(__file__).parents[1] / "data" / "fashion-mnist"
 
 
+# What an exported file records of `Preprocessing`, by the same names.
+RECORDED = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode")
+
+
 def transform(metadata: Metadata) -> Transform:
     """From an RGB image to the input of the network that the metadata belong to, (3, input_size, input_size)."""
-    return build_eval_transform(
-        Preprocessing(
-            metadata.input_size,
-            mean=metadata.mean,
-            std=metadata.std,
-            crop_pct=metadata.crop_pct,
-            interpolation=metadata.interpolation,
-            crop_mode=metadata.crop_mode,
-            native=metadata.crop_pct is None,
-        )
-    )
+    fields = {name: getattr(metadata, name) for name in RECORDED}
+    return build_eval_transform(Preprocessing(**fields, native=metadata.crop_pct is None))
 
 
 def spread(length: int, count: int) -> Sequence[int]:

@@ -5,8 +5,9 @@ from typing import Any
 from options import COUNT, SHARE, Arguments, Parser, boolean, file_path
 
 # What `add_network_flags` adds: flags that choose or prepare a network, which an exported file settles itself.
+CHOICES = ("model", "model_key", "input_size", "crop_pct", "random_weights")
 CALIBRATION_FLAGS = ("calib_data", "calib_count", "data_set", "int8_depthwise")
-NETWORK_FLAGS = ("model", "model_key", "input_size", "crop_pct", "random_weights", *CALIBRATION_FLAGS)
+NETWORK_FLAGS = (*CHOICES, *CALIBRATION_FLAGS)
 SUFFIXES = (".csv", ".json")  # of the files that predictions are written to
 
 
@@ -31,10 +32,4 @@ def add_network_flags(parser: Parser) -> None:
 
 def network_choices(args: Arguments) -> dict[str, Any]:
     """What `add_network_flags` was given, for `deployment.fusing.open_deployed`."""
-    return {
-        "name": args.model,
-        "key": args.model_key,
-        "input_size": args.input_size,
-        "crop_pct": args.crop_pct,
-        "random_weights": args.random_weights,
-    }
+    return {flag: getattr(args, flag) for flag in CHOICES}

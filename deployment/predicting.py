@@ -1,37 +1,21 @@
 """What images show, by a network in any engine and format."""
 
-import csv
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import networks
 from deployment.images import transform
 from loading.images import BrokenImageError, decode_image, upright
-from records.files import cannot_write, replacing
+from records.logs import write_json, write_rows
 from runtimes import Runtime
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """A class of an image, and its chance in [0, 1]: see `networks.probabilities`.
-
-    Attributes:
-        path: of the image.
-        rank: 1 for the likeliest class.
-        index: of the class.
-    """
-
-    path: str
-    rank: int
-    name: str
-    index: int
-    chance: float
+Prediction = dict[str, Any]  # a class of an image: the row of a file, by the names in COLUMNS
+COLUMNS = ("path", "rank", "class", "index", "chance")  # rank 1 is the likeliest, chance is in [0, 1]
 
 
 def predict(
@@ -39,7 +23,8 @@ def predict(
 ) -> Iterator[tuple[str, list[Prediction] | BrokenImageError]]:
     """For each file its path, and its likeliest classes, best first, or what is wrong with it.
 
-    Images are turned upright by their EXIF orientation, since people look at them so.
+    Images are turned upright by their EXIF orientation, since people look at them so. For what a chance is see
+    `networks.probabilities`.
 
     Args:
         runtime: with metadata.
@@ -61,12 +46,12 @@ def predict(
 
 
 def _likeliest(runtime: Runtime, images: dict[str, torch.Tensor], top: int) -> Iterator[list[Prediction]]:
-    metadata = runtime.metadata
+    classes = runtime.metadata.classes
     logits = runtime(torch.stack(list(images.values()))).cpu()  # (N, classes)
-    chances, indices = networks.probabilities(logits, metadata.loss).topk(min(top, len(metadata.classes)))
+    chances, indices = networks.probabilities(logits, runtime.metadata.loss).topk(min(top, len(classes)))  # (N, top)
     for path, values, places in zip(images, chances.tolist(), indices.tolist(), strict=True):
         yield [
-            Prediction(path, rank, metadata.classes[index], index, chance)
+            dict(zip(COLUMNS, (path, rank, classes[index], index, chance), strict=True))
             for rank, (index, chance) in enumerate(zip(places, values, strict=True), 1)
         ]
 
@@ -84,17 +69,8 @@ def write_predictions(path: str | Path, predictions: Sequence[Prediction]) -> No
         ValueError: it cannot be written.
     """
     path = Path(path)
-    rows = [asdict(found) | {"path": printable(found.path, "utf-8")} for found in predictions]
-    rows = [{"class" if key == "name" else key: value for key, value in row.items()} for row in rows]
-    columns = ["class" if field.name == "name" else field.name for field in fields(Prediction)]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            if path.suffix == ".json":
-                json.dump(rows, file, indent=1)
-            else:
-                table = csv.DictWriter(file, columns)
-                table.writeheader()
-                table.writerows(rows)
-    except OSError as error:
-        raise ValueError(cannot_write(path, error)) from error
+    rows = [{**found, "path": printable(found["path"], "utf-8")} for found in predictions]
+    if path.suffix == ".json":
+        write_json(path, rows)
+    else:
+        write_rows(path, rows, COLUMNS)

@@ -17,28 +17,26 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models.safe_globals import SAFE_GLOBALS
-from records.files import TEMPORARY, cannot_write, first_line, replacing
+from records.files import TEMPORARY, first_line, replacing, writing
 
 logger = logging.getLogger(__name__)
 
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # what DDP and compiling put before names
 EXPORTED = (".onnx", ".xml", ".pt2", ".engine")  # what export.py and its engines write
 PROFILED = ("total_ops", "total_params", "n_averaged")  # buffers that thop and AveragedModel leave behind
+FOLDER_ATTRIBUTE = 0x10  # of a record in a zip file's directory
+# What files begin with that are no checkpoint, what they are, and what to do about it.
+KINDS = (
+    (b"version https://git-lfs", "it is a git-lfs pointer, not the file itself: run git lfs pull"),
+    ((b"<!doctype html", b"<html"), "it is a web page: download the file itself, not the page that links to it"),
+    ((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), "it is compressed: unpack it first"),
+    ((b"\x89PNG", b"\xff\xd8\xff", b"GIF8"), "it is an image"),
+    (b"\x89HDF", "it is an HDF5 file, as Keras writes them: convert its weights to PyTorch first"),
+)
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, read, or used for this network; the message is one line."""
-
-
-@contextlib.contextmanager
-def _cause_of_failed_save():
-    """torch reports that its writer is out of step, and the system's error is only what that came from."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
@@ -50,34 +48,29 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
         CheckpointError: names the path and the cause; the previous file is untouched and nothing stray is left.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, _cause_of_failed_save():
-            if path.suffix == ".safetensors":
-                weights = {name: value.contiguous() for name, value in checkpoint["model"].items()}
-                texts = {name: json.dumps(value) for name, value in checkpoint.items() if name != "model"}
-                save_file(weights, temporary, metadata={"format": "pt", **texts})
-            else:
-                with temporary.open("wb") as file:
-                    torch.save(dict(checkpoint), file)
-    except OSError as error:
-        raise CheckpointError(cannot_write(path, error)) from error
+    with writing(path, CheckpointError), replacing(path) as temporary:
+        if path.suffix == ".safetensors":
+            weights = {name: value.contiguous() for name, value in checkpoint["model"].items()}
+            texts = {name: json.dumps(value) for name, value in checkpoint.items() if name != "model"}
+            save_file(weights, temporary, metadata={"format": "pt", **texts})
+            return
+        try:
+            with temporary.open("wb") as file:
+                torch.save(dict(checkpoint), file)
+        except RuntimeError as error:
+            # torch reports that its writer is out of step; the system's error is what that came from.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def link_checkpoint(source: Path, path: Path) -> None:
     """Give the file `source` a second name, atomically; a copy where the file system has no hard links."""
-    try:
-        with replacing(path) as temporary:
-            temporary.unlink()
-            try:
-                os.link(source, temporary)
-            except OSError:
-                shutil.copyfile(source, temporary)
-    except OSError as error:
-        raise CheckpointError(cannot_write(path, error)) from error
-
-
-FOLDER_ATTRIBUTE = 0x10  # of a record in a zip file's directory
+    with writing(path, CheckpointError), replacing(path) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def is_intact(path: str | Path) -> bool:
@@ -102,55 +95,39 @@ def _is_zip(path: Path) -> bool:
 def _what_it_is(path: Path) -> str | None:
     """What a file is that is no checkpoint, with what to do about it; None if that cannot be told."""
     with path.open("rb") as file:
-        head = file.read(512)
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        head = file.read(500)
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()  # a web page may begin with a mark, lines and capitals
     if not head:
         return "it is empty: download or copy it again"
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a git-lfs pointer, not the file itself: run git lfs pull"
-    if start.startswith((b"<!doctype html", b"<html")):
-        return "it is a web page: download the file itself, not the page that links to it"
-    if path.suffix in EXPORTED and not _has_member(path, "data.pkl"):
+    for begins, what in KINDS:
+        if head.startswith(begins) or start.startswith(begins):
+            return what
+    members = zipfile.ZipFile(path).namelist() if is_intact(path) else []
+    weights = any(name.endswith("data.pkl") for name in members)  # as `torch.save` writes them
+    if path.suffix in EXPORTED and not weights:
         return "it is an exported network, not weights: give the checkpoint that it was exported from"
-    if _has_member(path, "constants.pkl"):
+    if any(name.endswith("constants.pkl") for name in members):
         return "it is a TorchScript program: save the weights alone, torch.save(module.state_dict(), FILE)"
-    if _is_zip(path) and not _has_member(path, "data.pkl"):
+    if _is_zip(path) and not weights:
         return "it is a zip file of something else than a checkpoint: unpack it, or take another file"
-    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-        return "it is compressed: unpack it first"
-    if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")):
-        return "it is an image"
-    if head.startswith(b"\x89HDF"):
-        return "it is an HDF5 file, as Keras writes them: convert its weights to PyTorch first"
-    with contextlib.suppress(UnicodeDecodeError):
-        if all(c.isprintable() or c.isspace() for c in head[:500].decode(errors="strict")):
-            return "it is a text file"
+    if all(c.isprintable() or c.isspace() for c in head.decode(errors="ignore")):
+        return "it is a text file"
     return None
-
-
-def _has_member(path: Path, ending: str) -> bool:
-    """Whether it is a zip file with a member of that name; `torch.save` writes data.pkl."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith(ending) for name in archive.namelist())
-    except Exception:  # of damaged bytes: BadZipFile, struct.error, ...
-        return False
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
     """The tensors under `model`, and beside them what the metadata hold in JSON."""
     try:
         with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            checkpoint = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118  it is no dict
             texts = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         cause = _what_it_is(path) or f"it is damaged or no safetensors file ({first_line(error)})"
         raise CheckpointError(f"cannot load {path}: {cause}") from error
-    checkpoint: dict[str, Any] = {}
-    for name, text in texts.items():
+    for name in texts.keys() - {"model"}:
         with contextlib.suppress(ValueError):  # another program's note; ours are JSON
-            checkpoint[name] = json.loads(text)
-    return {**checkpoint, "model": weights}
+            checkpoint[name] = json.loads(texts[name])
+    return checkpoint
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -181,17 +158,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _why_not_loaded(path: Path, message: str) -> str:
     """The cause in words of ours: torch's advise to let a file run its code."""
-    found = re.search(
-        r"(?:unsupported )?GLOBAL ([\w.]+)|but got <class '([\w.]+)'>|(unsupported operand [^\n]*)", message
-    )
     if known := _what_it_is(path):
         return known
-    if found:
+    pattern = r"(?:unsupported )?GLOBAL ([\w.]+)|but got <class '([\w.]+)'>|(unsupported operand [^\n]*)"
+    if found := re.search(pattern, message):
         return (
-            f"refused: it holds {next(filter(None, found.groups()))}, and to load that could run code. Where you trust "
-            'the file, save the weights alone: torch.save({"model": model.state_dict()}, FILE)'
+            f"refused: it holds {found[found.lastindex]}, and to load that could run code. Where you trust the file, "
+            'save the weights alone: torch.save({"model": model.state_dict()}, FILE)'
         )
     return "it is truncated or no PyTorch checkpoint: take another copy or an earlier one"
+
+
+def is_state_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(x, torch.Tensor) for x in value.values())
 
 
 def checkpoint_weights(
@@ -213,16 +192,12 @@ def checkpoint_weights(
     Raises:
         CheckpointError: no such key, or no tensors under it.
     """
-    for name in key.split("|"):
-        if name in checkpoint:
-            weights = checkpoint[name]
-            break
-    else:
-        if not (whole_file and checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values())):
-            keys = ", ".join(map(str, list(checkpoint)[:12]))
-            raise CheckpointError(f"{path} has no key {key}; choose one by --model_key: {keys}")
-        name, weights = "no key", checkpoint
-    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    name = next((name for name in key.split("|") if name in checkpoint), None)
+    if name is None and not (whole_file and is_state_dict(checkpoint)):
+        keys = ", ".join(map(str, list(checkpoint)[:12]))
+        raise CheckpointError(f"{path} has no key {key}; choose one by --model_key: {keys}")
+    weights = checkpoint if name is None else checkpoint[name]
+    if weights != {} and not is_state_dict(weights):
         raise CheckpointError(f"what {path} holds under {name} is no state dict")
     weights = {str(name): value for name, value in weights.items()}
     if prefix:
@@ -283,10 +258,9 @@ class CheckpointFolder:
         """Where in the run each numbered file was written, newest first: (epochs done, steps after them)."""
         found = []
         for path in self.folder.glob("checkpoint-*.pth"):
-            match = self.pattern.fullmatch(path.name)
-            if match:
-                epoch, step = int(match.group(1)), match.group(2)
-                found.append(((epoch, int(step)) if step else (epoch + 1, 0), path))
+            if match := self.pattern.fullmatch(path.name):
+                epoch, step = int(match[1]), int(match[2] or 0)
+                found.append(((epoch, step) if step else (epoch + 1, 0), path))
         return sorted(found, reverse=True)
 
     def numbered(self) -> list[Path]:

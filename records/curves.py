@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from records.logs import CsvSink, Metrics, writing
+from records.files import writing
+from records.logs import CsvSink, Metrics, Sink
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,7 +89,7 @@ def _knots_undone() -> Iterator[None]:
         gc.enable()
 
 
-class CurvesSink:
+class CurvesSink(Sink):
     """`curves.png`: the columns of `panels` by epoch, drawn anew from the CSV."""
 
     def __init__(self, path: Path, table: CsvSink, panels: Panels = CURVES):
@@ -97,6 +98,3 @@ class CurvesSink:
     def log(self, metrics: Metrics, step: int) -> None:
         with writing(self.path), _knots_undone():
             curves_figure({"": self.table.rows}, self.panels).savefig(self.path, dpi=100)
-
-    def close(self) -> None:
-        pass

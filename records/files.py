@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -48,17 +49,24 @@ def cannot_write(path: str | Path, error: OSError) -> str:
     )
 
 
+@contextlib.contextmanager
+def writing(path: str | Path, kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Turn the system's error of a failed write, which may lack the path, into a line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(cannot_write(path, error)) from error
+
+
 def check_writable(path: str | Path) -> None:
     """Ask before long work whether a file can be written to `path`, whose folder is made. ValueError if not."""
     path = Path(path)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
-        raise ValueError(cannot_write(path, error)) from error
 
 
 def _fsync(path: Path) -> None:
@@ -70,23 +78,19 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
-    """Yields a temporary path beside `path`; what was written there is flushed and renamed over `path`, or removed."""
-    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY[0], suffix=TEMPORARY[1], dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the folder of `path`, which is made; what was written there replaces `path` as a
+    whole, also where the machine fails, or on an error is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begin, end = TEMPORARY
+    temporary = path.with_name(f"{begin}{secrets.token_hex(6)}{end}")
     try:
         yield temporary
+        # First the content, then the name, so that the name never stands for half of a file.
         _fsync(temporary)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private
         temporary.replace(path)
         _fsync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

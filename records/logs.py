@@ -5,16 +5,14 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from terminaltables import AsciiTable
 from tqdm import tqdm
 
-from records.files import cannot_write, replacing
+from records.files import replacing, writing
 
 logger = logging.getLogger(__name__)
 
@@ -57,26 +55,21 @@ def progress(batches: Iterable, *, description: str, total: int, initial: int = 
     return iter(tqdm(batches, desc=description, total=total, initial=initial, leave=False, dynamic_ncols=True))
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A log that cannot be written ends the run: turn the cause, which may lack the path, into a line for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(cannot_write(path, error)) from error
+class Sink:
+    """Where numbers go. A sink that cannot write ends the run with a line for the user (ValueError)."""
 
+    def log(self, metrics: Metrics, step: int) -> None:
+        raise NotImplementedError
 
-class Sink(Protocol):
-    def log(self, metrics: Metrics, step: int) -> None: ...
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Finish; most sinks leave nothing open."""
 
 
 def _format(value: float | int) -> str:
     return f"{value:d}" if isinstance(value, int) else f"{value:.4g}"
 
 
-class ConsoleSink:
+class ConsoleSink(Sink):
     """One line a call through `logging`, above a progress bar if there is one."""
 
     def __init__(self, label: str):
@@ -86,9 +79,6 @@ class ConsoleSink:
         with tqdm.external_write_mode(file=sys.stderr):
             logger.info("%s %d: %s", self.label, step, "  ".join(f"{k} {_format(v)}" for k, v in metrics.items()))
 
-    def close(self) -> None:
-        pass
-
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file with a header, all cells as text."""
@@ -96,7 +86,25 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-class CsvSink:
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]], columns: Iterable[str] | None = None) -> None:
+    """Write a CSV file with a header; a row may lack cells.
+
+    Args:
+        columns: of the header; None takes those that the rows have.
+    """
+    columns = list(columns or dict.fromkeys(name for row in rows for name in row))
+    with writing(path), replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, columns, restval="")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def write_json(path: Path, content: object) -> None:
+    with writing(path), replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
+
+
+class CsvSink(Sink):
     """`summary.csv`, a row an epoch. A column may be empty in an epoch that was not evaluated.
 
     Args:
@@ -111,18 +119,10 @@ class CsvSink:
 
     def log(self, metrics: Metrics, step: int) -> None:
         self.rows.append({"epoch": step, **metrics})
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        # Rewritten as a whole, because a later row may bring a column that the header lacks.
-        with writing(self.path), replacing(self.path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-    def close(self) -> None:
-        pass
+        write_rows(self.path, self.rows)  # as a whole, because a later row may bring a column that the header lacks
 
 
-class JsonLinesSink:
+class JsonLinesSink(Sink):
     """`log.jsonl`, an object a call; `start` as in `CsvSink`, `key` names the step."""
 
     def __init__(self, path: Path, key: str, start: int = 0):
@@ -148,7 +148,7 @@ class JsonLinesSink:
         self.file.close()
 
 
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """TensorBoard events; every metric is a scalar under `prefix`.
 
     Not by tensorboardX's SummaryWriter: its thread dies of a full disk, and then its queue fills up and the run hangs.
@@ -177,7 +177,7 @@ class TensorBoardSink:
             self.writer.close()
 
 
-class WandbSink:
+class WandbSink(Sink):
     """Weights & Biases; wandb is imported only here, as most runs do without it."""
 
     def __init__(self, run, prefix: str):
@@ -215,7 +215,7 @@ class StepLog:
         self.write(step, {**numbers, "images_per_second": rate})
 
 
-class Sinks:
+class Sinks(Sink):
     """Several sinks as one."""
 
     def __init__(self, *sinks: Sink):

@@ -142,6 +142,7 @@ def test_imagenet_names_by_a_models_name(photographs, capsys):
         (["MODEL", "PHOTO", "--precision", "int8"], "--calib_data"),
         (["MODEL", "PHOTO", "--calib_data", "DIR"], "--precision int8"),
         (["MODEL", "PHOTO", "--calib_count", "7"], "--precision int8"),
+        (["MODEL", "PHOTO", "--topk", "11"], "--topk 11 is more than the 10 classes of"),
         (["MODEL", "PHOTO", "--device", "gpu"], "--device gpu"),
         (["MODEL", "PHOTO", "--engine", "tensorrt"], "not on cpu"),
         (["gone.pth", "PHOTO"], "gone.pth does not exist"),
