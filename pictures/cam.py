@@ -7,7 +7,7 @@ et al., "Learning Deep Features for Discriminative Localization", CVPR 2016).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from loading.transforms import build_eval_transform
+from networks import Network
 from pictures import style
+from pictures.subjects import Photo, label, short_name, true_class
 
 
 class _Split(nn.Module):
@@ -32,20 +35,18 @@ class _Split(nn.Module):
 
 def _observed_layer(split: _Split, level: int | None) -> nn.Module:
     """The layer whose output is the feature map, by timm's `feature_info` if it is not the last one before pooling."""
-    model = split.model
-    if level is None and getattr(model, "global_pool", None) != "token":
-        return split.features
-    levels = getattr(model, "feature_info", None) or []
+    levels = getattr(split.model, "feature_info", None) or []
     if level is None:
+        if getattr(split.model, "global_pool", None) != "token":
+            return split.features
         # Such a transformer reads its class off one token: the other tokens of its last block have no part in it, and
         # those of the block before it have, through that block's attention.
         level = -2
     try:
-        return model.get_submodule(levels[level]["module"])
+        return split.model.get_submodule(levels[level]["module"])
     except (IndexError, KeyError, AttributeError):
-        raise ValueError(
-            f"--level {level} is not there: timm names {len(levels)} feature maps of the network"
-        ) from None
+        known = f"timm names {len(levels)} feature maps of the network"
+        raise ValueError(f"--level {level} is not there: {known}") from None
 
 
 def _as_map(features: torch.Tensor, model: nn.Module) -> torch.Tensor:
@@ -125,43 +126,74 @@ def activation_maps(
 
 @dataclass(frozen=True)
 class View:
-    """What one network makes of one image.
+    """What one network makes of one image."""
 
-    Attributes:
-        image: (H, W, 3) in [0, 1], the part of the image that the network is given.
-        heat: (H, W) in [0, 1], the map.
-        title: its answer, in words.
-        right: whether that is the true class; None where that is not known.
-    """
+    image: np.ndarray  # (H, W, 3) in [0, 1], the part of the image that the network is given
+    heat: np.ndarray  # (H, W) in [0, 1], the map
+    title: str  # the network's answer, in words
+    right: bool | None  # whether that is the true class; None where that is not known
 
-    image: np.ndarray
-    heat: np.ndarray
-    title: str
-    right: bool | None = None
+
+def _views(network: Network, photos: Sequence[Photo], target: int | None, level: int | None) -> list[View]:
+    """What a network makes of each image; the title has its answer, or with `target` that class's probability too."""
+    prepare = build_eval_transform(network.preprocessing)
+    inputs = torch.stack([prepare(photo.image) for photo in photos])  # (N, 3, H, W)
+    maps, logits = activation_maps(network.module, inputs, target=target, level=level)  # (N, H, W), (N, classes)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (network.preprocessing.mean, network.preprocessing.std))
+    shown = (inputs * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
+    views = []
+    for photo, image, heat, chances in zip(
+        photos, shown, maps, network.probabilities(torch.from_numpy(logits)), strict=True
+    ):
+        answer, truth = int(chances.argmax()), true_class(network, photo.folder)
+        title = f"{short_name(network, answer)} {chances[answer]:.2f}"
+        if target is not None:
+            title = f"map of {short_name(network, target)} {chances[target]:.2f}\nanswer {title}"
+        views.append(View(image, heat, title, None if truth is None else truth == answer))
+    return views
 
 
 PANEL = 2.1  # inches
 WIDTH = 11  # inches, up to which images stand beside each other
+MARKS = {None: ("", style.INK), True: ("\u2713 ", style.RIGHT), False: ("\u2717 ", style.WRONG)}
 
 
 @style.styled
-def cam_figure(columns: Mapping[str, Sequence[View]], names: Sequence[str], *, title: str) -> Figure:
+def cam_figure(
+    opened: Sequence[Network], photos: Sequence[Photo], *, target: int | None = None, level: int | None = None
+) -> Figure:
     """A group of panels an image: as the first network is given it, then each network's map over its own.
 
     Groups stand beside each other as far as the width allows, and then below each other.
 
     Args:
-        columns: by the network's label, a view of each image.
-        names: of the images, with their true classes if they are known.
+        target, level: as for `activation_maps`.
+
+    Raises:
+        ValueError: as `activation_maps`; it names the network.
     """
+    columns: dict[str, list[View]] = {}
+    for number, network in enumerate(opened, 1):
+        column = label(network) if label(network) not in columns else f"{label(network)} ({number})"
+        try:
+            columns[column] = _views(network, photos, target, level)
+        except ValueError as error:
+            raise ValueError(f"{' '.join(column.split())}: {error}") from error
+    # The first network's name for the true class stands for all.
+    truths = [true_class(opened[0], photo.folder) for photo in photos]
+    names = [
+        photo.name if truth is None else f"{photo.name}\ntrue: {short_name(opened[0], truth)}"
+        for photo, truth in zip(photos, truths, strict=True)
+    ]
+    # A row of the grid holds whole groups; panels without an image go.
     group = 1 + len(columns)
     across = min(len(names), max(1, int(WIDTH / (PANEL * group))))
     down = -(-len(names) // across)
     figure = style.new_figure(PANEL * group * across, (PANEL + 0.4) * down + 0.9)
     grid = figure.subplots(down, across * group, squeeze=False)
-    for axes, label in zip(grid[0], across * ("", *columns), strict=True):
-        axes.set_title(label, fontsize=8.5, loc="center")
-    groups = grid.reshape(down * across, group)  # a row of the grid holds whole groups
+    for axes, heading in zip(grid[0], across * ("", *columns), strict=True):
+        axes.set_title(heading, fontsize=8.5, loc="center")
+    groups = grid.reshape(down * across, group)
     for axes in groups[len(names) :].flat:
         axes.remove()
     for panels, name, *views in zip(groups, names, *columns.values(), strict=False):
@@ -175,10 +207,9 @@ def cam_figure(columns: Mapping[str, Sequence[View]], names: Sequence[str], *, t
     for axes in figure.axes:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
+    what = "its answer" if target is None else f"the class {short_name(opened[0], target)}"
     known = any(view.right is not None for views in columns.values() for view in views)
     marks = f" {MARKS[True][0]}right, {MARKS[False][0]}wrong." if known else ""
-    style.caption(figure, title, f"Bright: evidence for the class. Each map has a scale of its own.{marks}")
+    small = f"Bright: evidence for the class. Each map has a scale of its own.{marks}"
+    style.caption(figure, f"Where a network sees evidence for {what}", small)
     return figure
-
-
-MARKS = {None: ("", style.INK), True: ("\u2713 ", style.RIGHT), False: ("\u2717 ", style.WRONG)}

@@ -1,10 +1,8 @@
 """Depth or latency against accuracy, from tables that name their sources.
 
-A table is a CSV file with the columns `COLUMNS`; others are left alone. Tables are drawn side by side and never into
-one another, since their numbers are of different machines and data.
+A table is a CSV file with the columns `COLUMNS`; others are left alone.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,55 +18,33 @@ COLUMNS = ("network", "series", "layers", "latency_ms", "top1", "conditions", "s
 
 @dataclass(frozen=True)
 class Result:
-    """A network's numbers; None where its source does not give one.
-
-    Attributes:
-        network, series: its name, and the family that it is joined to by a line.
-        layers: its depth.
-        latency_ms: of one image.
-        top1: accuracy in percent.
-        conditions: device, precision, batch and data that the numbers hold for.
-        source: where they are from.
-    """
+    """A network's numbers; None where its source does not give one."""
 
     network: str
-    series: str
-    layers: float | None
-    latency_ms: float | None
-    top1: float | None
-    conditions: str
-    source: str
+    series: str  # the family that it is joined to by a line
+    layers: float | None  # its depth
+    latency_ms: float | None  # of one image
+    top1: float | None  # accuracy in percent
+    conditions: str  # device, precision, batch and data that the numbers hold for
+    source: str  # where they are from
 
 
 def read_results(path: str | Path) -> list[Result]:
-    """The rows of a table of results.
-
-    Raises:
-        ValueError: names the file, and the line that has no source or a cell that is no number.
-    """
-    path = Path(path)
+    """The rows of a table of results. ValueError if it cannot be read, or lacks a column, a source or a number."""
     try:
-        rows = read_rows(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no text'}") from error
-    absent = [column for column in COLUMNS if column not in (rows[0] if rows else {})]
-    if absent:
-        raise ValueError(f"{path} has no column {', '.join(absent)}" if rows else f"{path} has no row")
-    results = []
+        rows = [{column: row[column].strip() for column in COLUMNS} for row in read_rows(Path(path))]
+        for row in rows:
+            row |= {column: float(row[column]) if row[column] else None for column in ("layers", "latency_ms", "top1")}
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except KeyError as error:
+        raise ValueError(f"{path} has no column {error.args[0]}") from error
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of results: {error}") from error
     for line, row in enumerate(rows, 2):
-        cells = {column: (row[column] or "").strip() for column in COLUMNS}
-        for column in ("network", "series", "conditions", "source"):
-            if not cells[column]:
-                raise ValueError(f"{path}, line {line}: the {column} is missing")
-        for column in ("layers", "latency_ms", "top1"):
-            try:
-                cells[column] = float(cells[column]) if cells[column] else None
-            except ValueError:
-                raise ValueError(f"{path}, line {line}: {column} is no number: {cells[column]}") from None
-            if cells[column] is not None and not (math.isfinite(cells[column]) and cells[column] > 0):
-                raise ValueError(f"{path}, line {line}: {column} must be above 0, not {row[column]}")
-        results.append(Result(**cells))
-    return results
+        if not (row["conditions"] and row["source"]):
+            raise ValueError(f"{path}, line {line}: a source and its conditions belong to every number")
+    return [Result(**row) for row in rows]
 
 
 def _draw_series(axes: Axes, results: Sequence[Result], quantity: str) -> None:
@@ -115,63 +91,49 @@ def _draw_latencies_alone(axes: Axes, results: Sequence[Result]) -> None:
 
 
 @style.styled
-def accuracy_figure(tables: Mapping[str, Sequence[Result]], quantity: str, *, title: str, xlabel: str) -> Figure:
-    """A quantity against accuracy, a panel for each table; under it the latencies of networks without an accuracy.
+def accuracy_figure(panels: Mapping[str, Sequence[Result]], quantity: str, *, title: str, xlabel: str) -> Figure:
+    """A quantity against accuracy, in panels of one range; under it the latencies of networks without an accuracy.
 
     Args:
-        tables: results by the title of their panel. Panels have one range of accuracy if all hold for the same.
+        panels: results by the title of their panel, all of the same sources.
         quantity: `layers`, or `latency_ms`, which is drawn on a logarithmic axis.
     """
-    drawn = {name: [one for one in rows if getattr(one, quantity) is not None] for name, rows in tables.items()}
+    drawn = {name: [one for one in rows if getattr(one, quantity) is not None] for name, rows in panels.items()}
     known = {name: [one for one in rows if one.top1 is not None] for name, rows in drawn.items()}
     alone = {name: [one for one in rows if one.top1 is None] for name, rows in drawn.items()}
-    provenance = {name: list(dict.fromkeys(f"{one.source}: {one.conditions}" for one in drawn[name])) for name in drawn}
-    same = all(lines == next(iter(provenance.values())) for lines in provenance.values())
     strip = quantity == "latency_ms" and any(alone.values())
-    figure = style.new_figure(6.5 * len(tables), 6.2 if strip else 4.8)
-    grid = figure.subplots(
-        1 + strip, len(tables), squeeze=False, sharex="all" if same else "col", sharey="row" if same else False,
-        height_ratios=(3, 1.7)[: 1 + strip],
-    )  # fmt: skip
+    figure = style.new_figure(6.5 * len(panels), 6.2 if strip else 4.8)
+    heights = (3, 1.7)[: 1 + strip]
+    grid = figure.subplots(1 + strip, len(panels), squeeze=False, sharex="all", sharey="row", height_ratios=heights)
     for axes, (name, results) in zip(grid.T, known.items(), strict=True):
         _draw_series(axes[0], results, quantity)
-        axes[0].set_title(name if len(tables) > 1 else "")
+        axes[0].set_title(name if len(panels) > 1 else "")
         if strip:
             _draw_latencies_alone(axes[1], alone[name])
         axes[-1].set_xlabel(xlabel)
         if quantity == "latency_ms":
             style.plain_log(axes[-1].xaxis)
     grid[0, 0].set_ylabel("top-1 (%)")
-    lines = provenance.popitem()[1] if same else [f"{name}: {line}" for name in drawn for line in provenance[name]]
-    style.caption(figure, title, "\n".join(lines))
+    provenance = dict.fromkeys(f"{one.source}: {one.conditions}" for rows in drawn.values() for one in rows)
+    style.caption(figure, title, "\n".join(provenance))
     for axes, results in zip(grid[0], known.values(), strict=True):  # last, as names keep clear of what is drawn
         _name_networks(axes, results, quantity)
     return figure
 
 
-def results_figures(tables: Mapping[str, Sequence[Result]]) -> dict[str, Figure]:
-    """The paper's two figures by the name of their file: depth and latency against accuracy.
-
-    Args:
-        tables: results by the title of their panel; the titles of the figures speak of the first.
-    """
-    results = next(iter(tables.values()))
-    depth = accuracy_figure(
-        tables, "layers", title=_title(results, "layers", "{:g} layers reach {:g} % top-1"), xlabel="depth (layers)"
-    )
-    latency = accuracy_figure(
-        tables,
-        "latency_ms",
-        title=_title(results, "latency_ms", "VanillaNet needs {:g} ms for {:g} % top-1"),
-        xlabel="latency of one image (ms)",
-    )
-    return {"depth_accuracy.png": depth, "latency_accuracy.png": latency}
+# Quantity: the figure's file, its axis, and what it should be seen for: what the most accurate VanillaNet reaches.
+FIGURES = {
+    "layers": ("depth_accuracy.png", "depth (layers)", "{:g} layers reach {:g} % top-1"),
+    "latency_ms": ("latency_accuracy.png", "latency of one image (ms)", "VanillaNet needs {:g} ms for {:g} % top-1"),
+}
 
 
-def _title(results: Sequence[Result], quantity: str, words: str) -> str:
-    """What the most accurate VanillaNet reaches, which is what such a figure should be seen for."""
-    known = [one for one in results if one.series.startswith("VanillaNet") and one.top1 and getattr(one, quantity)]
-    if not known:
-        return "Accuracy"
-    best = max(known, key=lambda one: one.top1)
-    return words.format(getattr(best, quantity), best.top1)
+def results_figures(results: Sequence[Result]) -> dict[str, Figure]:
+    """The paper's two figures by the name of their file: depth and latency against accuracy."""
+    figures = {}
+    for quantity, (file, xlabel, words) in FIGURES.items():
+        known = [one for one in results if one.series.startswith("VanillaNet") and one.top1 and getattr(one, quantity)]
+        best = max(known, key=lambda one: one.top1, default=None)
+        title = words.format(getattr(best, quantity), best.top1) if best else "Accuracy"
+        figures[file] = accuracy_figure({"": results}, quantity, title=title, xlabel=xlabel)
+    return figures

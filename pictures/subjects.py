@@ -1,11 +1,10 @@
-"""What class-activation maps are drawn of: networks, ready to be asked about an image file, and images."""
+"""What pictures are drawn of: networks with their names and answers in words, and images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
-import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
@@ -13,12 +12,6 @@ import datasets
 import networks
 from loading.images import list_images, read_image
 from networks import Network
-
-
-def pixels(network: Network, images: torch.Tensor) -> torch.Tensor:
-    """(N, 3, H, W) as the network is given them -> (N, H, W, 3) in [0, 1], to be looked at."""
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (network.preprocessing.mean, network.preprocessing.std))
-    return (images * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
 
 
 def true_class(network: Network, folder: str) -> int | None:
@@ -51,17 +44,11 @@ def open_network(spec: str, *, key: str | None = None) -> Network:
 
 @dataclass(frozen=True)
 class Photo:
-    """An image to look at.
+    """An image to look at."""
 
-    Attributes:
-        name: of its file, with as many folders as tell it from others.
-        folder: that it lies in, which may be its true class; empty for an image of an idx file.
-        image: RGB.
-    """
-
-    name: str
-    folder: str
-    image: Image.Image
+    name: str  # of its file, with as many folders as tell it from others
+    folder: str  # that it lies in, which may be its true class; empty for an image of an idx file
+    image: Image.Image  # RGB
 
 
 def read_images(paths: Sequence[str], limit: int) -> tuple[list[Photo], int, list[str]]:
@@ -83,12 +70,13 @@ def read_images(paths: Sequence[str], limit: int) -> tuple[list[Photo], int, lis
     for name, array in sources:
         if len(photos) == limit:
             break
+        if array is not None:
+            photos.append(Photo(name, "", Image.fromarray(array).convert("RGB")))
+            continue
         try:
-            image = read_image(name) if array is None else Image.fromarray(array).convert("RGB")
+            photos.append(Photo(name, Path(name).absolute().parent.name, read_image(name)))
         except ValueError as error:
             broken.append(str(error))
-            continue
-        photos.append(Photo(name, "" if array is not None else Path(name).absolute().parent.name, image))
     if not photos:
         raise ValueError(broken[0])
     names = _short_names([photo.name for photo in photos])

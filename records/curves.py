@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from records.files import writing
-from records.logs import CsvSink, Metrics, Sink
+from records.logs import CsvSink, Metrics, Sink, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,6 +73,35 @@ def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]], panels: Pa
         names = [Line2D([], [], color=color, marker=".", label=run) for color, run in zip(colors, runs, strict=True)]
         figure.legend(handles=names, loc="outside upper center", ncols=4)
     return figure
+
+
+def runs_figure(folders: Sequence[Path]) -> "Figure":
+    """The curves of the runs in these folders; they are named by their paths where two have the same name.
+
+    Raises:
+        ValueError: a folder is named twice, or has no table of epochs.
+    """
+    if len(set(folders)) < len(folders):
+        raise ValueError("the same run is named twice")
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    runs = {name: _read_run(folder / "summary.csv") for name, folder in zip(names, folders, strict=True)}
+    classifies = any("act_learn" in rows[0] for rows in runs.values())
+    return curves_figure(runs, CURVES if classifies else DETECTION_CURVES)
+
+
+def _read_run(path: Path) -> list[dict[str, str]]:
+    try:
+        rows = read_rows(path)
+        points = [point for _, columns in CURVES for column in columns for point in curve(rows, column)]
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; name the folder of a run of main.py") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no table of epochs: {error}") from error
+    if not points:
+        raise ValueError(f"{path} has no finished epoch")
+    return rows
 
 
 @contextmanager
