@@ -49,73 +49,53 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of e
 
 @dataclass(frozen=True)
 class Record:
-    """What a file says of its network beside the weights, as far as that is valid; None where it says nothing.
+    """What a file says of its network beside the weights, as far as that is valid; None where it says nothing."""
 
-    Attributes:
-        model: the name in timm.
-        classes: the names of the logits in order.
-        slope: lambda that it was trained with.
-        loss: `cross_entropy` or `binary_cross_entropy`.
-        preprocessing: fields of `Preprocessing`.
-        arguments: the flags of the run that wrote it.
-    """
-
-    model: str | None = None
-    classes: tuple[str, ...] | None = None
-    slope: float | None = None
-    loss: str | None = None
-    preprocessing: Mapping[str, Any] = field(default_factory=dict)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    model: str | None = None  # the name in timm
+    classes: tuple[str, ...] | None = None  # the names of the logits in order
+    slope: float | None = None  # lambda that it was trained with
+    loss: str | None = None  # `cross_entropy` or `binary_cross_entropy`
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)  # fields of `Preprocessing`
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # the flags of the run that wrote it
 
 
-# Each of these makes a function that returns a valid value, in the form that is used here, and else raises ValueError.
+# Each of these returns a valid value in the form that is used here, and else raises one of these errors.
+INVALID = (ValueError, TypeError, KeyError, AttributeError)
 
 
-def _number(low: float, high: float = float("inf")) -> Callable[[Any], float]:
-    def valid(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
-            raise ValueError
-        return float(value)
-
-    return valid
-
-
-def _channels(low: float) -> Callable[[Any], tuple[float, ...]]:
-    def valid(value: Any) -> tuple[float, ...]:
-        if not isinstance(value, list | tuple) or len(value) not in (1, 3):
-            raise ValueError
-        return tuple(map(_number(low), value)) * (3 // len(value))
-
-    return valid
-
-
-def _instance(kind: type) -> Callable[[Any], Any]:
-    def valid(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise ValueError
-        return value
-
-    return valid
-
-
-def _one_of(known: Sequence[str]) -> Callable[[Any], str]:
-    def valid(value: Any) -> str:
-        if value not in known:
-            raise ValueError
-        return value
-
-    return valid
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+def _ensure(value: Any, valid: bool) -> Any:
+    if not valid:
         raise ValueError
-    return int(value)
+    return value
+
+
+def _number(value: Any, low: float, high: float = float("inf")) -> float:
+    return float(_ensure(value, isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high))
+
+
+def _channels(value: Any, low: float) -> tuple[float, ...]:
+    _ensure(value, isinstance(value, list | tuple) and len(value) in (1, 3))
+    return tuple(_number(part, low) for part in value) * (3 // len(value))
+
+
+def _instance(value: Any, kind: type) -> Any:
+    return _ensure(value, isinstance(value, kind))
+
+
+def _one_of(value: Any, known: Sequence[str]) -> str:
+    return _ensure(value, value in known)
+
+
+def _whole(value: Any, low: int = 0) -> int:
+    return int(_ensure(value, isinstance(value, Integral) and not isinstance(value, bool) and value >= low))
 
 
 def _size(value: Any) -> int:
-    side = _whole(value[-1] if isinstance(value, list | tuple) and len(value) == 3 else value)  # timm's is (3, H, W)
-    return int(_number(1)(side))
+    return _whole(value[-1] if isinstance(value, list | tuple) and len(value) == 3 else value, 1)  # timm's: (3, H, W)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return dict(vars(value)) if isinstance(value, argparse.Namespace) else dict(value)
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -124,94 +104,80 @@ def _names(value: Any) -> tuple[str, ...]:
         by_index = value if all(str(key).isdigit() for key in value) else {index: name for name, index in value.items()}
         by_index = {int(index): name for index, name in by_index.items()}
         value = [by_index[index] for index in range(len(by_index))]
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str | int) for name in value):
-        raise ValueError
-    return tuple(map(str, value))
+    valid = isinstance(value, list | tuple) and value and all(isinstance(name, str | int) for name in value)
+    return tuple(map(str, _ensure(value, valid)))
+
+
+# What a file may record of `Preprocessing`, with the check of each field and its arguments.
+FIELDS = {
+    "input_size": (_size,),
+    "mean": (_channels, float("-inf")),
+    "std": (_channels, 1e-9),
+    "crop_pct": (_number, 1e-9, 1),
+    "native": (_instance, bool),
+    "exif_transpose": (_instance, bool),
+    "interpolation": (_one_of, transforms.INTERPOLATIONS),
+    "crop_mode": (_one_of, transforms.CROP_MODES),
+}
 
 
 def read_record(checkpoint: Mapping[str, Any], path: str | Path = "the checkpoint") -> Record:
     """What a checkpoint records, taken with care, since it may be another program's; what is not valid is named in a
     warning and passed over."""
-    passed_over: list[str] = []
+    passed_over: dict[str, None] = {}
 
-    def take(values: Mapping[str, Any], name: str, valid: Callable[[Any], Any]) -> Any:
+    def take(values: Mapping[str, Any], name: str, valid: Callable[..., Any], *limits: Any) -> Any:
         value = values.get(name)
         if value is None or (isinstance(value, str) and not value):  # as timm's flags that were not given
             return None
         try:
-            return valid(value)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            passed_over.append(name)
+            return valid(value, *limits)
+        except INVALID:
+            passed_over[name] = None
             return None
 
-    def mapping(value: Any) -> dict[str, Any]:
-        return dict(vars(value)) if isinstance(value, argparse.Namespace) else dict(value)
-
-    arguments = take(checkpoint, "args", mapping) or {}
-    own = take(checkpoint, "preprocessing", mapping) or {}
+    arguments = take(checkpoint, "args", _mapping) or {}
     found: dict[str, Any] = {}
-    if "imagenet_default_mean_and_std" in arguments:  # of ours, and of the published code
-        imagenet = take(arguments, "imagenet_default_mean_and_std", _instance(bool))
+    # A run of ours or of the published code says it by a flag, and has evaluated by a crop and filter of its own.
+    if "imagenet_default_mean_and_std" in arguments:
+        imagenet = take(arguments, "imagenet_default_mean_and_std", _instance, bool)
         found["mean"], found["std"] = transforms.mean_and_std(imagenet is not False)
-        found["interpolation"] = "bicubic"
-        found["crop_pct"] = None  # not of timm's config, whose networks such a run has evaluated by its own default
+        found |= {"interpolation": "bicubic", "crop_pct": None}
         size = take(arguments, "input_size", _size)
         found["native"] = size is not None and transforms.keeps_native_size(str(arguments.get("data_set")), size)
-    fields = {
-        "input_size": _size, "mean": _channels(float("-inf")), "std": _channels(1e-9), "crop_pct": _number(1e-9, 1),
-        "native": _instance(bool), "exif_transpose": _instance(bool),
-        "interpolation": _one_of(transforms.INTERPOLATIONS), "crop_mode": _one_of(transforms.CROP_MODES),
-    }  # fmt: skip
-    for values in (own, arguments):  # of a run of ours they say the same, as far as flags can say it
-        given = {name: take(values, name, valid) for name, valid in fields.items()}
+    # Our own record and the flags of a run of ours say the same, as far as flags can say it.
+    for values in (take(checkpoint, "preprocessing", _mapping) or {}, arguments):
+        given = {name: take(values, name, *check) for name, check in FIELDS.items()}
         found |= {name: value for name, value in given.items() if value is not None}
     if "img_size" in arguments and "input_size" not in found and (side := take(arguments, "img_size", _size)):
         found["input_size"] = side
-    loss = take(checkpoint, "loss", _one_of((CROSS_ENTROPY, BINARY_CROSS_ENTROPY)))
+    loss = take(checkpoint, "loss", _one_of, (CROSS_ENTROPY, BINARY_CROSS_ENTROPY))
     if loss is None and "bce_loss" in arguments:
-        loss = BINARY_CROSS_ENTROPY if take(arguments, "bce_loss", _instance(bool)) else CROSS_ENTROPY
-    slope = take(checkpoint, "act_learn", _number(0, 1))
+        loss = BINARY_CROSS_ENTROPY if take(arguments, "bce_loss", _instance, bool) else CROSS_ENTROPY
+    slope = take(checkpoint, "act_learn", _number, 0, 1)
     if slope is None and "decay_epochs" in arguments:  # a published checkpoint, of which lambda follows from these
         epoch, ramp = take(checkpoint, "epoch", _whole), take(arguments, "decay_epochs", _whole)
         if epoch is not None and ramp is not None:
             slope = activation_slope(epoch, decay_epochs=ramp, linear=arguments.get("decay_linear", True) is not False)
-    model = take(arguments, "model", _instance(str)) or take(checkpoint, "arch", _instance(str))
+    model = take(arguments, "model", _instance, str) or take(checkpoint, "arch", _instance, str)
     if model and model.startswith(HUBS):  # an address ends in the model's name
         model = model.rpartition("/")[2]
-    record = Record(
-        model=model,
-        classes=take(checkpoint, "classes", _names),
-        slope=slope,
-        loss=loss,
-        preprocessing=found,
-        arguments=arguments,
-    )
+    record = Record(model, take(checkpoint, "classes", _names), slope, loss, found, arguments)
     if passed_over:
-        logger.warning(
-            "%s: passed over what it records of %s, which is not valid", path, ", ".join(dict.fromkeys(passed_over))
-        )
+        logger.warning("%s: passed over what it records of %s, which is not valid", path, ", ".join(passed_over))
     return record
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A file of weights: the tensors by name, and what the file says of them.
-
-    Attributes:
-        path: of the file.
-        tensors: the state dict.
-        key: what they were under in the file; empty where the file is a state dict itself.
-        record: what the file says of the network.
-        checkpoint: all that the file holds.
-        choice: a line for the user on which weights these are, where the file holds several.
-    """
+    """A file of weights: the tensors by name, and what the file says of them."""
 
     path: str
-    tensors: Mapping[str, torch.Tensor]
-    key: str
+    tensors: Mapping[str, torch.Tensor]  # the state dict
+    key: str  # what they were under in the file; empty where the file is a state dict itself
     record: Record
-    checkpoint: Mapping[str, Any]
-    choice: str = ""
+    checkpoint: Mapping[str, Any]  # all that the file holds
+    choice: str = ""  # a line for the user on which weights these are, where the file holds several
 
     def holds(self, key: str) -> bool:
         """Whether there is another state dict under `key`."""
@@ -249,25 +215,15 @@ def read(path: str | Path, *, key: str | None = None, order: str = AVERAGE_FIRST
 
 @dataclass(frozen=True)
 class Network:
-    """A network with what must travel with it.
+    """A network with what must travel with it."""
 
-    Attributes:
-        module: images (N, 3, H, W) -> logits (N, classes); on the CPU in eval mode, as it was opened.
-        name: of the model in timm.
-        preprocessing: how an image becomes its input.
-        classes: the names of the logits in order, None where they are not known.
-        loss: that it was trained with, `cross_entropy` or `binary_cross_entropy`.
-        source: what it was opened from.
-        weights: of the file that it was opened from; None for a name or address.
-    """
-
-    module: nn.Module
-    name: str
-    preprocessing: Preprocessing
-    classes: tuple[str, ...] | None = None
-    loss: str = CROSS_ENTROPY
-    source: str = ""
-    weights: Weights | None = None
+    module: nn.Module  # images (N, 3, H, W) -> logits (N, classes); on the CPU in eval mode, as it was opened
+    name: str  # of the model in timm
+    preprocessing: Preprocessing  # how an image becomes its input
+    classes: tuple[str, ...] | None = None  # the names of the logits in order, None where they are not known
+    loss: str = CROSS_ENTROPY  # that it was trained with, or `binary_cross_entropy`
+    source: str = ""  # what it was opened from
+    weights: Weights | None = None  # of the file that it was opened from; None for a name or address
 
     @property
     def slope(self) -> float:
@@ -291,6 +247,10 @@ class Network:
         """The classes in words, numbered where nothing is known of them."""
         number = self.module.num_classes
         return class_labels(self.classes or _imagenet_names(number), number)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint of the network holds beside its weights and `args`, for `read_record`."""
+        return describe(self.preprocessing, self.loss, self.classes)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return probabilities(logits, self.loss)
@@ -409,18 +369,6 @@ def warn_of_other_preprocessing(preprocessing: Preprocessing, checkpoint: Mappin
     other = {name: value for name, value in recorded.items() if value not in (None, getattr(preprocessing, name))}
     if other:
         logger.warning("%s was trained with other images than this run's (%s): it had %s", path, preprocessing, other)
-
-
-def _recorded_classes(record: Record, num_classes: int, path: str) -> tuple[str, ...] | None:
-    """Those that a file records, or else those of the data set that its run was on."""
-    if record.classes is not None and len(record.classes) != num_classes:
-        logger.warning("%s: passed over its %d names of classes: there are %d", path, len(record.classes), num_classes)
-    elif record.classes is None and record.arguments.get("data_set") == "FMNIST":
-        fashion = tuple(torchvision.datasets.FashionMNIST.classes)
-        return fashion if len(fashion) == num_classes else None
-    else:
-        return record.classes
-    return None
 
 
 def config_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
@@ -580,18 +528,31 @@ def open(
     told = shape_arguments(name, weights.tensors)
     if "width_mult" in arguments:
         told.pop("dims", None)
-    module = _create(name, told | arguments, extra=weights.record.arguments.get("model_kwargs"), path=str(source))
+    # timm's own record of arguments comes last: a tensor's shape and a caller know better.
+    extra = weights.record.arguments.get("model_kwargs")
+    try:
+        module = timm.create_model(name, **(dict(extra or {}) | told | arguments))
+    except (TypeError, ValueError, RuntimeError, AssertionError):
+        if not extra:
+            raise
+        logger.warning("%s: passed over what it records of model_kwargs, which %s does not take", source, name)
+        module = timm.create_model(name, **(told | arguments))
     load_weights(module, weights.tensors, path=source)
-    set_slope(1.0 if weights.record.slope is None else weights.record.slope, module)
-    return Network(
-        module.eval(),
-        name,
-        _file_preprocessing(module, weights.record),
-        _recorded_classes(weights.record, module.num_classes, str(source)),
-        weights.record.loss or CROSS_ENTROPY,
-        str(source),
-        weights,
-    )
+    record = weights.record
+    set_slope(1.0 if record.slope is None else record.slope, module)
+    # As the file records it, and as timm has it for what it does not record.
+    images = dict(record.preprocessing) | ({"crop_pct": None} if record.preprocessing.get("native") else {})
+    images = replace(config_preprocessing(module.pretrained_cfg), **images)
+    classes = record.classes
+    fashion = tuple(torchvision.datasets.FashionMNIST.classes)
+    if classes is None and record.arguments.get("data_set") == "FMNIST" and module.num_classes == len(fashion):
+        classes = fashion  # which older checkpoints do not name
+    if classes is not None and len(classes) != module.num_classes:
+        logger.warning(
+            "%s: passed over its %d names of classes: there are %d", source, len(classes), module.num_classes
+        )
+        classes = None
+    return Network(module.eval(), name, images, classes, record.loss or CROSS_ENTROPY, str(source), weights)
 
 
 def _check_arguments(name: str, arguments: Mapping[str, Any], flag: str) -> None:
@@ -599,24 +560,6 @@ def _check_arguments(name: str, arguments: Mapping[str, Any], flag: str) -> None
     for own in ("act_num", "width_mult", "deploy"):
         if own in arguments and not is_vanillanet(name):
             raise ValueError(f"--{own} belongs to VanillaNet, {flag} {name} has no such thing")
-
-
-def _create(name: str, arguments: Mapping[str, Any], *, extra: Any, path: str) -> nn.Module:
-    """The model with random weights; `extra` are timm's `model_kwargs` as a file records them."""
-    if isinstance(extra, Mapping) and extra:
-        try:
-            return timm.create_model(name, **{**extra, **arguments})
-        except (TypeError, ValueError, RuntimeError, AssertionError):
-            logger.warning("%s: passed over what it records of model_kwargs, which %s does not take", path, name)
-    return timm.create_model(name, **arguments)
-
-
-def _file_preprocessing(module: nn.Module, record: Record) -> Preprocessing:
-    """As the file records it, and as timm has it for what it does not record."""
-    found = dict(record.preprocessing)
-    if found.get("native"):
-        found["crop_pct"] = None
-    return replace(config_preprocessing(module.pretrained_cfg), **found)
 
 
 def _open_name(name: str, *, pretrained: bool, flag: str, mend: str, arguments: Mapping[str, Any]) -> Network:

@@ -8,7 +8,6 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-import networks
 import runtimes
 from networks import Network
 from records.checkpoints import save_checkpoint
@@ -88,7 +87,7 @@ def write_safetensors(network: Network, path: Path) -> Path:
             "model": network.module.state_dict(),
             "act_learn": network.slope,
             "deploy": getattr(network.module, "deploy", False),
-            **networks.describe(images, network.loss, network.classes),
+            **network.state(),
             "args": {"model": network.name, "data_set": network.record.arguments.get("data_set")},
         },
         path,
