@@ -16,32 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import engines
 from .base import Engine, FileEngine
-from .values import PRECISIONS, Calibration, Layer, Metadata, Target, device_type
+from .values import PRECISIONS, Calibration, Layer, Metadata, Target, device_type  # noqa: F401  for the users of all
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from .running import Runtime, set_tf32
-
-__all__ = [
-    "ENGINES",
-    "FORMATS",
-    "PRECISIONS",
-    "SUFFIXES",
-    "Calibration",
-    "Engine",
-    "FileEngine",
-    "Layer",
-    "Metadata",
-    "Runtime",
-    "Target",
-    "device_type",
-    "find",
-    "load",
-    "of_file",
-    "set_tf32",
-]
+    from .running import Runtime
 
 ENGINES = tuple(module.name for module in pkgutil.iter_modules(engines.__path__))
 

@@ -1,16 +1,13 @@
 """Adaptive max-pooling as plain pooling, for graphs of a fixed image size.
 
 ONNX has no adaptive pooling whose output size does not divide the input's. With both sizes known it is a max-pool with
-other numbers, or a maximum of a few slices; neither rounds, so the result is the same bit by bit.
+other numbers, or a maximum of a few places; neither rounds, so the result is the same bit by bit.
 """
 
-import copy
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from .running import input_sizes
+from .running import rebuilt
 
 
 def windows(size: int, out: int) -> list[tuple[int, int]]:
@@ -46,48 +43,22 @@ class AxisMaxPool(nn.Module):
         for axis, (length, places) in enumerate(zip(size, out, strict=True)):
             spans = windows(length, places)
             longest = max(end - start for start, end in spans)
-            for k in range(longest):
-                index = torch.tensor([min(start + k, end - 1) for start, end in spans])
-                self.register_buffer(f"index_{axis}_{k}", index, persistent=False)
+            index = [[min(start + k, end - 1) for k in range(longest)] for start, end in spans]  # (places, longest)
+            self.register_buffer(f"index_{axis}", torch.tensor(index), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for axis in range(2):
-            indices = [buffer for name, buffer in self.named_buffers() if name.startswith(f"index_{axis}_")]
-            parts = [x.index_select(axis + 2, index) for index in indices]
-            x = parts[0]
-            for part in parts[1:]:
-                x = torch.maximum(x, part)
+        for axis, index in ((2, self.index_0), (3, self.index_1)):
+            x = x.index_select(axis, index.flatten()).unflatten(axis, index.shape).amax(axis + 1)
         return x
 
 
-class _StridedMaxPool(nn.Module):
-    def __init__(self, rows: tuple[int, int, int], columns: tuple[int, int, int]):
-        super().__init__()
-        self.kernel, self.stride, self.padding = zip(rows, columns, strict=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.max_pool2d(x, self.kernel, self.stride, self.padding)
-
-
-def _replacement(size: tuple[int, int], out: tuple[int, int]) -> nn.Module:
-    rows, columns = (_as_strided_pool(*pair) for pair in zip(size, out, strict=True))
-    return _StridedMaxPool(rows, columns) if rows and columns else AxisMaxPool(size, out)
+def _plain_pool(pool: nn.AdaptiveMaxPool2d, size: tuple[int, int]) -> nn.Module:
+    out = pool.output_size
+    out = (out, out) if isinstance(out, int) else tuple(out)
+    rows, columns = map(_as_strided_pool, size, out)
+    return nn.MaxPool2d(*zip(rows, columns, strict=True)) if rows and columns else AxisMaxPool(size, out)
 
 
 def fix_adaptive_pools(network: nn.Module, images: torch.Tensor) -> nn.Module:
-    """`network` with its adaptive max-pools replaced for images of this size; itself where it has none.
-
-    Args:
-        network: in eval mode; not changed.
-        images: (N, C, H, W).
-    """
-    pools = [name for name, module in network.named_modules() if isinstance(module, nn.AdaptiveMaxPool2d)]
-    if not pools:
-        return network
-    sizes = input_sizes(network, pools, images)
-    network = copy.deepcopy(network)
-    for name in pools:
-        out = network.get_submodule(name).output_size
-        out = (out, out) if isinstance(out, int) else tuple(out)
-        network.set_submodule(name, _replacement(sizes[name], out))
-    return network
+    """`network` with its adaptive max-pools replaced for images of this size, see `running.rebuilt`."""
+    return rebuilt(network, images, lambda module: isinstance(module, nn.AdaptiveMaxPool2d), _plain_pool)

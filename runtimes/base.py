@@ -44,26 +44,17 @@ def quiet() -> Iterator[None]:
 
 
 class Engine(ABC):
-    """A way to run a network.
+    """A way to run a network. The name of its file is the engine's in commands and tables."""
 
-    Attributes:
-        on_cpu, on_cuda: the precisions that it computes in there; none where it does not run.
-        packages: without which it does nothing.
-        libraries: the packages that its arithmetic may come in; the first one found is named with a measurement.
-        keeps_freed_memory: on the CPU; see `utils.keep_freed_memory`.
-        leaves_depthwise: out of int8, unless `Calibration.depthwise` says so.
-    """
-
-    on_cpu: ClassVar[tuple[str, ...]] = ()
+    on_cpu: ClassVar[tuple[str, ...]] = ()  # the precisions that it computes in there; none where it does not run
     on_cuda: ClassVar[tuple[str, ...]] = ()
-    packages: ClassVar[tuple[str, ...]] = ()
-    libraries: ClassVar[tuple[str, ...]] = ("torch",)
-    keeps_freed_memory: ClassVar[bool] = False
-    leaves_depthwise: ClassVar[bool] = False
+    packages: ClassVar[tuple[str, ...]] = ()  # without which it does nothing
+    libraries: ClassVar[tuple[str, ...]] = ("torch",)  # of its arithmetic; the first one found is named with a time
+    keeps_freed_memory: ClassVar[bool] = False  # on the CPU; see `utils.keep_freed_memory`
+    leaves_depthwise: ClassVar[bool] = False  # out of int8, unless `Calibration.depthwise` says so
 
     @property
     def name(self) -> str:
-        """In commands and tables: that of the engine's file."""
         return type(self).__module__.rpartition(".")[2]
 
     @property
@@ -74,7 +65,7 @@ class Engine(ABC):
     @property
     def precisions(self) -> tuple[str, ...]:
         """Those of all devices, in the order of `PRECISIONS`."""
-        return tuple(name for name in PRECISIONS if any(name in names for names in self.computes.values()))
+        return tuple(name for name in PRECISIONS if name in self.on_cpu + self.on_cuda)
 
     def check_place(self, target: Target) -> None:
         """Raise ValueError where a package or the device is missing."""
@@ -116,8 +107,7 @@ class Engine(ABC):
         Raises:
             ValueError: the precision, device, package or calibration is not there.
         """
-        target = self._prepare(target)
-        return self._build(network, images, target)
+        return self._build(network, images, self._prepare(target))
 
     @abstractmethod
     def _build(self, network: "nn.Module", images: "torch.Tensor", target: Target) -> "Runtime":
@@ -146,19 +136,12 @@ class Engine(ABC):
 
 
 class FileEngine(Engine):
-    """An engine that reads its networks from files of its own format.
+    """An engine that reads its networks from files of its own format."""
 
-    Attributes:
-        format: its name in commands.
-        suffix: of the files.
-        converts: precisions of which a file in one may run in another.
-        fixes_batch: a file is made for one batch size, and other batches are split and filled up.
-    """
-
-    format: ClassVar[str]
-    suffix: ClassVar[str]
-    converts: ClassVar[tuple[str, ...]] = ()
-    fixes_batch: ClassVar[bool] = False
+    format: ClassVar[str]  # its name in commands
+    suffix: ClassVar[str]  # of the files
+    converts: ClassVar[tuple[str, ...]] = ()  # precisions of which a file in one may run in another
+    fixes_batch: ClassVar[bool] = False  # a file is made for one batch size; other batches are split and filled up
 
     def export(
         self, network: "nn.Module", images: "torch.Tensor", path: str | Path, target: Target, metadata: Metadata
@@ -206,7 +189,7 @@ class FileEngine(Engine):
         """(images to logits, images to the layers of a profile), as `Runtime` takes them."""
 
     def _build(self, network: "nn.Module", images: "torch.Tensor", target: Target) -> "Runtime":
-        metadata = Metadata("", (), (), (), images.shape[-1], None)
+        metadata = Metadata("", (), (), (), images.shape[-1], None)  # of a file that nobody else reads
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"network{self.suffix}"
             self.export(network, images, path, target, metadata)

@@ -1,7 +1,7 @@
 """What engines do with torch: forms of a network, their batches, and `Runtime`, which all of them return."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -93,17 +93,17 @@ def beside(stream: "torch.cuda.Stream | None") -> Iterator[None]:
 
 def operator_profile(run: Run) -> Profile:
     """The operators of one call and their own times, from torch's profiler; on a GPU its kernels."""
-    return partial(_operator_times, run)
 
-
-def _operator_times(run: Run, images: torch.Tensor) -> list[Layer]:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if images.is_cuda:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    run(images)
-    with torch.profiler.profile(activities=activities) as profiler:
+    def profile(images: torch.Tensor) -> list[Layer]:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if images.is_cuda:
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
         run(images)
-    return own_times(profiler.events(), images.device.type)
+        with torch.profiler.profile(activities=activities) as profiler:
+            run(images)
+        return own_times(profiler.events(), images.device.type)
+
+    return profile
 
 
 def own_times(events: Iterable[Any], kind: str) -> list[Layer]:
@@ -120,22 +120,42 @@ def own_times(events: Iterable[Any], kind: str) -> list[Layer]:
     return layers
 
 
-def input_sizes(network: nn.Module, names: Sequence[str], images: torch.Tensor) -> dict[str, tuple[int, int]]:
-    """Height and width of what the submodules of these names are given, for images (N, C, H, W)."""
+def rebuilt(
+    network: nn.Module,
+    images: torch.Tensor,
+    wanted: Callable[[nn.Module], bool],
+    change: Callable[[Any, tuple[int, int]], nn.Module | None],
+) -> nn.Module:
+    """The network for images of this size with some layers replaced; itself where none is.
+
+    Args:
+        network: in eval mode; not changed.
+        images: (N, C, H, W).
+        wanted: which layers are looked at.
+        change: from such a layer, and height and width of its input, to the one in its place; None leaves it.
+    """
     sizes: dict[str, tuple[int, int]] = {}
-    hooks = [
-        network.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: sizes.__setitem__(name, tuple(inputs[0].shape[-2:]))
-        )
-        for name in names
-    ]
+
+    def note(name: str, _: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        sizes[name] = tuple(inputs[0].shape[-2:])
+
+    found = [(name, module) for name, module in network.named_modules() if wanted(module)]
+    if not found:
+        return network
+    hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in found]
     try:
         with torch.no_grad():
             network(images[:1])
     finally:
         for hook in hooks:
             hook.remove()
-    return sizes
+    changed = {name: layer for name, module in found if (layer := change(module, sizes[name])) is not None}
+    if not changed:
+        return network
+    network = copy.deepcopy(network)
+    for name, layer in changed.items():
+        network.set_submodule(name, layer)
+    return network
 
 
 class FixedBatch:

@@ -17,32 +17,19 @@ PRECISIONS = ("default", "fp32", "tf32", "bf16", "fp16", "int8")
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a program needs to know besides the network; kept inside each exported file, as JSON by field.
+    """What a program needs to know besides the network; kept inside each exported file, as JSON by field."""
 
-    Attributes:
-        model: the network's name in timm.
-        classes: the names of the logits, in order.
-        mean, std: of each channel, of pixels in [0, 1]; subtracted and divided by before the network.
-        input_size: height and width, px.
-        crop_pct: the part of the resized shorter side that the centre crop keeps; None where images are not resized.
-        interpolation, crop_mode: of that resizing, by timm's names.
-        loss: that it was trained with: `cross_entropy`, or `binary_cross_entropy`, after which the chance of a class is
-            the sigmoid of its logit.
-        checkpoint: SHA-256 of the file that the weights came from; empty for weights without one.
-        precision: that the file computes in.
-    """
-
-    model: str
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    input_size: int
-    crop_pct: float | None
-    checkpoint: str = ""
-    precision: str = "fp32"
-    interpolation: str = "bicubic"
+    model: str  # the network's name in timm
+    classes: tuple[str, ...]  # the names of the logits, in order
+    mean: tuple[float, ...]  # of each channel, of pixels in [0, 1], subtracted before the network,
+    std: tuple[float, ...]  # which is then divided by
+    input_size: int  # height and width, px
+    crop_pct: float | None  # share of the resized shorter side that the crop keeps; None: images are not resized
+    checkpoint: str = ""  # SHA-256 of the file that the weights came from; empty for weights without one
+    precision: str = "fp32"  # that the file computes in
+    interpolation: str = "bicubic"  # of the resizing, by timm's names
     crop_mode: str = "center"
-    loss: str = "cross_entropy"
+    loss: str = "cross_entropy"  # that it was trained with; after `binary_cross_entropy` chances are sigmoids
 
     def to_strings(self) -> dict[str, str]:
         """Each field as JSON."""
@@ -64,16 +51,10 @@ class Metadata:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What int8 is made with.
+    """What int8 is made with."""
 
-    Attributes:
-        batches: preprocessed images, (N, C, H, W) each.
-        depthwise: quantize the depthwise convolutions of the series activations, too, in an engine that leaves them in
-            bfloat16 by default.
-    """
-
-    batches: "Sequence[torch.Tensor]"
-    depthwise: bool = False
+    batches: "Sequence[torch.Tensor]"  # preprocessed images, (N, C, H, W) each
+    depthwise: bool = False  # quantize the series activations' convolutions, where an engine leaves them in bfloat16
 
     def images(self) -> "Iterator[torch.Tensor]":
         """Each image as a batch of its own, (1, C, H, W)."""
@@ -82,23 +63,14 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Target:
-    """What a network is to run in.
+    """What a network is to run in."""
 
-    Attributes:
-        engine: by name; None is what a file's suffix says, and `compile` for a network.
-        precision: one of `PRECISIONS`; None is a file's own, and fp32 for a network.
-        device: cpu, cuda or cuda:N.
-        threads: of the arithmetic on the CPU, for the whole process; None leaves torch's setting as it is.
-        calibration: for int8.
-        profile: make `Runtime.profile` work, at some cost in speed.
-    """
-
-    engine: str | None = None
-    precision: str | None = None
-    device: str = "cpu"
-    threads: int | None = None
-    calibration: Calibration | None = None
-    profile: bool = False
+    engine: str | None = None  # by name; None is what a file's suffix says, and `compile` for a network
+    precision: str | None = None  # one of `PRECISIONS`; None is a file's own, and fp32 for a network
+    device: str = "cpu"  # cpu, cuda or cuda:N
+    threads: int | None = None  # on the CPU, for the whole process; None leaves torch's setting as it is
+    calibration: Calibration | None = None  # for int8
+    profile: bool = False  # make `Runtime.profile` work, at some cost in speed
 
     @property
     def kind(self) -> str:

@@ -6,42 +6,32 @@ input channels, and then runs at a third of its speed. Among the variants, at 22
 14x14. The sum is the same up to rounding.
 """
 
-import copy
-
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .running import input_sizes
+from .running import rebuilt
 
 WIDEST = 2048  # input channels that are fast on any map
 LARGEST = 12 * 12  # places of a map that is fast with any number of channels
 
 
 class SplitConv(nn.Module):
-    """A 1x1 convolution as the sum of convolutions of the parts of its input: (N, C, H, W) -> (N, out, H, W).
-
-    Args:
-        conv: ungrouped; its bias goes to the first part.
-    """
+    """A 1x1 convolution as the sum of convolutions of the parts of its input: (N, C, H, W) -> (N, out, H, W)."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        weights = conv.weight.detach().tensor_split(-(-conv.in_channels // WIDEST), dim=1)
-        self.sizes = [weight.shape[1] for weight in weights]
-        self.parts = nn.ModuleList()
-        for i, weight in enumerate(weights):
-            bias = conv.bias if i == 0 else None
-            part = nn.Conv2d(weight.shape[1], conv.out_channels, 1, conv.stride, bias=bias is not None, device="meta")
-            part.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-            if bias is not None:
-                part.bias = bias
-            self.parts.append(part)
+        parts = conv.weight.detach().tensor_split(-(-conv.in_channels // WIDEST), dim=1)  # (out, size, 1, 1) each
+        self.sizes = [part.shape[1] for part in parts]
+        self.weights = nn.ParameterList(part.contiguous() for part in parts)
+        self.bias, self.stride = conv.bias, conv.stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, *others = (part(piece) for part, piece in zip(self.parts, x.split(self.sizes, dim=1), strict=True))
+        first, *others = zip(x.split(self.sizes, dim=1), self.weights, strict=True)
+        result = F.conv2d(*first, self.bias, self.stride)
         for other in others:
-            first = first + other
-        return first
+            result = result + F.conv2d(*other, stride=self.stride)
+        return result
 
 
 def _is_wide(module: nn.Module) -> bool:
@@ -54,19 +44,10 @@ def _is_wide(module: nn.Module) -> bool:
     )
 
 
-def split_wide(network: nn.Module, images: torch.Tensor) -> nn.Module:
-    """`network` with its wide 1x1 convolutions split, for images of this size; itself where it has none.
+def _split(conv: nn.Conv2d, size: tuple[int, int]) -> nn.Module | None:
+    return SplitConv(conv) if size[0] * size[1] > LARGEST else None
 
-    Args:
-        network: in eval mode; not changed.
-        images: (N, C, H, W).
-    """
-    wide = [name for name, module in network.named_modules() if _is_wide(module)]
-    sizes = input_sizes(network, wide, images) if wide else {}
-    slow = [name for name, (height, width) in sizes.items() if height * width > LARGEST]
-    if not slow:
-        return network
-    network = copy.deepcopy(network)
-    for name in slow:
-        network.set_submodule(name, SplitConv(network.get_submodule(name)))
-    return network
+
+def split_wide(network: nn.Module, images: torch.Tensor) -> nn.Module:
+    """`network` with its wide 1x1 convolutions split, for images of this size, see `running.rebuilt`."""
+    return rebuilt(network, images, _is_wide, _split)
