@@ -51,7 +51,7 @@ def tiny_fmnist(tmp_path_factory):
     return cut_fmnist(tmp_path_factory.mktemp("fmnist"), train=60, test=40)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def randomized() -> Callable[[nn.Module], nn.Module]:
     """A function that gives a network BatchNorms as after training, in place, and returns it in eval mode.
 

@@ -1,5 +1,6 @@
 """The network in programs of other people: through torch.hub, and installed by pip as the package `vanillanet`."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ def run_elsewhere(program: str, folder: Path, **environment: str) -> str:
     """Run a program in `folder`, whose modules it can import and this repository's not; its standard output."""
     (folder / "program.py").write_text(program)
     command = [sys.executable, "-W", "error::UserWarning", "program.py"]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={"PATH": "", **environment})
+    environment = {"PATH": "", "OMP_NUM_THREADS": "1", **environment}
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -53,20 +55,15 @@ assert {m.WHOSE for m in (datasets, engine, models, models.vanillanet, networks,
 """
 
 
-@pytest.mark.parametrize("order", [(IMPORTS, LOADING), (LOADING, IMPORTS)], ids=["after", "before"])
-def test_torch_hub_beside_modules_of_the_same_names(host, order):
-    run_elsewhere("".join(order) + THEIRS, host)
-
-
-def test_a_network_of_torch_hub_is_like_any_other(tmp_path):
-    """Its class is found again by those who ask for it by its module's name, and loading twice gives one class."""
-    program = """
+# Its class is found again by those who ask for it by its module's name, and loading twice gives one class.
+LIKE_ANY_OTHER = f"""
 import copy, runpy
+ROOT, NAMES = {str(ROOT)!r}, {set(VARIANTS)}
 again = torch.hub.load(ROOT, "vanillanet_6", source="local", device="meta")
 assert type(again) is type(network)
-assert {"vanillanet_5", "vanillanet_6"} <= set(timm.list_models("vanillanet*"))
+assert {{"vanillanet_5", "vanillanet_6"}} <= set(timm.list_models("vanillanet*"))
 assert type(timm.create_model("vanillanet_6", device="meta")) is type(network)
-entries = {name for name, value in runpy.run_path(ROOT + "/hubconf.py").items() if callable(value) and name[0] != "_"}
+entries = {{name for name, value in runpy.run_path(ROOT + "/hubconf.py").items() if callable(value) and name[0] != "_"}}
 assert entries == NAMES  # as torch.hub.list reads them
 expected = network(images)
 torch.save(network, "network.pt")
@@ -78,7 +75,13 @@ copied.compile(backend="eager", fullgraph=True)
 torch.testing.assert_close(copied(images), faded)
 torch.testing.assert_close(torch.export.export(network, (images,)).module()(images), faded)
 """
-    run_elsewhere(LOADING + f"ROOT, NAMES = {str(ROOT)!r}, {set(VARIANTS)}" + program, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "program", [IMPORTS + LOADING, LOADING + LIKE_ANY_OTHER + IMPORTS], ids=["after their imports", "before them"]
+)
+def test_torch_hub_beside_modules_of_the_same_names(host, program):
+    run_elsewhere(program + THEIRS, host)
 
 
 # -- pip
@@ -107,8 +110,7 @@ def test_the_package_has_the_network_alone(installed):
     assert (installed / "vanillanet").is_dir()
 
 
-def test_the_package_registers_the_variants(installed, tmp_path):
-    program = f"""
+VARIANTS_OF_TIMM = f"""
 import timm, torch, vanillanet
 assert timm.list_models("vanillanet*") == {list(VARIANTS)}
 network = timm.create_model("vanillanet_9", width_mult=1 / 16).eval()
@@ -118,11 +120,7 @@ logits = network(images)
 network.switch_to_deploy()
 assert torch.allclose(network(images), logits, atol=1e-5)
 """
-    run_elsewhere(program, tmp_path, PYTHONPATH=str(installed))
-
-
-def test_torchvisions_detectors_take_the_package(installed, tmp_path):
-    program = """
+DETECTORS = """
 import timm, torch, torchvision, vanillanet
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import FeaturePyramidNetwork
@@ -151,12 +149,7 @@ gradient = detector.backbone.body.model.stem1[0].weight.grad
 assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
 assert set(detector.eval()(images)[0]) == {"boxes", "labels", "scores"}
 """
-    run_elsewhere(program, tmp_path, PYTHONPATH=str(installed))
-
-
-def test_segmentation_models_take_the_package(installed, tmp_path):
-    pytest.importorskip("segmentation_models_pytorch")
-    program = """
+SEGMENTATION = """
 import segmentation_models_pytorch as smp, torch, vanillanet
 
 for decoder in (smp.Unet, smp.FPN):
@@ -166,4 +159,11 @@ for decoder in (smp.Unet, smp.FPN):
     masks.mean().backward()
     assert network.encoder.model.model.stem1[0].weight.grad is not None
 """
+
+
+def test_other_libraries_take_the_package(installed, tmp_path):
+    """timm, torchvision's detectors and segmentation_models_pytorch, in one program, which imports torch once."""
+    program = VARIANTS_OF_TIMM + DETECTORS
+    if importlib.util.find_spec("segmentation_models_pytorch"):
+        program += SEGMENTATION
     run_elsewhere(program, tmp_path, PYTHONPATH=str(installed))

@@ -1,9 +1,9 @@
 """Every engine against PyTorch's own answer, on small networks; the files carry what they must."""
 
+import functools
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,15 +37,14 @@ FAST = [
     ("eager", "bf16"),
     ("channels_last", "fp32"),
     ("channels_last", "bf16"),
-    ("compile", "int8"),
     ("onnxruntime", "fp32"),
     ("onnxruntime", "int8"),
     ("openvino", "fp32"),
     ("openvino", "bf16"),
     ("openvino", "int8"),
 ]
+# Half a minute each, in C++ compilers. What they are given is tested below, and a package in tests/test_predict.py.
 SLOW = [(name, precision) for name in ("compile", "aotinductor") for precision in ("fp32", "bf16", "int8")]
-SLOW.remove(("compile", "int8"))
 PACKAGES = {"onnxruntime": ["onnx", "onnxscript", "onnxruntime"], "openvino": ["openvino", "nncf"]}
 
 
@@ -70,6 +69,23 @@ def images():
     return torch.randn(3, 3, 64, 64)
 
 
+@pytest.fixture(scope="module")
+def file_of(randomized, tmp_path_factory):
+    """A function from a suffix to a network and its file in float32, which is written once."""
+    torch.manual_seed(0)
+    network, folder = small(randomized, "vanillanet_6"), tmp_path_factory.mktemp("files")
+
+    @functools.cache
+    def write(suffix):
+        path = folder / f"network{suffix}"
+        engine = runtimes.find(runtimes.of_file(path))
+        skip_without(*PACKAGES.get(engine.name, ()))
+        engine.export(network, torch.randn(1, 3, 64, 64), path, Target(), METADATA)
+        return network, path
+
+    return write
+
+
 def difference(logits, expected):
     """The largest difference, relative to the largest logit."""
     assert logits.dtype is torch.float32
@@ -83,7 +99,7 @@ def check_engine(network, images, engine, precision):
         expected = network(images)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     calibration = runtimes.Calibration([torch.randn(4, 3, 64, 64), images])
-    load = partial(
+    load = functools.partial(
         runtimes.load, network, engine=engine, precision=precision, images=images[:1], calibration=calibration
     )
     if (engine, precision) == ("openvino", "bf16") and not openvino_has_bfloat16():
@@ -108,12 +124,9 @@ def check_engine(network, images, engine, precision):
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino", pytest.param("aotinductor", marks=pytest.mark.slow)])
-def test_images_of_another_size_are_refused(network, images, tmp_path, engine):
+def test_images_of_another_size_are_refused(file_of, images, engine):
     """Some engines would compute something else, and not say so."""
-    skip_without(*PACKAGES.get(engine, ()))
-    found = runtimes.find(engine)
-    path = tmp_path / f"n{found.suffix}"
-    found.export(network, images[:1], path, Target(), METADATA)
+    network, path = file_of(runtimes.find(engine).suffix)
     for runtime in (runtimes.load(path), runtimes.load(network, engine=engine, images=images[:1])):
         with pytest.raises(ValueError, match=rf"have 32x64 px, this {engine} network takes 64x64"):
             runtime(images[:, :, :32])
@@ -126,11 +139,10 @@ def test_images_of_another_size_are_refused(network, images, tmp_path, engine):
     ("arguments", "message"),
     [({"precision": "tf32"}, "not in tf32"), ({"device": "cuda"}, "not on cuda"), ({"device": "gpu"}, "--device gpu")],
 )
-def test_what_an_openvino_file_cannot_do_is_said(network, images, tmp_path, arguments, message):
-    skip_without(*PACKAGES["openvino"])
-    runtimes.find("openvino").export(network, images[:1], tmp_path / "n.xml", Target(), METADATA)
+def test_what_an_openvino_file_cannot_do_is_said(file_of, arguments, message):
+    _, path = file_of(".xml")
     with pytest.raises(ValueError, match=message):
-        runtimes.load(tmp_path / "n.xml", **arguments)
+        runtimes.load(path, **arguments)
 
 
 @pytest.mark.parametrize(("engine", "precision"), FAST)
@@ -297,15 +309,14 @@ def openvino_bits(node):
     return node.get_element_type().bitwidth
 
 
-def test_a_bfloat16_openvino_file_also_runs_in_float32(network, images, tmp_path):
-    skip_without(*PACKAGES["openvino"])
-    export(network, images, tmp_path / "network.xml", "fp32")
+def test_a_float32_openvino_file_also_runs_in_bfloat16(file_of, images):
+    network, path = file_of(".xml")
     with torch.no_grad():
         expected = network(images)
-    assert difference(runtimes.load(tmp_path / "network.xml")(images), expected) < 1e-5
+    assert difference(runtimes.load(path)(images), expected) < 1e-5
     if not openvino_has_bfloat16():
         pytest.skip("this processor has no bfloat16")
-    assert 1e-4 < difference(runtimes.load(tmp_path / "network.xml", precision="bf16")(images), expected) < 2e-2
+    assert 1e-4 < difference(runtimes.load(path, precision="bf16")(images), expected) < 2e-2
 
 
 def test_a_file_of_another_writer_is_refused(tmp_path):
@@ -519,10 +530,8 @@ while loaded:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs signal stacks")
-def test_signals_are_survived_after_openvino(network, images, tmp_path):
-    skip_without("openvino")
-    runtimes.find("openvino").export(network, images[:1], tmp_path / "n.xml", Target(), METADATA)
-    command = [sys.executable, "-c", SIGNALS, tmp_path / "n.xml"]
+def test_signals_are_survived_after_openvino(file_of):
+    command = [sys.executable, "-c", SIGNALS, file_of(".xml")[1]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "0\n0\n"), done.stderr
 

@@ -23,16 +23,17 @@ from runtimes import series_kernel
 from runtimes.series_network import SeriesNetwork
 
 ROOT = Path(__file__).parents[1]
-# Pool sizes, n of 1 to 4, odd maps and channels, batches, precisions; in a process of its own, which Triton is
-# imported into as an interpreter.
+# Pool sizes, n of 1 to 4, odd maps and channels, batches, precisions; with `every`, each with each. In a process of its
+# own, which Triton is imported into as an interpreter.
 INTERPRETED = """
 import sys
 import torch
 from runtimes.series_kernel import launch, series
 torch.manual_seed(0)
-for dtype, bound in ((torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
-    for n, pool, batch, height, width, channels in ((1, 1, 2, 3, 5, 70), (2, 2, 1, 5, 6, 3), (3, 1, 1, 2, 2, 8),
-                                                    (4, 2, 2, 3, 7, 5)):
+SHAPES = (1, 1, 2, 3, 5, 70), (2, 2, 1, 5, 6, 3), (3, 1, 1, 2, 2, 8), (4, 2, 2, 3, 7, 5)
+KINDS = (torch.float32, 1e-6, SHAPES), (torch.float16, 2e-3, SHAPES[1:2]), (torch.bfloat16, 1e-2, SHAPES[2:3])
+for dtype, bound, shapes in KINDS:
+    for n, pool, batch, height, width, channels in SHAPES if "every" in sys.argv else shapes:
         taps = torch.randn((2 * n + 1) ** 2, channels).div(2 * n + 1).to(dtype)
         x, bias = torch.randn(batch, height, width, channels).to(dtype), torch.randn(channels).to(dtype)
         expected = series(x.double(), taps.double(), bias.double(), pool)  # PyTorch's own operators
@@ -69,10 +70,18 @@ def deployed(randomized, name="vanillanet_5", **arguments):
     return network
 
 
-@pytest.mark.parametrize("program", [INTERPRETED, pytest.param(WHOLE, marks=pytest.mark.slow)], ids=["kernel", "whole"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        (INTERPRETED,),
+        pytest.param((INTERPRETED, "every"), marks=pytest.mark.slow),
+        pytest.param((WHOLE,), marks=pytest.mark.slow),
+    ],
+    ids=["kernel", "every kernel", "whole"],
+)
 def test_the_kernel_agrees_with_pytorch(program):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-c", *program]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "agrees\n", done.stderr
 
