@@ -242,10 +242,6 @@ class CheckpointFolder:
 
     `checkpoint-7.pth` was written after epoch 7, `checkpoint-7-120.pth` after 120 optimizer steps of epoch 7. `last`
     and `best` are further names of such files, so they cost no space while both exist.
-
-    Args:
-        folder: the run's output folder.
-        keep: how many numbered files stay, at least 1.
     """
 
     pattern = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")

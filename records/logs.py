@@ -20,11 +20,7 @@ Metrics = Mapping[str, float | int]
 
 
 class SumMeter:
-    """Named sums in one tensor on the device, float64 where it has that; adding to it does not wait for the device.
-
-    Args:
-        names: of the sums, in order.
-    """
+    """Named sums in one tensor on the device, float64 where it has that; adding to it does not wait for the device."""
 
     def __init__(self, names: Iterable[str], device: torch.device):
         self.names = tuple(names)
@@ -87,11 +83,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]], columns: Iterable[str] | None = None) -> None:
-    """Write a CSV file with a header; a row may lack cells.
-
-    Args:
-        columns: of the header; None takes those that the rows have.
-    """
+    """Write a CSV file with a header, by default of the columns that the rows have; a row may lack cells."""
     columns = list(columns or dict.fromkeys(name for row in rows for name in row))
     with writing(path), replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, restval="")
@@ -107,9 +99,7 @@ def write_json(path: Path, content: object) -> None:
 class CsvSink(Sink):
     """`summary.csv`, a row an epoch. A column may be empty in an epoch that was not evaluated.
 
-    Args:
-        path: of the file.
-        start: rows from this step on are of a part of the run that is being repeated, and are dropped.
+    Rows from the step `start` on are of a part of the run that is being repeated, and are dropped.
     """
 
     def __init__(self, path: Path, start: int = 0):
@@ -194,19 +184,13 @@ class WandbSink(Sink):
 
 
 class StepLog:
-    """Takes the numbers of every `every`th step, and adds the images a second since the last time.
-
-    Args:
-        every: steps.
-        write: is given the step in its epoch, counted from 1, and its numbers.
-
-    Attributes:
-        images: seen since the last time, on all ranks; the caller adds to it.
+    """Gives the numbers of every `every`th step to `write`, with the step in its epoch, counted from 1, and adds the
+    images a second since the last time.
     """
 
     def __init__(self, every: int, write: Callable[[int, Metrics], None]):
         self.every, self.write = every, write
-        self.images, self.start = 0, time.perf_counter()
+        self.images, self.start = 0, time.perf_counter()  # images since then, on all ranks: the caller adds them
 
     def __call__(self, step: int, **numbers: float) -> None:
         now = time.perf_counter()

@@ -20,16 +20,15 @@ def _as_strided_pool(size: int, out: int) -> tuple[int, int, int] | None:
 
     75 -> 38 is (3, 2, 1): the windows [2i - 1, 2i + 2), cut off at the borders.
     """
+    if out < 3:
+        return None
     wanted = windows(size, out)
-    for kernel in range(1, size + 1):
-        for padding in range(kernel // 2 + 1):
-            for stride in {max(1, size // out), -(-size // out)}:
-                if (size + 2 * padding - kernel) // stride + 1 != out:
-                    continue
-                starts = [i * stride - padding for i in range(out)]
-                if wanted == [(max(0, start), min(size, start + kernel)) for start in starts]:
-                    return kernel, stride, padding
-    return None
+    (start, end), (after, _) = wanted[1:3]  # whole windows, which no border cuts off
+    kernel, stride = end - start, after - start
+    padding = stride - start
+    found = [(max(0, i * stride - padding), min(size, i * stride - padding + kernel)) for i in range(out)]
+    fits = 0 <= padding <= kernel // 2 and (size + 2 * padding - kernel) // stride + 1 == out
+    return (kernel, stride, padding) if fits and found == wanted else None
 
 
 class AxisMaxPool(nn.Module):

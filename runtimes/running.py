@@ -80,9 +80,7 @@ class Runtime:
 @contextmanager
 def beside(stream: "torch.cuda.Stream | None") -> Iterator[None]:
     """Around a library's call on a stream of its own: after what torch was asked for before, before what comes after.
-
-    Args:
-        stream: None on the CPU, where nothing is to be done.
+    Without a stream, on the CPU, nothing is done.
     """
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(stream.device))
@@ -163,14 +161,10 @@ class FixedBatch:
 
     A larger batch is split, and the last part filled up with zeros. Compiled for a free size instead, oneDNN would not
     know how to lay out the weights beforehand, and would do that anew in each call: twice the time at batch 1.
-
-    Args:
-        run: (size, C, H, W) -> (size, classes).
-        size: the batch that it takes.
     """
 
     def __init__(self, run: Run, size: int):
-        self.run, self.size = run, size
+        self.run, self.size = run, size  # (size, C, H, W) -> (size, classes)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         if len(images) == self.size:
@@ -186,13 +180,8 @@ DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Form(nn.Module):
-    """A network in another precision and memory format: float32 in, float32 out.
-
-    Args:
-        network: (N, C, H, W) -> (N, classes); copied.
-        precision: of weights and activations.
-        layout: memory format of weights and activations.
-        device: where it goes.
+    """A copy of a network (N, C, H, W) -> (N, classes) in another precision and memory format, of weights and
+    activations, on a device; float32 in, float32 out.
     """
 
     def __init__(

@@ -30,13 +30,11 @@ def _quantize(path: Path, calibration: Calibration, *, symmetric: bool) -> None:
 
     from ..processor import sums_saturate
 
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self):
-            self.images = calibration.images()
+    inputs = ({INPUT: image.numpy()} for image in calibration.images())
 
+    class Reader(quantization.CalibrationDataReader):
         def get_next(self):
-            image = next(self.images, None)
-            return None if image is None else {INPUT: image.numpy()}
+            return next(inputs, None)
 
     kind = quantization.QuantType
     with tempfile.TemporaryDirectory() as folder:
@@ -83,16 +81,13 @@ def write_onnx(
             opset_version=OPSET,
             external_data=False,
             dynamo=True,
+            dynamic_shapes=({0: "batch"},),  # the name of the free dimension
             verbose=False,
         )
         if target.precision == "int8":
             require("onnxruntime", "int8 in ONNX")
             _quantize(path, target.calibration, symmetric=symmetric)
     model = onnx.load(path)
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:  # the one free dimension, which the exporter calls s34
-                dim.dim_param = "batch"
     onnx.helper.set_model_props(model, metadata.to_strings())
     onnx.checker.check_model(model)
     onnx.save(model, path)
