@@ -507,6 +507,7 @@ def open(
     Raises:
         ValueError: there is no such model or file, it cannot be read, or the weights do not fit.
     """
+    # What is meant: MODEL=FILE, a name or an address, or else a file.
     model, equals, file = str(source).partition("=")
     if equals and not os.path.isfile(source) and os.sep not in model:
         name, source = model, file
@@ -516,6 +517,7 @@ def open(
         return _open_name(str(source), pretrained=pretrained, flag=flag, mend=mend, arguments=arguments)
     if not pretrained:
         raise ValueError(f"--random_weights is for a model's name, and {source} is a file of weights")
+    # Which model the weights are of: as the user says, or the file, or the caller.
     weights = read(source, key=key, order=order, prefix=prefix)
     recorded = weights.record.model
     wanted, name = name, name or recorded or fallback
@@ -524,6 +526,7 @@ def open(
     check_name(name, flag)
     if wanted is not None and recorded not in (None, wanted):
         logger.info("%s %s instead of %s, which %s records", flag, wanted, recorded, source)
+    # Its arguments: from the shapes of the tensors, if the caller does not set them.
     _check_arguments(name, arguments, flag)
     told = shape_arguments(name, weights.tensors)
     if "width_mult" in arguments:

@@ -104,9 +104,11 @@ def write_deployed(
         raise ValueError(f"{type(module).__name__} has no deploy form")
     if getattr(module, "deploy", False):
         raise ValueError("the network is in deploy form already: --eval true evaluates it")
+    # A copy is fused, so that both forms are there to be compared and evaluated.
     fused = copy.deepcopy(module)
     fused.switch_to_deploy()
     fused.to(memory_format=layout)  # what fusing returns is contiguous
+    # Compared on real data before anything is written.
     runtimes.set_tf32("fp32", str(device))
     difference = compare(module, fused)
     if not difference <= TOLERANCE:

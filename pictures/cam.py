@@ -101,6 +101,7 @@ def activation_maps(
     for module in model.modules():
         if hasattr(module, "inplace"):
             module.inplace = False  # would overwrite the feature map after it was observed
+    # The library weights what the layer gives out by the gradient of the class's logit.
     split = _Split(model)
     targets = None if target is None else [ClassifierOutputTarget(target)] * len(images)
     seen = []  # the feature map, then its gradient

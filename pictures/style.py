@@ -85,6 +85,7 @@ def name_points(
     The places around a point are tried from near to far, and the one that covers least is taken; a name that had to
     go far is joined to its point by a thin line. Call it last: the limits of the axes must not change any more.
     """
+    # What is taken already, as boxes in pixels: points, the legend, and lines.
     figure = axes.figure.figure
     figure.draw_without_rendering()  # the layout gives the axes their place
     renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
@@ -98,6 +99,7 @@ def name_points(
             for one, other in pairwise(ends):
                 steps = np.linspace(one, other, 2 + int(np.hypot(*(other - one)) // 5))
                 taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in steps]
+    # Each name in the place of the least cost: overlap in pixels, then distance, and dearest what leaves the axes.
     for name, point, (x, y), colour in zip(names, points, dots, colours, strict=True):
         text = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize=size, color=colour, va="center")
         extent = text.get_window_extent(renderer)

@@ -58,7 +58,7 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             with temporary.open("wb") as file:
                 torch.save(dict(checkpoint), file)
         except RuntimeError as error:
-            # torch reports that its writer is out of step; the system's error is what that came from.
+            # torch (2.14) reports that its writer is out of step; the system's error is what that came from.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -199,6 +199,7 @@ def checkpoint_weights(
     weights = checkpoint if name is None else checkpoint[name]
     if weights != {} and not is_state_dict(weights):
         raise CheckpointError(f"what {path} holds under {name} is no state dict")
+    # A prefix is looked for in the names as they are, and else in those without what wrappers put before them.
     weights = {str(name): value for name, value in weights.items()}
     if prefix:
         unwrapped = not any(name.startswith(prefix) for name in weights)
@@ -219,6 +220,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, path:
     Raises:
         CheckpointError: one line that counts the mismatches and shows the first of each kind.
     """
+    # All that does not fit is counted before anything is loaded.
     own = model.state_dict()
     missing = [name for name in own if name not in weights]
     unexpected = [name for name in weights if name not in own]

@@ -141,7 +141,9 @@ class JsonLinesSink(Sink):
 class TensorBoardSink(Sink):
     """TensorBoard events; every metric is a scalar under `prefix`.
 
-    Not by tensorboardX's SummaryWriter: its thread dies of a full disk, and then its queue fills up and the run hangs.
+    Not by the SummaryWriter of tensorboardX 2.6: its thread dies of a full disk, its queue fills up, and the run hangs,
+    as tensorboard's own did (https://github.com/tensorflow/tensorboard/issues/6167). May be that when
+    `tests/faults/test_saves.py` passes with it.
     """
 
     def __init__(self, folder: Path, prefix: str):

@@ -47,6 +47,7 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration)
             get_default_x86_inductor_quantization_config,
         )
 
+        # What is quantized: all but the pools, and on request the series activations.
         quantizer = X86InductorQuantizer().set_global(
             get_default_x86_inductor_quantization_config(reduce_range=sums_saturate())
         )
@@ -54,6 +55,7 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration)
         for name, _ in network.named_modules():
             if name.endswith(f".{DEPTHWISE}") and not calibration.depthwise:
                 quantizer.set_module_name_qconfig(f"network.{name}", None)
+        # Observers see the calibration images in batches of the graph's size, and give the scales.
         form = Form(network, layout=torch.channels_last)
         graph = exported(form, images, dynamic_batch=False).module()
         with torch.no_grad():
@@ -64,6 +66,7 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration)
             graph = convert_pt2e(graph)
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            graph.graph.erase_node(node)  # export's note that a tensor was float32, which it no longer need be
+            # Export's note that a tensor was float32, which under autocast it no longer is (torch 2.14).
+            graph.graph.erase_node(node)
     graph.recompile()
     return Mixed(graph)

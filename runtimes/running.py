@@ -19,7 +19,8 @@ def set_tf32(precision: str | None, device: str) -> None:
     """Let float32 arithmetic on a GPU use TensorFloat-32, or not. It holds for the process, as torch has it.
 
     By the older of torch's two interfaces: after the newer one, `fp32_precision`, the getters of the older, which
-    inductor and users still read, raise (torch 2.11 and 2.14).
+    inductor and users still read, raise (torch 2.11 and 2.14, https://github.com/pytorch/pytorch/issues/166387). May be
+    the newer one when that is closed.
     """
     if torch.device(device).type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -140,6 +141,7 @@ def rebuilt(
     found = [(name, module) for name, module in network.named_modules() if wanted(module)]
     if not found:
         return network
+    # One pass tells the size of each layer's input.
     hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in found]
     try:
         with torch.no_grad():
@@ -206,7 +208,7 @@ def exported(network: nn.Module, images: torch.Tensor, *, dynamic_batch: bool) -
     shapes: Any = None
     if dynamic_batch:
         shapes = ({0: torch.export.Dim("batch")},)
-        if len(images) < 2:  # a batch of one would be taken for a constant
+        if len(images) < 2:  # torch.export takes a size of one for a constant
             images = images.expand(2, -1, -1, -1).contiguous()
     with torch.no_grad():
         return torch.export.export(network, (images,), dynamic_shapes=shapes)

@@ -59,12 +59,13 @@ class SeriesNetwork(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         batch, channels, height, width = images.shape
         rows, columns = height // self.patch, width // self.patch
+        # The stem's patches as rows of a matrix, (N * H/4 * W/4, 48).
         x = images.to(self.dtype).view(batch, channels, rows, self.patch, columns, self.patch)
-        x = x.permute(0, 2, 4, 3, 5, 1).reshape(-1, self.patch**2 * channels)  # (N * H/4 * W/4, 48): the stem's patches
+        x = x.permute(0, 2, 4, 3, 5, 1).reshape(-1, self.patch**2 * channels)
         for (conv_bias, conv_weight, taps, bias), pool in zip(self.layers, self.pools, strict=True):
             x = torch.addmm(conv_bias, x, conv_weight).view(batch, rows, columns, -1)
             x = series(x, taps, bias, pool)  # (N, H, W, C) -> (N, H / pool, W / pool, C)
             rows, columns = x.shape[1:3]
             x = x.flatten(0, 2)
-        x = x.view(batch, rows * columns, -1).mean(1)
+        x = x.view(batch, rows * columns, -1).mean(1)  # (N, C)
         return torch.addmm(self.head[0], x, self.head[1]).float()

@@ -2,8 +2,10 @@
 
 oneDNN is behind both PyTorch and OpenVINO. On a processor with AVX2 and no AVX-512 its float32 kernel for 1x1
 convolutions takes 16 or 32 output channels at a time, but only 8 on maps larger than 12x12 with more than about 2300
-input channels, and then runs at a third of its speed. Among the variants, at 224 px, those are the 1.5x ones' layers at
-14x14. The sum is the same up to rounding.
+input channels, and then runs at a third of its speed (oneDNN 3.12, in PyTorch 2.14; we found no issue that reports
+it). Among the variants, at 224 px, those are the 1.5x ones' layers at 14x14. The sum is the same up to rounding.
+
+May go when vanillanet_13_x1_5 in float32 is as fast there without it.
 """
 
 import torch

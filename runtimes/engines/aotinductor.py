@@ -40,10 +40,12 @@ class Engine(base.FileEngine):
         from ..inductor import inductor_form, inductor_settings
         from ..running import exported
 
+        # One batch size is compiled in, see `FixedBatch`.
         form = inductor_form(network, images, target)
         program = exported(form, images.to(target.device, torch.float32), dynamic_batch=False)
         with inductor_settings(target.profile), torch.no_grad():
             files = aot_compile(program.module(), program.example_inputs[0], options={"aot_inductor.package": True})
+        # Native code: what it is for stands in the package, and is compared when it is opened.
         strings = {
             **metadata.to_strings(),
             "batch_size": str(len(images)),
@@ -73,7 +75,8 @@ class Engine(base.FileEngine):
                 f"{path} was compiled for {strings['instructions']}, this processor has {instructions()}: "
                 "export it here"
             )
-        # The class behind torch._inductor.aoti_load_package, which would first import the compiler, for a second.
+        # The class behind torch._inductor.aoti_load_package, which would first import the compiler, for a second (torch
+        # 2.14). May go when `test_a_package_answers_without_what_made_it` passes with that function.
         index = torch.device(target.device).index
         try:
             loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1 if index is None else index)

@@ -70,6 +70,7 @@ def write_onnx(
     from ..plain import plain
     from ..running import Form, exported
 
+    # A graph in the file's precision; int8 begins in float32.
     form = Form(plain(network, images), precision=target.precision)
     program = exported(form, images, dynamic_batch=True)
     with quiet():
@@ -87,6 +88,7 @@ def write_onnx(
         if target.precision == "int8":
             require("onnxruntime", "int8 in ONNX")
             _quantize(path, target.calibration, symmetric=symmetric)
+    # What other programs need to use the file, as properties; quantization would have dropped them.
     model = onnx.load(path)
     onnx.helper.set_model_props(model, metadata.to_strings())
     onnx.checker.check_model(model)
@@ -112,12 +114,14 @@ class Engine(base.FileEngine):
         import torch
 
         ort = require("onnxruntime", self.name)
+        # As many threads as torch has, warnings kept off, and the profile where nobody else looks.
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         options.enable_profiling = target.profile
         if target.profile:
             options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
+        # On a GPU in IEEE arithmetic, and on a stream of ours, which torch can wait for.
         provider, settings, stream = "CPUExecutionProvider", {}, None
         if target.kind == "cuda":
             provider, stream = "CUDAExecutionProvider", torch.cuda.Stream(target.device)
@@ -147,7 +151,7 @@ class Engine(base.FileEngine):
 
         def run(images: torch.Tensor) -> torch.Tensor:
             logits = images.new_empty(len(images), classes)
-            binding = session.io_binding()
+            binding = session.io_binding()  # memory of torch's on either side, so that nothing is copied
             for bind, name, tensor in ((binding.bind_input, INPUT, images), (binding.bind_output, OUTPUT, logits)):
                 bind(
                     name,

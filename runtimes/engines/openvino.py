@@ -18,19 +18,17 @@ HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # what int8 leaves runs
 def _core():
     """The one `Core` of the process, with its CPU plugin loaded, which stays.
 
-    A plugin gives its thread a stack for signals, and takes it back when it goes, with the last use of its `Core`. With
-    two, of which the first goes first, the thread is left with a stack that is gone, and the next signal, such as that
-    of a child process that ends, kills the process (OpenVINO 2026.4).
+    A plugin gives its thread a stack for signals (https://github.com/openvinotoolkit/openvino/pull/11894), and takes it
+    back when it goes, with the last use of its `Core`. With two, of which the first goes first, the thread is left with
+    a stack that is gone, and the next signal, such as that of a child process that ends, kills the process (OpenVINO
+    2026.4). May go when `test_signals_are_survived_after_openvino` passes with a `Core` in each call.
     """
-    core = _library().Core()
+    os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")  # or importing it would look for a network
+    import openvino
+
+    core = openvino.Core()
     core.get_property("CPU", "FULL_DEVICE_NAME")
     return core
-
-
-def _library():
-    # Its telemetry would look for a network.
-    os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")
-    return require("openvino", "openvino")
 
 
 class Engine(base.FileEngine):
@@ -51,8 +49,10 @@ class Engine(base.FileEngine):
         from ..running import Form, exported
         from ..wide import split_wide
 
-        openvino = _library()
         _core()  # before NNCF, or whoever else, makes one
+        import openvino
+
+        # Plain layers, in float32: the precision is a hint to whoever opens the file.
         layers = plain(network, images)
         if target.precision == "fp32" and slow_at_wide_convolutions():
             layers = split_wide(layers, images)
@@ -64,6 +64,7 @@ class Engine(base.FileEngine):
                 model = self._quantize(
                     model, target.calibration, skip_depthwise=series and not target.calibration.depthwise
                 )
+        # Names for other programs, and what they need to use the file.
         for port, name in ((model.input(0), "images"), (model.output(0), "logits")):
             port.tensor.set_names({name})
         for name, value in metadata.to_strings().items():
@@ -123,7 +124,7 @@ class Engine(base.FileEngine):
 
         def layers(images: torch.Tensor) -> list[Layer]:
             run(images)
-            run(images)
+            run(images)  # the first call also prepares
             infos = request.profiling_info
             return [
                 Layer(i.node_name, f"{i.node_type} {i.exec_type}", i.real_time.total_seconds() * 1e3)

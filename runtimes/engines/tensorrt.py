@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 from .. import base
-from ..base import require
 from .onnxruntime import INPUT, OUTPUT, write_onnx
 
 LARGEST_BATCH = 256
@@ -26,7 +25,8 @@ class Engine(base.FileEngine):
     suffix = ".engine"
 
     def _export(self, network, images, path, target, metadata):
-        trt = require("tensorrt", self.name)
+        import tensorrt as trt
+
         logger = trt.Logger(trt.Logger.WARNING)
         builder = trt.Builder(logger)
         graph = builder.create_network(0)
@@ -36,6 +36,7 @@ class Engine(base.FileEngine):
             write_onnx(network, images, onnx, target, metadata, symmetric=True)
             if not parser.parse_from_file(str(onnx)):
                 raise ValueError(f"TensorRT cannot read the graph: {parser.get_error(0)}")
+        # Batches of 1 to LARGEST_BATCH, fastest at that of `images`.
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE)
         if target.precision != "tf32":
@@ -60,11 +61,11 @@ class Engine(base.FileEngine):
             raise ValueError(f"cannot read {path}: it is no plan that export.py wrote") from error
 
     def _open(self, content, strings, path, target):
+        import tensorrt as trt
         import torch
 
         from ..running import beside
 
-        trt = require("tensorrt", self.name)
         with torch.cuda.device(target.device):
             engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(content)
             if engine is None:
