@@ -561,7 +561,7 @@ def spoil(folder):
         ("cam gone.png --network LAST", "gone.png"),
         ("cam text.png --network LAST", "text.png: not an image"),
         ("cam empty --network LAST", "folder empty"),
-        ("cam IMAGES --network gone.pth", "gone.pth is neither a file nor a model"),
+        ("cam IMAGES --network gone.pth", "gone.pth does not exist"),
         ("cam IMAGES --network nosuch=bare.pth", "nosuch is not known"),
         ("cam IMAGES --network vanillanet_6=gone.pth", "gone.pth does not exist"),
         ("cam IMAGES --network text.pth", "cannot load text.pth"),
