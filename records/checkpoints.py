@@ -102,7 +102,10 @@ def _what_it_is(path: Path) -> str | None:
     for begins, what in KINDS:
         if head.startswith(begins) or start.startswith(begins):
             return what
-    members = zipfile.ZipFile(path).namelist() if is_intact(path) else []
+    members = []
+    if is_intact(path):
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
     weights = any(name.endswith("data.pkl") for name in members)  # as `torch.save` writes them
     if path.suffix in EXPORTED and not weights:
         return "it is an exported network, not weights: give the checkpoint that it was exported from"
@@ -124,9 +127,9 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError, ValueError) as error:
         cause = _what_it_is(path) or f"it is damaged or no safetensors file ({first_line(error)})"
         raise CheckpointError(f"cannot load {path}: {cause}") from error
-    for name in texts.keys() - {"model"}:
+    for name, text in texts.items():
         with contextlib.suppress(ValueError):  # another program's note; ours are JSON
-            checkpoint[name] = json.loads(texts[name])
+            checkpoint.setdefault(name, json.loads(text))
     return checkpoint
 
 
