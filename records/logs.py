@@ -52,10 +52,9 @@ def progress(batches: Iterable, *, description: str, total: int, initial: int = 
 
 
 class Sink:
-    """Where numbers go. A sink that cannot write ends the run with a line for the user (ValueError)."""
+    """Where the numbers of a step or epoch go. ValueError, a line for the user, if they cannot be written."""
 
-    def log(self, metrics: Metrics, step: int) -> None:
-        raise NotImplementedError
+    log: Callable[[Metrics, int], None]
 
     def close(self) -> None:
         """Finish; most sinks leave nothing open."""
@@ -78,7 +77,7 @@ class ConsoleSink(Sink):
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file with a header, all cells as text."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 
 
