@@ -74,9 +74,6 @@ class Runtime:
             raise ValueError(f"{self.name} was not built to be profiled")
         return self._profile(self._prepare(images))
 
-    def __repr__(self) -> str:
-        return f"Runtime({self.name}, {self.precision})"
-
 
 @contextmanager
 def beside(stream: "torch.cuda.Stream | None") -> Iterator[None]:
