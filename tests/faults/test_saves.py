@@ -202,9 +202,9 @@ def test_any_flipped_bit(tmp_path, thorough, report):
     newest = folder.save(state, epoch=2, step=0)
     content = newest.read_bytes()
     bits = range(8 * len(content))
-    end = bits[-8 * 98 :]  # the archive's three end records
+    end = bits[-8 * 98 :: 1 if thorough else 7]  # the archive's three end records
     noticed = harmless = 0
-    for position in [*random.Random(0).sample(bits, 20_000 if thorough else 300), *end]:
+    for position in [*random.Random(0).sample(bits, 20_000 if thorough else 100), *end]:
         newest.write_bytes(flip(content, position))
         if folder.newest_valid() != newest:
             noticed += 1
@@ -213,7 +213,7 @@ def test_any_flipped_bit(tmp_path, thorough, report):
             assert differences(load_checkpoint(newest), state) == [], position
     start = content.find(state["model"]["stem1.0.weight"].numpy().tobytes())
     assert start > 0
-    for position in random.Random(1).sample(range(8 * start, 8 * (start + 64)), 50):  # a weight
+    for position in random.Random(1).sample(range(8 * start, 8 * (start + 64)), 50 if thorough else 15):  # a weight
         newest.write_bytes(flip(content, position))
         assert folder.newest_valid() != newest
     # The mark of a folder in the archive's directory: torch would read nothing into the tensor, without a word.
