@@ -248,7 +248,7 @@ def test_no_checkpoint_can_be_read(server, data, undisturbed, tmp_path, report):
 
 def test_retention_keeps_what_is_needed(tmp_path, thorough, report):
     """After every save the newest and the best can be read; when all that would stay is damaged, the last one stays."""
-    runs = 300 if thorough else 30
+    runs = 300 if thorough else 8
     chance = random.Random(0)
     saves = 0
     for number in range(runs):
