@@ -6,12 +6,11 @@ python main.py --eval true --finetune FILE --data_path DIR               # evalu
 python main.py --switch_to_deploy NEW --finetune FILE --data_path DIR    # fuse, compare, evaluate
 """
 
-from options import Arguments, parse_args, plain_args
+from options import Arguments, parse_args
 
 if __name__ == "__main__":
     ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
 
-import argparse
 import copy
 import functools
 import logging
@@ -27,6 +26,7 @@ from torch import nn
 import datasets
 import networks
 import runtimes
+import training
 import utils
 from benchmarking import profiling
 from deployment.fusing import COMPARED_BATCHES, deployed, largest_difference, write_deployed
@@ -39,19 +39,6 @@ from optim_factory import activation_slope, cosine_schedule, freeze
 from records import logs, scores
 from records.checkpoints import load_weights
 from records.files import check_writable
-from training import (
-    Task,
-    broken_count,
-    build_precision,
-    build_state,
-    checked_warmup,
-    fit,
-    layout_of,
-    loading_of,
-    meet,
-    place,
-    until_stopped,
-)
 
 logger = logging.getLogger("main")
 
@@ -61,33 +48,25 @@ CALIBRATION_IMAGES = 300
 # -- the parts, built from the arguments
 
 
-def build_train_transform(args: argparse.Namespace, preprocessing: Preprocessing) -> transforms.Transform:
+def build_train_transform(args: Arguments, preprocessing: Preprocessing) -> transforms.Transform:
+    own = "train_interpolation" in args.given
     return transforms.build_train_transform(
         preprocessing,
-        color_jitter=args.color_jitter,
-        aa=args.aa,
-        interpolation=args.train_interpolation if "train_interpolation" in args.given else preprocessing.interpolation,
-        reprob=args.reprob,
-        remode=args.remode,
-        recount=args.recount,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
+        interpolation=args.train_interpolation if own else preprocessing.interpolation,
+        **args.pick("color_jitter", "aa", "reprob", "remode", "recount", "scale", "ratio", "hflip", "vflip"),
     )
 
 
-def build_dataset(args: argparse.Namespace, world: utils.World, *, train: bool, transform: transforms.Transform):
+def build_dataset(args: Arguments, world: utils.World, *, train: bool, transform: transforms.Transform):
     """One split. Rank 0 opens it first, since that may download it."""
+    split = args.train_split if train else args.val_split
     for turn in (True, False):
         if world.is_main is turn:
             dataset = datasets.build_dataset(
-                args.data_set,
-                args.data_path,
+                **args.pick("data_set", "data_path", "eval_data_path"),
                 train=train,
                 transform=transform,
-                eval_data_path=args.eval_data_path,
-                split=args.train_split if train else args.val_split,
+                split=split,
                 download=turn,
             )
         world.barrier()
@@ -95,7 +74,7 @@ def build_dataset(args: argparse.Namespace, world: utils.World, *, train: bool, 
 
 
 def build_eval_loader(
-    args: argparse.Namespace,
+    args: Arguments,
     dataset,
     world: utils.World,
     *,
@@ -115,7 +94,7 @@ def build_eval_loader(
     found = args.nb_classes if args.nb_classes == num_classes and indices else class_count(args, dataset)
     if found != num_classes and not indices:
         raise ValueError(f"{of} knows {num_classes} classes, the data have {found}")
-    loading = loading_of(args, world if args.dist_eval else utils.World(0, 1, world.device))
+    loading = training.loading_of(args, world if args.dist_eval else utils.World(0, 1, world.device))
     loader = loaders.build_eval_loader(dataset, loading, skip_broken=args.skip_broken_eval, class_indices=indices)
     real = None
     if args.real_labels:
@@ -123,7 +102,7 @@ def build_eval_loader(
     return loader, real
 
 
-def class_count(args: argparse.Namespace, dataset) -> int:
+def class_count(args: Arguments, dataset) -> int:
     """The number of classes, from the data; from --nb_classes for a stream that does not know its own."""
     if dataset.classes is None:
         return args.nb_classes
@@ -132,7 +111,7 @@ def class_count(args: argparse.Namespace, dataset) -> int:
     return len(dataset.classes)
 
 
-def open_source(args: argparse.Namespace) -> networks.Network:
+def open_source(args: Arguments) -> networks.Network:
     """The network of --finetune, or of --resume, with the classes that it was trained on."""
     own = {flag: getattr(args, flag) for flag in ("act_num", "width_mult") if flag in args.typed}
     return networks.open(
@@ -148,7 +127,7 @@ def open_source(args: argparse.Namespace) -> networks.Network:
     )
 
 
-def settle(args: argparse.Namespace, network: networks.Network | None, *, train: bool = False) -> Preprocessing:
+def settle(args: Arguments, network: networks.Network | None, *, train: bool = False) -> Preprocessing:
     """How images are prepared: as the network's file records it, else as timm has it; a flag wins over both.
 
     What the file decides goes into `args`, too, for the reports and the record of the run; the log says what a flag
@@ -195,7 +174,7 @@ def settle(args: argparse.Namespace, network: networks.Network | None, *, train:
     return preprocessing
 
 
-def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+def build_model(args: Arguments, num_classes: int) -> nn.Module:
     """The network on the CPU, initialized from the current seed."""
     own = {flag: getattr(args, flag) for flag in ("act_num", "width_mult") if flag in args.given}
     if not networks.is_vanillanet(args.model):
@@ -208,7 +187,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 
 
 def build_teacher(
-    args: argparse.Namespace, preprocessing: Preprocessing, *, classes: Sequence[str] | None, num_classes: int
+    args: Arguments, preprocessing: Preprocessing, *, classes: Sequence[str] | None, num_classes: int
 ) -> nn.Module:
     """The network to learn from, on the CPU in eval mode, for images as the student gets them.
 
@@ -250,7 +229,7 @@ def build_teacher(
 
 
 def run_eval(
-    args: argparse.Namespace,
+    args: Arguments,
     world: utils.World,
     model: nn.Module,
     loader,
@@ -270,11 +249,11 @@ def run_eval(
         EvaluationStopped: see `training.until_stopped`.
     """
     if not (args.dist_eval or world.is_main):
-        return meet(world, stop)
+        return training.meet(world, stop)
     batches = logs.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
     return evaluate(
         model,
-        until_stopped(batches, world, stop),
+        training.until_stopped(batches, world, stop),
         precision=precision,
         real_targets=real,
         reduce=world.sum if args.dist_eval else (lambda sums: sums),
@@ -282,11 +261,7 @@ def run_eval(
     )
 
 
-def wants_confusion(args: argparse.Namespace, classes: Sequence[str]) -> int | None:
-    return len(classes) if args.results_file or args.confusion else None
-
-
-def keep_results(args: argparse.Namespace, result: EvalResult, classes: Sequence[str]) -> None:
+def keep_results(args: Arguments, result: EvalResult, classes: Sequence[str]) -> None:
     """What --results_file and --confusion ask for."""
     if args.results_file:
         scores.write_scores(args.results_file, result, classes)
@@ -302,18 +277,12 @@ def report_eval(name: str, result: EvalResult, broken: int) -> None:
     real = "" if result.real_acc1 is None else f"  ReaL {result.real_acc1:.3f}"
     left_out = f"  ({broken} broken images left out)" if broken else ""
     logger.info(
-        "%s: top-1 %.3f  top-5 %.3f%s  loss %.4f  on %d images%s",
-        name,
-        result.acc1,
-        result.acc5,
-        real,
-        result.loss,
-        result.count,
-        left_out,
+        f"{name}: top-1 {result.acc1:.3f}  top-5 {result.acc5:.3f}{real}  loss {result.loss:.4f}  "
+        f"on {result.count} images{left_out}"
     )
 
 
-def prepare_eval(args: argparse.Namespace, world: utils.World):
+def prepare_eval(args: Arguments, world: utils.World):
     """What --eval and --switch_to_deploy share: the loader, ReaL labels, and the network, which is on the device."""
     network = open_source(args)
     if args.deploy and not getattr(network.module, "deploy", True):
@@ -324,24 +293,8 @@ def prepare_eval(args: argparse.Namespace, world: utils.World):
     loader, real = build_eval_loader(
         args, dataset, world, classes=network.classes, num_classes=network.module.num_classes, of=network.source
     )
-    network.module.to(world.device, memory_format=layout_of(args))
+    network.module.to(world.device, memory_format=training.layout_of(args))
     return loader, real, network
-
-
-def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
-    for path in filter(None, (args.results_file, args.confusion)):
-        check_writable(path)
-    loader, real, network = prepare_eval(args, world)
-    if args.compile:
-        network.module.compile()
-    precision, classes = build_precision(args, world.device), network.labels
-    result = run_eval(
-        args, world, network.module, loader, real, precision, args.model, confusion=wants_confusion(args, classes)
-    )
-    broken = broken_count(world, loader)
-    if world.is_main:
-        report_eval(f"{args.model} ({network.source})", result, broken)
-        keep_results(args, result, classes)
 
 
 class _Deployed(nn.Module):
@@ -355,7 +308,7 @@ class _Deployed(nn.Module):
         return self.runtime(images)
 
 
-def calibrate(args: argparse.Namespace, world: utils.World, preprocessing: Preprocessing) -> runtimes.Calibration:
+def calibrate(args: Arguments, world: utils.World, preprocessing: Preprocessing) -> runtimes.Calibration:
     """Training images, evenly spread, as they are prepared for evaluation."""
     dataset = build_dataset(args, world, train=True, transform=transforms.build_eval_transform(preprocessing))
     if isinstance(dataset, StreamDataset):
@@ -366,7 +319,7 @@ def calibrate(args: argparse.Namespace, world: utils.World, preprocessing: Prepr
     return runtimes.Calibration(images.split(args.batch_size))
 
 
-def open_exported(args: argparse.Namespace, world: utils.World, path: str):
+def open_exported(args: Arguments, world: utils.World, path: str):
     """The loader, ReaL labels and runtime of an exported file, with the preprocessing that is written in it."""
     runtime = runtimes.load(path, engine=args.engine, precision=args.precision, device=str(world.device))
     metadata = runtime.metadata
@@ -383,31 +336,41 @@ def open_exported(args: argparse.Namespace, world: utils.World, path: str):
     return *found, runtime
 
 
-def evaluate_deployed(args: argparse.Namespace, world: utils.World) -> None:
-    """Evaluate in the engine of --engine: an exported file, or a checkpoint's network, fused and built here."""
+def open_deployed(args: Arguments, world: utils.World, network: networks.Network) -> runtimes.Runtime:
+    """The network in --engine, fused and built here."""
+    return runtimes.load(
+        deployed(network).module.cpu(),
+        engine=args.engine,
+        precision=args.precision,
+        images=torch.zeros(args.batch_size, 3, args.input_size, args.input_size),
+        calibration=calibrate(args, world, network.preprocessing) if args.precision == "int8" else None,
+        device=str(world.device),
+    )
+
+
+def evaluate_checkpoint(args: Arguments, world: utils.World) -> None:
+    """Evaluate a network as it is or, with --engine, fused; or an exported file in its engine."""
     for wanted in filter(None, (args.results_file, args.confusion)):
         check_writable(wanted)
-    path = args.finetune or args.resume
-    if runtimes.of_file(path):
+    path, runtime = args.finetune or args.resume, None
+    if args.engine and runtimes.of_file(path):
         loader, real, runtime = open_exported(args, world, path)
         classes = runtime.metadata.classes
     else:
         loader, real, network = prepare_eval(args, world)
         classes = network.labels
-        runtime = runtimes.load(
-            deployed(network).module.cpu(),
-            engine=args.engine,
-            precision=args.precision,
-            images=torch.zeros(args.batch_size, 3, args.input_size, args.input_size),
-            calibration=calibrate(args, world, network.preprocessing) if args.precision == "int8" else None,
-            device=str(world.device),
-        )
-    name = f"{path} in {runtime.name}, {runtime.precision}"
-    precision = Precision(world.device)
-    result = run_eval(
-        args, world, _Deployed(runtime), loader, real, precision, name, confusion=wants_confusion(args, classes)
-    )
-    broken = broken_count(world, loader)
+        runtime = open_deployed(args, world, network) if args.engine else None
+    if runtime:
+        model, precision = _Deployed(runtime), Precision(world.device)
+        name = f"{path} in {runtime.name}, {runtime.precision}"
+    else:
+        model, precision = network.module, training.build_precision(args, world.device)
+        name = f"{args.model} ({network.source})"
+    if args.compile:
+        model.compile()
+    confusion = len(classes) if args.results_file or args.confusion else None
+    result = run_eval(args, world, model, loader, real, precision, name, confusion=confusion)
+    broken = training.broken_count(world, loader)
     if world.is_main:
         report_eval(name, result, broken)
         keep_results(args, result, classes)
@@ -426,7 +389,7 @@ def other_forms(network: networks.Network) -> Iterator[tuple[str, nn.Module]]:
             yield key, other
 
 
-def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
+def deploy_checkpoint(args: Arguments, world: utils.World) -> None:
     """Fuse, compare with the unfused network, write the file once, evaluate all forms side by side."""
     loader, real, network = prepare_eval(args, world)
     target = Path(args.switch_to_deploy)
@@ -435,18 +398,18 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
         target,
         compare=functools.partial(largest_difference, batches=(images.to(world.device) for images, _, _ in loader)),
         answers="logits",
-        record={**network.state(), "args": plain_args(args)},
+        record={**network.state(), "args": dict(vars(args))},
         device=world.device,
-        layout=layout_of(args),
+        layout=training.layout_of(args),
         is_main=world.is_main,
     )
     used = network.weights.key if network.weights else ""
     forms = {f"train form, {used}" if used else "train form": network.module}
     forms |= {f"train form, {key}": module for key, module in other_forms(network)}
     forms[f"deploy form of {used}" if used else "deploy form"] = fused
-    precision = build_precision(args, world.device)
+    precision = training.build_precision(args, world.device)
     results = {name: run_eval(args, world, form, loader, real, precision, name) for name, form in forms.items()}
-    broken = broken_count(world, loader)
+    broken = training.broken_count(world, loader)
     if not world.is_main:
         return
     images = next(iter(loader))[0]
@@ -491,21 +454,12 @@ class Data:
     mixup: Mixup | None
 
 
-def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
-    return transforms.build_mixup(
-        args.batch_size,
-        num_classes,
-        mixup=args.mixup,
-        cutmix=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        mixup_prob=args.mixup_prob,
-        mixup_switch_prob=args.mixup_switch_prob,
-        mixup_mode=args.mixup_mode,
-        smoothing=args.smoothing,
-    )
+def build_mixup(args: Arguments, num_classes: int) -> Mixup | None:
+    flags = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "smoothing")
+    return transforms.build_mixup(args.batch_size, num_classes, **args.pick(*flags))
 
 
-def open_data(args: argparse.Namespace, world: utils.World, preprocessing: Preprocessing) -> Data:
+def open_data(args: Arguments, world: utils.World, preprocessing: Preprocessing) -> Data:
     dataset = build_dataset(args, world, train=True, transform=build_train_transform(args, preprocessing))
     num_classes = class_count(args, dataset)
     validation = real = None
@@ -517,12 +471,12 @@ def open_data(args: argparse.Namespace, world: utils.World, preprocessing: Prepr
         )
     if args.batch_size == 1 and not args.sync_bn:
         raise ValueError("BatchNorm needs more than one image in a batch: raise --batch_size")
-    loader = loaders.build_train_loader(dataset, loading_of(args, world))
+    loader = loaders.build_train_loader(dataset, training.loading_of(args, world))
     return Data(loader, validation, real, dataset.classes, num_classes, build_mixup(args, num_classes))
 
 
 def open_network(
-    args: argparse.Namespace, world: utils.World, data: Data, source: networks.Network | None
+    args: Arguments, world: utils.World, data: Data, source: networks.Network | None
 ) -> tuple[nn.Module, float]:
     """The network to train on its device, and lambda to begin with: that of `source`, of --finetune, else 0."""
     utils.seed_everything(args.seed)  # the same on all ranks, so that the initial weights are
@@ -543,21 +497,19 @@ def open_network(
             args.epochs,
             args.decay_epochs,
         )
-    model = place(args, model, world.device)
+    model = training.place(args, model, world.device)
     if args.freeze_stages is not None:
         freeze(model, args.freeze_stages)
     return model, start_slope
 
 
-def open_objective(
-    args: argparse.Namespace, world: utils.World, data: Data, preprocessing: Preprocessing
-) -> Classification:
+def open_objective(args: Arguments, world: utils.World, data: Data, preprocessing: Preprocessing) -> Classification:
     """The loss of a batch, to which --teacher adds its part."""
-    precision = build_precision(args, world.device)
+    precision = training.build_precision(args, world.device)
     distiller = None
     if args.teacher:
         teacher = build_teacher(args, preprocessing, classes=data.classes, num_classes=data.num_classes)
-        teacher = teacher.to(world.device, memory_format=layout_of(args))
+        teacher = teacher.to(world.device, memory_format=training.layout_of(args))
         distiller = Distiller(teacher, args.distill_alpha, args.distill_tau, precision)
     criterion = build_criterion(
         mixing=data.mixup is not None,
@@ -568,13 +520,13 @@ def open_objective(
     return Classification(criterion, precision, data.mixup, distiller)
 
 
-def open_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
+def open_schedule(args: Arguments, steps_per_epoch: int) -> Schedule:
     """Half a cosine for learning rate and weight decay, after a warm-up of the former."""
     total_steps = args.epochs * steps_per_epoch
     flag, warmup_steps = "warmup_steps", args.warmup_steps
     if warmup_steps <= 0:
         flag, warmup_steps = "warmup_epochs", args.warmup_epochs * steps_per_epoch
-    warmup_steps = checked_warmup(args, flag, warmup_steps=warmup_steps, total_steps=total_steps)
+    warmup_steps = training.checked_warmup(args, flag, warmup_steps=warmup_steps, total_steps=total_steps)
     end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
 
     def schedule(updates: int) -> tuple[float, float]:
@@ -584,7 +536,7 @@ def open_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
     return schedule
 
 
-def train(args: argparse.Namespace, world: utils.World) -> None:
+def train(args: Arguments, world: utils.World) -> None:
     """A run: data, network, state, and then epoch by epoch, as `training.fit` shows it."""
     stop = utils.StopRequest()
     source = open_source(args) if args.finetune else None
@@ -593,7 +545,7 @@ def train(args: argparse.Namespace, world: utils.World) -> None:
     model, start_slope = open_network(args, world, data, source)
     del source  # with the tensors of its file
     objective = open_objective(args, world, data, preprocessing)
-    state = build_state(args, world, model, loader=data.loader, objective=objective)
+    state = training.build_state(args, world, model, loader=data.loader, objective=objective, classes=data.num_classes)
     state.start_slope = start_slope
     if args.compile:
         model.compile()
@@ -620,16 +572,7 @@ def train(args: argparse.Namespace, world: utils.World) -> None:
                 "begin anew with --finetune"
             )
 
-    logger.info(
-        "%s: %.3f M parameters, %d classes, %d steps an epoch of %d images, on %s",
-        args.model,
-        profiling.count_params(model) / 1e6,
-        data.num_classes,
-        state.steps_per_epoch,
-        args.batch_size * args.update_freq * world.size,
-        world.device,
-    )
-    task = Task(
+    task = training.Task(
         data.loader,
         objective,
         open_schedule(args, state.steps_per_epoch),
@@ -639,7 +582,7 @@ def train(args: argparse.Namespace, world: utils.World) -> None:
         restored=restored,
         slope=slope,
     )
-    fit(args, state, task, stop)
+    training.fit(args, state, task, stop)
     if state.best:
         logger.info("best top-1: %s", ", ".join(f"{score:.3f} ({name})" for name, score in state.best.items()))
 
@@ -649,7 +592,7 @@ def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) ->
     if args.switch_to_deploy is not None:
         body = deploy_checkpoint
     elif args.eval:
-        body = evaluate_deployed if args.engine else evaluate_checkpoint
+        body = evaluate_checkpoint
     else:
         body = train
     utils.launch("main.py", args, functools.partial(body, args), output_dir=args.output_dir if body is train else None)

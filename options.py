@@ -23,28 +23,6 @@ import yaml
 from records.files import cannot_write, one_line
 from runtimes import ENGINES, PRECISIONS
 
-__all__ = [
-    "COUNT",
-    "FRACTION",
-    "NONNEGATIVE",
-    "POSITIVE",
-    "SHARE",
-    "WHOLE",
-    "Arguments",
-    "Parser",
-    "add_training_flags",
-    "boolean",
-    "build_parser",
-    "check_training_flags",
-    "file_path",
-    "number",
-    "parse_args",
-    "parse_checked",
-    "path",
-    "plain_args",
-    "save_args",
-]
-
 logger = logging.getLogger(__name__)
 
 RECIPES = (
@@ -141,6 +119,10 @@ class Arguments(argparse.Namespace):
         super().__init__(**values)
         self.defaults, self.given, self.notes, self.typed = {}, [], [], []
 
+    def pick(self, *flags: str) -> dict[str, Any]:
+        """The values of some flags, to be passed on as keyword arguments."""
+        return {flag: getattr(self, flag) for flag in flags}
+
     def moot(self, flag: str, message: str) -> None:
         """The flag's value cannot take effect: an error if it was typed, a line in the log if a recipe set it.
 
@@ -199,18 +181,6 @@ class _Help(argparse.HelpFormatter):
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return getattr(action.type, "metavar", super()._get_default_metavar_for_optional(action))
-
-    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        if action.nargs not in ("+", "*"):
-            return super()._format_args(action, default_metavar)
-        return f"{self._metavar_formatter(action, default_metavar)(1)[0]} ..."
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        """The names of a flag and, once, what follows it."""
-        if not action.option_strings or action.nargs == 0:
-            return super()._format_action_invocation(action)
-        values = self._format_args(action, self._get_default_metavar_for_optional(action))
-        return f"{', '.join(action.option_strings)} {values}"
 
 
 def canonical(token: str) -> str:
@@ -331,17 +301,18 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
     Args:
         first: the group of the flags that most runs need, which the help shows first.
     """
-    first.add_argument("--batch_size", type=COUNT, default=64, help="images in a batch, of each process")
-    first.add_argument("--epochs", type=COUNT, default=300, help="epochs of training")
-    first.add_argument("--lr", type=POSITIVE, default=4e-3, help="learning rate after the warm-up")
-    first.add_argument("--device", default="cuda", help="what to compute on: cuda, cuda:N, mps or cpu")
-    first.add_argument("--output_dir", type=file_path, help="folder for checkpoints, logs and curves [nothing is kept]")
-    first.add_argument(
+    add = first.add_argument
+    add("--batch_size", type=COUNT, default=64, help="images in a batch, of each process")
+    add("--epochs", type=COUNT, default=300, help="epochs of training")
+    add("--lr", type=POSITIVE, default=4e-3, help="learning rate after the warm-up")
+    add("--device", default="cuda", help="what to compute on: cuda, cuda:N, mps or cpu")
+    add("--output_dir", type=file_path, help="folder for checkpoints, logs and curves [nothing is kept]")
+    add(
         "--finetune",
         type=file_path,
-        help="weights to begin with, evaluate or deploy: a checkpoint, and for main.py a name in timm or on a hub",
+        help="weights to begin with, evaluate or deploy: a checkpoint; main.py takes a name",
     )
-    first.add_argument("--eval", type=boolean, default=False, help="evaluate --finetune and train nothing")
+    add("--eval", type=boolean, default=False, help="evaluate --finetune and train nothing")
 
     add = parser.add_argument_group("run").add_argument
     add("--early_stop_epochs", type=COUNT, help="end after this many epochs, with the schedules of --epochs")
@@ -350,7 +321,7 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
         "--grad_checkpointing",
         choices=("none", "activations", "full"),
         default="none",
-        help="save memory: compute activations, or all of a stage, again in the backward pass",
+        help="save memory: compute activations, or whole stages, again in the backward pass",
     )
     add("--seed", type=number(int, low=0, high=2**63 - 1), default=0, help="seed of all random numbers")
     add("--num_workers", type=WHOLE, default=10, help="loader processes, of each process")
@@ -364,7 +335,7 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
     add("--model_ema_eval", type=boolean, default=False, help="evaluate the averages as well")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--opt", default="adamw", metavar="NAME", help="one of timm's optimizers")
+    add("--opt", default="adamw", help="one of timm's optimizers")
     add("--opt_eps", type=POSITIVE, default=1e-8, help="epsilon, of an optimizer that has one")
     add("--opt_betas", type=FRACTION, nargs="+", help="betas [the optimizer's own]")
     add("--momentum", type=FRACTION, default=0.9, help="momentum, of an optimizer that has one")
@@ -373,10 +344,8 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
     add("--layer_decay", type=SHARE, default=1.0, help="factor on the learning rate from a layer to the one below it")
 
     add = parser.add_argument_group("checkpoints").add_argument
-    add(
-        "--model_key", default="model|module", metavar="KEY", help="key of the weights in --finetune; | between several"
-    )
-    add("--model_prefix", default="", metavar="PREFIX", help="prefix of the names in --finetune that are loaded [none]")
+    add("--model_key", default="model|module", help="key of the weights in --finetune; | stands between several")
+    add("--model_prefix", default="", help="prefix of the names in --finetune that are loaded [none]")
     add("--resume", type=file_path, help="checkpoint of a run to go on with")
     add("--resume_new_sched", type=boolean, default=False, help="resume with schedules other than the checkpoint's")
     add("--auto_resume", type=boolean, default=False, help="resume from the newest intact checkpoint in --output_dir")
@@ -394,9 +363,9 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
 
     add = parser.add_argument_group("processes").add_argument
     add("--world_size", type=COUNT, help="number of processes, to be checked [the launcher's]")
-    add("--local_rank", type=int, metavar="N", help="rank on this machine, where a launcher passes it [the launcher's]")
+    add("--local_rank", type=int, help="rank on this machine, where a launcher passes it [the launcher's]")
     add("--dist_on_itp", type=boolean, default=False, help="take the ranks from OpenMPI")
-    add("--dist_url", default="env://", metavar="URL", help="where the processes meet: env:// or tcp://HOST:PORT")
+    add("--dist_url", default="env://", help="where the processes meet: env:// or tcp://HOST:PORT")
     add("--dist_timeout", type=COUNT, default=1800, help="seconds to wait for another process")
     add("--sync_bn", type=boolean, default=False, help="BatchNorm over the batches of all processes, on GPUs")
 
@@ -406,24 +375,19 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
     add("--channels_last", type=boolean, default=False, help="memory format of images and weights, faster on a CPU")
     add("--log_freq", type=COUNT, default=10, help="optimizer steps from one log line to the next")
     add("--enable_wandb", type=boolean, default=False, help="log to Weights & Biases")
-    add("--wandb_project", default="vanillanet", metavar="NAME", help="project there that the run belongs to")
-    add("--wandb_name", metavar="NAME", help="name of the run there [one that it makes up]")
+    add("--wandb_project", default="vanillanet", help="project there that the run belongs to")
+    add("--wandb_name", help="name of the run there [one that it makes up]")
     add("--wandb_ckpt", type=boolean, default=False, help="upload the last checkpoint there")
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="main.py", description="Train, evaluate (--eval true) or deploy (--switch_to_deploy FILE) VanillaNet."
-    )
+    description = "Train, evaluate (--eval true) or deploy (--switch_to_deploy FILE) VanillaNet."
+    parser = Parser(prog="main.py", description=description)
     first = parser.add_argument_group("what most runs need")
-    first.add_argument("--model", default="vanillanet_5", metavar="NAME", help="a VanillaNet variant or any timm model")
-    first.add_argument("--data_path", type=file_path, help="folder of the data set; for IMNET it has train/ and val/")
-    first.add_argument(
-        "--data_set",
-        default="IMNET",
-        metavar="NAME",
-        help="what it holds: IMNET, image_folder, CIFAR, FMNIST or a name of timm's create_dataset",
-    )
+    add = first.add_argument
+    add("--model", default="vanillanet_5", help="a VanillaNet variant or any timm model")
+    add("--data_path", type=file_path, help="folder of the data set; for IMNET it has train/ and val/")
+    add("--data_set", default="IMNET", help="IMNET, image_folder, CIFAR, FMNIST or a name of timm's create_dataset")
     add_training_flags(parser, first)
 
     add = parser.add_argument_group("deep training").add_argument
@@ -433,98 +397,49 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("model").add_argument
     add("--keep_classifier", type=boolean, default=False, help="keep --finetune's classifier for as many other classes")
-    add(
-        "--freeze_stages",
-        type=stages,
-        help="stages that are frozen, and the stem; all: train the classifier alone [none]",
-    )
+    add("--freeze_stages", type=stages, help="stages that are frozen, and the stem; all: all but the classifier [none]")
     add("--act_num", type=WHOLE, default=3, help="n of the series activation, whose kernel is 2n+1 wide")
     add("--drop", type=FRACTION, default=0.0, help="dropout before the classifier")
     add("--input_size", type=COUNT, default=224, help="height and width of the images in pixels")
     add("--width_mult", type=POSITIVE, help="factor on the channels [the variant's own]")
     add("--deploy", type=boolean, default=False, help="the network in --finetune is in deploy form")
-    add(
-        "--switch_to_deploy",
-        type=file_path,
-        help="fuse --finetune, compare and evaluate both forms, and write this file",
-    )
+    add("--switch_to_deploy", type=file_path, help="fuse --finetune, compare both forms, and write this file")
 
     add = parser.add_argument_group("schedules").add_argument
     add("--warmup_epochs", type=WHOLE, default=5, help="epochs of linear warm-up from 0")
-    add(
-        "--warmup_steps",
-        type=int,
-        default=-1,
-        metavar="N",
-        help="warm-up in steps; above 0 it wins over --warmup_epochs",
-    )
+    add("--warmup_steps", type=int, default=-1, help="steps of warm-up; above 0 it wins over --warmup_epochs")
     add("--min_lr", type=NONNEGATIVE, default=1e-6, help="learning rate at the end of half a cosine")
     add("--weight_decay_end", type=NONNEGATIVE, help="weight decay at the end of half a cosine [constant]")
-    add(
-        "--layer_decay_num_layers", type=COUNT, default=4, help="number of the network's stages, checked if it is given"
-    )
+    add("--layer_decay_num_layers", type=COUNT, default=4, help="number of stages, checked if it is given")
 
     add = parser.add_argument_group("distillation").add_argument
-    add(
-        "--teacher",
-        type=file_path,
-        metavar="MODEL",
-        help="network to learn from: a VanillaNet variant, a timm model, hf-hub:OWNER/NAME, local-dir:FOLDER, or a "
-        "checkpoint that records its model",
-    )
+    add("--teacher", type=file_path, help="network to learn from: a model's name, a hub's address or a checkpoint")
     add("--teacher_weights", type=file_path, help="checkpoint of --teacher [timm's pretrained weights]")
-    add(
-        "--teacher_key", default="model_ema|model", metavar="KEY", help="key of the weights in the teacher's checkpoint"
-    )
+    add("--teacher_key", default="model_ema|model", help="key of the weights in the teacher's checkpoint")
     add("--distill_alpha", type=FRACTION, default=0.5, help="share of the loss that compares with the teacher")
     add("--distill_tau", type=POSITIVE, default=1.0, help="temperature of both softmaxes")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's auto-augment policy; none: off")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy; none: off")
     add("--color_jitter", type=NONNEGATIVE, default=0.4, help="strength of color jitter, with --aa none")
-    add(
-        "--resize",
-        type=boolean,
-        help="resize images to --input_size; false: they have that size, and training pads and crops them [false for "
-        "CIFAR and FMNIST up to 32 px, or else true]",
-    )
-    for flag, default, what in (
-        ("--scale", [0.08, 1.0], "share of the image's area"),
-        ("--ratio", [3 / 4, 4 / 3], "width divided by height"),
-    ):
-        add(
-            flag,
-            type=POSITIVE,
-            nargs=2,
-            metavar=("MIN", "MAX"),
-            default=default,
-            help=f"least and largest {what} of a random-resized crop",
-        )
+    sizes = "resize images to --input_size; false: pad and crop them [false for CIFAR and FMNIST up to 32 px, else true]"
+    add("--resize", type=boolean, help=sizes)
+    pair = {"nargs": 2, "metavar": ("MIN", "MAX")}
+    add("--scale", type=POSITIVE, default=[0.08, 1.0], help="share of the image's area that a crop may have", **pair)
+    add("--ratio", type=POSITIVE, default=[3 / 4, 4 / 3], help="width divided by height that a crop may have", **pair)
     add("--hflip", type=FRACTION, default=0.5, help="probability of mirroring an image left to right")
     add("--vflip", type=FRACTION, default=0.0, help="probability of mirroring an image top to bottom")
     add("--smoothing", type=FRACTION, default=0.1, help="label smoothing")
-    add(
-        "--train_interpolation",
-        default="bicubic",
-        choices=("random", "bilinear", "bicubic", "lanczos", "nearest"),
-        help="interpolation of random-resized crops",
-    )
+    filters = ("random", "bilinear", "bicubic", "lanczos", "nearest")
+    add("--train_interpolation", default="bicubic", choices=filters, help="interpolation of random-resized crops")
     add("--reprob", type=FRACTION, default=0.25, help="probability of random erasing")
-    add(
-        "--remode", default="pixel", choices=("const", "rand", "pixel"),
-        help="what erases: zeros, a random color, or noise",
-    )  # fmt: skip
+    fillings = ("const", "rand", "pixel")
+    add("--remode", default="pixel", choices=fillings, help="what erases: zeros, a random color, or noise")
     add("--recount", type=COUNT, default=1, help="largest number of erased areas in an image")
     add("--resplit", type=boolean, default=False, help="no erasing in a first augmentation split; there are no splits")
     add("--mixup", type=NONNEGATIVE, default=0.8, help="alpha of mixup; 0: off")
     add("--cutmix", type=NONNEGATIVE, default=1.0, help="alpha of cutmix; 0: off")
-    add(
-        "--cutmix_minmax",
-        type=FRACTION,
-        nargs=2,
-        metavar=("MIN", "MAX"),
-        help="least and largest side of the area that cutmix replaces, as a share of the image's [drawn by --cutmix]",
-    )
+    add("--cutmix_minmax", type=FRACTION, help="sides of cutmix's area, as shares [drawn by --cutmix]", **pair)
     add("--mixup_prob", type=FRACTION, default=1.0, help="probability of mixup or cutmix")
     add("--mixup_switch_prob", type=FRACTION, default=0.5, help="probability of cutmix where both are on")
     add("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one random draw")
@@ -533,27 +448,21 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("data").add_argument
     add("--eval_data_path", type=file_path, help="folder of the validation images [DATA_PATH/val]")
-    add("--train_split", metavar="NAME", help="folder in --data_path, or split of timm's [train]")
-    add("--val_split", metavar="NAME", help="as --train_split, for validation [val; timm's: validation, val or test]")
+    add("--train_split", help="folder in --data_path, or split of timm's [train]")
+    add("--val_split", help="as --train_split, for validation [val; timm's: validation, val or test]")
     add("--exif_transpose", type=boolean, default=False, help="turn photographs upright by their EXIF orientation")
     add("--nb_classes", type=COUNT, default=1000, help="number of classes, checked if it is given")
     add("--imagenet_default_mean_and_std", type=boolean, default=True, help="normalize as for ImageNet; false: by 0.5")
     add("--crop_pct", type=SHARE, help="cropped share of the side in evaluation [0.875 below 384 px, 1 from there]")
-    add(
-        "--real_labels", type=file_path, help="report ReaL accuracy with this real.json; timm: with that of its package"
-    )
+    add("--real_labels", type=file_path, help="report ReaL accuracy by this real.json; timm: by that of its package")
     add("--results_file", type=file_path, help="write what --eval finds, class by class, to this .csv or .json")
     add("--confusion", type=file_path, help="draw the confusion matrix of --eval to this .png")
     add("--dist_eval", type=boolean, default=True, help="evaluate on all processes; false: on the first alone")
 
     add = parser.add_argument_group("engines").add_argument
     add("--compile", type=boolean, default=False, help="compile the network with torch.compile")
-    add(
-        "--engine",
-        "--runtime",
-        choices=sorted(ENGINES),
-        help="evaluate the fused network or an exported file in it [unfused]",
-    )
+    engines = sorted(ENGINES)
+    add("--engine", "--runtime", choices=engines, help="evaluate the fused network, or an exported file, in it [none]")
     add("--precision", choices=PRECISIONS, help="of --engine; int8 needs training images [the file's, else fp32]")
     return parser
 
@@ -666,14 +575,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     return parse_checked(build_parser(), argv, _check, launched=True)
 
 
-def plain_args(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags and their values, for a checkpoint or file."""
-    return dict(vars(args))
-
-
 def save_args(args: Arguments, path: Path) -> None:
     """Write the arguments, all of them, as YAML, and which were given; `@` in front of the file gives them back."""
-    text = yaml.safe_dump({**plain_args(args), "given": args.given}, sort_keys=True)
+    text = yaml.safe_dump({**vars(args), "given": args.given}, sort_keys=True)
     try:
         path.write_text(text)
     except OSError as error:

@@ -4,7 +4,6 @@ A command opens its data and network, builds a `TrainState` and a `Task`, and ca
 sees the arguments as a whole.
 """
 
-import argparse
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,11 +17,12 @@ from torch import nn
 
 import networks
 import utils
+from benchmarking.profiling import count_params
 from engine import Objective, Precision, Schedule, TrainState, train_one_epoch
 from loading.processes import Loading
 from models.checkpointing import set_grad_checkpointing
 from optim_factory import build_optimizer, taken_by
-from options import plain_args, save_args
+from options import Arguments, save_args
 from records import curves, logs
 from records.checkpoints import CheckpointFolder, load_checkpoint
 
@@ -35,14 +35,14 @@ SCHEDULE_FLAGS = (
 )  # fmt: skip
 
 
-def build_precision(args: argparse.Namespace, device: torch.device) -> Precision:
+def build_precision(args: Arguments, device: torch.device) -> Precision:
     names = {"bf16": torch.bfloat16, "fp16": torch.float16}
     default = "fp16" if device.type == "cuda" else "bf16"
     dtype = names[args.amp_dtype or default] if args.use_amp else None
     return Precision(device, dtype, args.channels_last)
 
 
-def layout_of(args: argparse.Namespace) -> torch.memory_format:
+def layout_of(args: Arguments) -> torch.memory_format:
     return torch.channels_last if args.channels_last else torch.contiguous_format
 
 
@@ -106,20 +106,18 @@ class Task:
     panels: curves.Panels = curves.CURVES
 
 
-def loading_of(args: argparse.Namespace, world: utils.World) -> Loading:
+def loading_of(args: Arguments, world: utils.World) -> Loading:
     """How this rank's batches are loaded."""
     return Loading(
-        args.batch_size,
         rank=world.rank,
         world_size=world.size,
-        seed=args.seed,
-        num_workers=args.num_workers,
         pin_memory=args.pin_mem and world.device.type == "cuda",
         device=world.device,
+        **args.pick("batch_size", "seed", "num_workers"),
     )
 
 
-def place(args: argparse.Namespace, model: nn.Module, device: torch.device) -> nn.Module:
+def place(args: Arguments, model: nn.Module, device: torch.device) -> nn.Module:
     """A network on the device in its memory format, with the BatchNorms and the gradient checkpointing asked for."""
     model = model.to(device, memory_format=layout_of(args))
     set_grad_checkpointing(getattr(model, "network", model), args.grad_checkpointing)  # a detector's network
@@ -129,61 +127,47 @@ def place(args: argparse.Namespace, model: nn.Module, device: torch.device) -> n
 
 
 def build_state(
-    args: argparse.Namespace, world: utils.World, model: nn.Module, *, loader: Any, objective: Objective
+    args: Arguments, world: utils.World, model: nn.Module, *, loader: Any, objective: Objective, classes: int
 ) -> TrainState:
-    """The state at the beginning of a run of `model`, which is in its place."""
-    decays = args.model_ema_decay if args.model_ema else []
+    """The state at the beginning of a run of `model`, which is in its place; the log says how large the run is."""
     for name, flag in {"eps": "opt_eps", "betas": "opt_betas", "momentum": "momentum"}.items():
         if name not in taken_by(args.opt):
             args.moot(flag, f"--opt {args.opt} takes no {name}; leave --{flag} out")
     optimizer = build_optimizer(
         model,
         args.opt,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        layer_decay=args.layer_decay,
         eps=args.opt_eps,
         betas=args.opt_betas,
-        momentum=args.momentum,
+        **args.pick("lr", "weight_decay", "layer_decay", "momentum"),
+    )
+    kept_on = "cpu" if args.model_ema_force_cpu else None
+    averages = {
+        f"model_ema_{decay}" if i else "model_ema": ModelEmaV3(model, decay=decay, device=kept_on)
+        for i, decay in enumerate(args.model_ema_decay if args.model_ema else ())
+    }
+    steps = -(-len(loader) // args.update_freq)  # the last one of an epoch may be of fewer batches
+    logger.info(
+        f"{args.model}: {count_params(model) / 1e6:.3f} M parameters, {classes} classes, {steps} steps an epoch of "
+        f"{args.batch_size * args.update_freq * world.size} images, on {world.device}"
     )
     return TrainState(
         model,
         optimizer,
         meter=logs.SumMeter(objective.sums, world.device),
         scaler=build_precision(args, world.device).scaler(),
-        averages={
-            "model_ema" if i == 0 else f"model_ema_{decay}": ModelEmaV3(
-                model, decay=decay, device="cpu" if args.model_ema_force_cpu else None
-            )
-            for i, decay in enumerate(decays)
-        },
-        steps_per_epoch=steps_per_epoch(args, loader),
+        averages=averages,
+        steps_per_epoch=steps,
         start_epoch=args.start_epoch,
         broken=loader.broken,
         world=world,
     )
 
 
-def steps_per_epoch(args: argparse.Namespace, loader: Any) -> int:
-    """Optimizer steps in an epoch; the last one may be of fewer batches."""
-    return -(-len(loader) // args.update_freq)
-
-
-def checked_warmup(args: argparse.Namespace, flag: str, *, warmup_steps: int, total_steps: int) -> int:
-    """The steps of the warm-up; 0 where a recipe's would leave nothing of the run.
-
-    Args:
-        flag: that sets the warm-up.
-
-    Raises:
-        ValueError: it is not a recipe's, and leaves nothing of the run.
-    """
+def checked_warmup(args: Arguments, flag: str, *, warmup_steps: int, total_steps: int) -> int:
+    """The steps of the warm-up, which `flag` sets. ValueError if they leave nothing; 0 if a recipe's do."""
     if warmup_steps < total_steps:
         return warmup_steps
-    message = (
-        f"the warm-up ({warmup_steps} steps) leaves nothing of --epochs {args.epochs} ({total_steps} steps): lower "
-        f"--{flag}"
-    )
+    message = f"the warm-up ({warmup_steps} steps) leaves nothing of --epochs {args.epochs}: lower --{flag}"
     if flag not in args.given:
         raise ValueError(message)
     args.moot(flag, message)
@@ -193,7 +177,7 @@ def checked_warmup(args: argparse.Namespace, flag: str, *, warmup_steps: int, to
 # -- the loop
 
 
-def fit(args: argparse.Namespace, state: TrainState, task: Task, stop: utils.StopRequest) -> None:
+def fit(args: Arguments, state: TrainState, task: Task, stop: utils.StopRequest) -> None:
     """Train to the last epoch: for each, train, save, evaluate, log, save.
 
     Args:
@@ -252,9 +236,7 @@ def fit(args: argparse.Namespace, state: TrainState, task: Task, stop: utils.Sto
     run.close()
 
 
-def _train_epoch(
-    args: argparse.Namespace, state: TrainState, task: Task, run: "RunFolder", stop: utils.StopRequest
-) -> bool:
+def _train_epoch(args: Arguments, state: TrainState, task: Task, run: "RunFolder", stop: utils.StopRequest) -> bool:
     """Train to the end of the epoch or to a signal. Returns whether it was the end."""
     progress, world, loader = state.progress, state.world, task.loader
     loader.set_epoch(progress.epoch, start_sample=progress.samples)
@@ -289,7 +271,7 @@ def _train_epoch(
     )
 
 
-def _evaluated(args: argparse.Namespace, state: TrainState) -> dict[str, nn.Module]:
+def _evaluated(args: Arguments, state: TrainState) -> dict[str, nn.Module]:
     """The network, as `test`, and with --model_ema_eval its averages, each by the prefix of its metrics."""
     found = {"test": state.model}
     for key, average in state.averages.items() if args.model_ema_eval else ():
@@ -320,7 +302,7 @@ class RunFolder:
         step_sinks, epoch_sinks: what takes the numbers of a step, and of an epoch; nothing on ranks other than 0.
     """
 
-    def __init__(self, args: argparse.Namespace, state: TrainState, task: Task):
+    def __init__(self, args: Arguments, state: TrainState, task: Task):
         self.args, self.state, self.task = args, state, task
         self.checkpoints = CheckpointFolder(args.output_dir, args.save_ckpt_num) if args.output_dir else None
         if args.save_ckpt_steps and not task.loader.resumable:  # `save` does nothing then
@@ -346,7 +328,7 @@ class RunFolder:
         self.state.guard.check()
         checkpoint = self.state.state_dict()
         slope = 1.0 if self.task.slope is None else self.task.slope(checkpoint["epoch"])
-        checkpoint |= {"act_learn": slope, **self.task.describe(), "args": plain_args(self.args)}
+        checkpoint |= {"act_learn": slope, **self.task.describe(), "args": dict(vars(self.args))}
         epoch, step = (progress.epoch + 1, 0) if trained else (progress.epoch, progress.step)
         self.state.world.from_main(lambda: self.checkpoints.save(checkpoint, epoch=epoch, step=step, names=names))
 
@@ -401,21 +383,21 @@ class RunFolder:
         self.step_sinks, self.epoch_sinks, self.wandb = logs.Sinks(), logs.Sinks(), None
         if not self.state.world.is_main:
             return
-        step_sinks: list[logs.Sink] = [logs.ConsoleSink("step")]
-        epoch_sinks: list[logs.Sink] = [logs.ConsoleSink("epoch")]
+        labels = ("step", "epoch")
+        sinks: dict[str, list[logs.Sink]] = {label: [logs.ConsoleSink(label)] for label in labels}
         if args.output_dir:
             folder = Path(args.output_dir)
             save_args(args, folder / "args.yaml")
             csv = logs.CsvSink(folder / "summary.csv", progress.epoch)
-            epoch_sinks += [csv, curves.CurvesSink(folder / "curves.png", csv, self.task.panels)]
+            sinks["epoch"] += [csv, curves.CurvesSink(folder / "curves.png", csv, self.task.panels)]
             next_step = progress.epoch * self.state.steps_per_epoch + progress.step + 1
-            step_sinks.append(logs.JsonLinesSink(folder / "log.jsonl", "step", next_step))
+            sinks["step"].append(logs.JsonLinesSink(folder / "log.jsonl", "step", next_step))
         else:
             logger.warning("without --output_dir nothing of this run is kept: no checkpoint, no curve, no log")
         events = args.log_dir or (Path(args.output_dir) / "tensorboard" if args.output_dir else None)
         if events:
-            step_sinks.append(logs.TensorBoardSink(Path(events), "step"))
-            epoch_sinks.append(logs.TensorBoardSink(Path(events), "epoch"))
+            for label in labels:
+                sinks[label].append(logs.TensorBoardSink(Path(events), label))
         if args.enable_wandb:
             try:
                 import wandb
@@ -424,9 +406,9 @@ class RunFolder:
             self.wandb = wandb.init(
                 project=args.wandb_project, name=args.wandb_name, config=vars(args), dir=args.output_dir
             )
-            step_sinks.append(logs.WandbSink(self.wandb, "step"))
-            epoch_sinks.append(logs.WandbSink(self.wandb, "epoch"))
-        self.step_sinks, self.epoch_sinks = logs.Sinks(*step_sinks), logs.Sinks(*epoch_sinks)
+            for label in labels:
+                sinks[label].append(logs.WandbSink(self.wandb, label))
+        self.step_sinks, self.epoch_sinks = logs.Sinks(*sinks["step"]), logs.Sinks(*sinks["epoch"])
 
     def row(self) -> dict[str, float]:
         """What the epoch's row says of training: the meter's averages over all ranks, and where the schedules are."""

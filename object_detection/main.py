@@ -9,41 +9,34 @@ python object_detection/main.py @RECIPE --export_onnx NEW --finetune FILE
 import sys
 from pathlib import Path
 
-# Started as a file, Python looks for modules in this folder, where `options` is another one.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    # Python looks for modules beside the file that it starts, where `options` is another one; ours are a folder above.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from object_detection.options import parse_args
-from options import Arguments, plain_args
+from options import Arguments
 
 if __name__ == "__main__":
     ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
 
-import argparse
 import contextlib
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import training
 import utils
 from benchmarking import profiling
 from deployment.fusing import write_deployed
 from engine import Precision, Schedule, at_least_float32
 from loading import loaders
 from loading.images import BrokenImageError
-from object_detection.checkpoints import (
-    build_detector,
-    check_categories,
-    describe,
-    load_classifier,
-    load_detector,
-    set_normalization,
-)
+from object_detection import checkpoints
 from object_detection.coco import CocoDataset, collate
 from object_detection.comparing import largest_difference
 from object_detection.detectors import Detector
@@ -51,18 +44,6 @@ from object_detection.draw import draw_images
 from object_detection.evaluation import KINDS, STATISTICS, average_precision, detect
 from optim_factory import step_schedule
 from records import curves, logs
-from training import (
-    Task,
-    broken_count,
-    build_precision,
-    build_state,
-    checked_warmup,
-    fit,
-    layout_of,
-    loading_of,
-    place,
-    until_stopped,
-)
 
 logger = logging.getLogger("object_detection")
 
@@ -72,7 +53,7 @@ COMPARED_IMAGES = 8
 # -- the parts, built from the arguments
 
 
-def build_dataset(args: argparse.Namespace, *, train: bool) -> CocoDataset:
+def build_dataset(args: Arguments, *, train: bool) -> CocoDataset:
     annotations, images = (args.annotations, args.images) if train else (args.eval_annotations, args.eval_images)
     return CocoDataset(
         Path(args.data_path) / annotations,
@@ -83,10 +64,10 @@ def build_dataset(args: argparse.Namespace, *, train: bool) -> CocoDataset:
     )
 
 
-def build_eval_loader(args: argparse.Namespace, dataset: CocoDataset, world: utils.World) -> loaders.EvalLoader:
+def build_eval_loader(args: Arguments, dataset: CocoDataset, world: utils.World) -> loaders.EvalLoader:
     """Image by image: in a batch, what is found in an image would depend a little on the others, which pad it, and so
     AP on the number of processes."""
-    loading = replace(loading_of(args, world), batch_size=1, collate=collate)
+    loading = replace(training.loading_of(args, world), batch_size=1, collate=collate)
     return loaders.build_eval_loader(dataset, loading, skip_broken=args.skip_broken_eval)
 
 
@@ -107,16 +88,21 @@ def first_images(dataset: CocoDataset, count: int) -> list[torch.Tensor]:
 
 
 def evaluate(
-    detector: Detector, loader: loaders.EvalLoader, dataset: CocoDataset, world: utils.World, precision: Precision,
-    name: str, stop: utils.StopRequest | None = None,
-) -> dict[str, float]:  # fmt: skip
+    detector: Detector,
+    loader: loaders.EvalLoader,
+    dataset: CocoDataset,
+    world: utils.World,
+    precision: Precision,
+    name: str,
+    stop: utils.StopRequest | None = None,
+) -> dict[str, float]:
     """AP on all images, each of which one rank sees. Known to rank 0, empty on the others; all ranks call it.
 
     Raises:
         EvaluationStopped: see `training.until_stopped`.
     """
     batches = logs.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
-    batches = until_stopped(batches, world, stop)
+    batches = training.until_stopped(batches, world, stop)
     results = world.gather(detect(detector, batches, dataset=dataset, precision=precision))
     if not world.is_main:
         return {}
@@ -130,24 +116,24 @@ def ap_rows(found: dict[str, float], name: str) -> Iterator[list[str]]:
             yield [f"{name}{kind}", *("-" if value is None else f"{100 * value:.2f}" for value in values)]
 
 
-def prepare_eval(args: argparse.Namespace, world: utils.World):
+def prepare_eval(args: Arguments, world: utils.World):
     """The loader, its data set, and the loaded detector in eval mode."""
     dataset = build_dataset(args, train=False)
-    detector = build_detector(vars(args), len(dataset.classes) + 1)
-    load_detector(args, detector, dataset)
+    detector = checkpoints.build_detector(vars(args), len(dataset.classes) + 1)
+    checkpoints.load_detector(args, detector, dataset)
     loader = build_eval_loader(args, dataset, world)
-    return loader, dataset, detector.to(world.device, memory_format=layout_of(args)).eval()
+    return loader, dataset, detector.to(world.device, memory_format=training.layout_of(args)).eval()
 
 
 def report_broken(world: utils.World, loader: loaders.EvalLoader) -> None:
-    broken = broken_count(world, loader)
+    broken = training.broken_count(world, loader)
     if broken:
         logger.warning("%d broken images: what is in them counts as missed", broken)
 
 
-def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
+def evaluate_checkpoint(args: Arguments, world: utils.World) -> None:
     loader, dataset, detector = prepare_eval(args, world)
-    found = evaluate(detector, loader, dataset, world, build_precision(args, world.device), args.model)
+    found = evaluate(detector, loader, dataset, world, training.build_precision(args, world.device), args.model)
     report_broken(world, loader)
     if world.is_main:
         title = f"AP (%) on {len(dataset)} images"
@@ -161,7 +147,7 @@ def evaluate_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
 # -- deploying
 
 
-def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
+def deploy_checkpoint(args: Arguments, world: utils.World) -> None:
     """Fuse the network, compare the detections, write the file once, evaluate both forms side by side."""
     loader, dataset, detector = prepare_eval(args, world)
     images = [image.to(world.device) for image in first_images(dataset, COMPARED_IMAGES)]
@@ -170,12 +156,12 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
         args.switch_to_deploy,
         compare=lambda unfused, fused: largest_difference(unfused, fused, images),
         answers="detections",
-        record={**describe(detector, dataset), "args": plain_args(args)},
+        record={**checkpoints.describe(detector, dataset), "args": dict(vars(args))},
         device=world.device,
-        layout=layout_of(args),
+        layout=training.layout_of(args),
         is_main=world.is_main,
     )
-    precision = build_precision(args, world.device)
+    precision = training.build_precision(args, world.device)
     forms = {"train form": detector, "deploy form": fused}
     found = {name: evaluate(form, loader, dataset, world, precision, name) for name, form in forms.items()}
     report_broken(world, loader)
@@ -193,7 +179,7 @@ def deploy_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
     print(f"deploy form: {args.switch_to_deploy}")
 
 
-def export_checkpoint(args: argparse.Namespace, world: utils.World) -> None:
+def export_checkpoint(args: Arguments, world: utils.World) -> None:
     from object_detection.export import export_onnx
 
     _, dataset, detector = prepare_eval(args, world)
@@ -232,21 +218,23 @@ class Detection:
         return loss, {**sums, "count": len(images)}
 
 
-def open_detector(args: argparse.Namespace, world: utils.World, dataset: CocoDataset) -> Detector:
+def open_detector(args: Arguments, world: utils.World, dataset: CocoDataset) -> Detector:
     """The detector to train on its device, from --finetune, from a classifier, or anew."""
     utils.seed_everything(args.seed)  # the same on all ranks, so that the initial weights are
-    detector = build_detector(vars(args), len(dataset.classes) + 1)
+    detector = checkpoints.build_detector(vars(args), len(dataset.classes) + 1)
     if args.finetune:
-        load_detector(args, detector, dataset)
+        checkpoints.load_detector(args, detector, dataset)
     elif args.backbone_weights and not args.resume:
-        load_classifier(args, detector)
-    return place(args, detector, world.device)
+        checkpoints.load_classifier(args, detector)
+    return training.place(args, detector, world.device)
 
 
-def open_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
+def open_schedule(args: Arguments, steps_per_epoch: int) -> Schedule:
     """The learning rate falls at --lr_steps; the weight decay stays."""
     total_steps = args.epochs * steps_per_epoch
-    warmup_steps = checked_warmup(args, "warmup_steps", warmup_steps=args.warmup_steps, total_steps=total_steps)
+    warmup_steps = training.checked_warmup(
+        args, "warmup_steps", warmup_steps=args.warmup_steps, total_steps=total_steps
+    )
     milestones = [epoch * steps_per_epoch for epoch in args.lr_steps]
 
     def schedule(updates: int) -> tuple[float, float]:
@@ -256,19 +244,21 @@ def open_schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
     return schedule
 
 
-def train(args: argparse.Namespace, world: utils.World) -> None:
+def train(args: Arguments, world: utils.World) -> None:
     """A run: data, detector, state, and then epoch by epoch, as `training.fit` shows it; lambda is 1 throughout."""
     stop = utils.StopRequest()
     dataset, eval_dataset = build_dataset(args, train=True), None
-    loader = loaders.build_train_loader(dataset, replace(loading_of(args, world), collate=collate))
+    loader = loaders.build_train_loader(dataset, replace(training.loading_of(args, world), collate=collate))
     if not args.disable_eval:
         eval_dataset = build_dataset(args, train=False)
         if eval_dataset.classes != dataset.classes:
             raise ValueError(f"{dataset.path} and {eval_dataset.path} have different categories")
         eval_loader = build_eval_loader(args, eval_dataset, world)
     detector = open_detector(args, world, dataset)
-    objective = Detection(build_precision(args, world.device), ("loss", *detector.losses, "count"))
-    state = build_state(args, world, detector, loader=loader, objective=objective)
+    objective = Detection(training.build_precision(args, world.device), ("loss", *detector.losses, "count"))
+    state = training.build_state(
+        args, world, detector, loader=loader, objective=objective, classes=len(dataset.classes)
+    )
 
     def evaluate_all(forms: Mapping[str, Detector]) -> dict[str, float]:
         found = {}
@@ -278,30 +268,21 @@ def train(args: argparse.Namespace, world: utils.World) -> None:
         return found
 
     def restored(checkpoint: Mapping[str, Any], path: str | Path) -> None:
-        check_categories(checkpoint, dataset, path=path)
+        checkpoints.check_categories(checkpoint, dataset, path=path)
         for form in (detector, *(average.module for average in state.averages.values())):
-            set_normalization(form, checkpoint)
+            checkpoints.set_normalization(form, checkpoint)
 
-    logger.info(
-        "%s: %.3f M parameters, %d categories, %d steps an epoch of %d images, on %s",
-        args.model,
-        profiling.count_params(detector) / 1e6,
-        len(dataset.classes),
-        state.steps_per_epoch,
-        args.batch_size * args.update_freq * world.size,
-        world.device,
-    )
-    task = Task(
+    task = training.Task(
         loader,
         objective,
         open_schedule(args, state.steps_per_epoch),
         evaluate=evaluate_all if eval_dataset else None,
         score="box_AP",
-        describe=lambda: describe(detector, dataset),
+        describe=lambda: checkpoints.describe(detector, dataset),
         restored=restored,
         panels=curves.DETECTION_CURVES,
     )
-    fit(args, state, task, stop)
+    training.fit(args, state, task, stop)
     if "best" in state.best:
         logger.info("best box AP %.2f %%", 100 * state.best["best"])
 

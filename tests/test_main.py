@@ -22,13 +22,13 @@ import datasets
 import main
 import models
 import networks
+import training
 import utils
 from loading import loaders, transforms
 from loading.transforms import Preprocessing, build_eval_transform
 from optim_factory import cosine_schedule
 from records.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from runs import BASE, EMBEDDED, ROOT, assert_same_run, rows, torchrun
-from training import RunFolder
 
 
 def run(data, *arguments, base=BASE):
@@ -112,7 +112,7 @@ def evaluate_on(data, model):
     transform = build_eval_transform(main.settle(args, None, train=True))
     dataset = main.build_dataset(args, world, train=False, transform=transform)
     loader, _ = main.build_eval_loader(args, dataset, world, classes=dataset.classes, num_classes=10, of="the data")
-    return main.evaluate(model, loader, precision=main.build_precision(args, world.device))
+    return main.evaluate(model, loader, precision=training.build_precision(args, world.device))
 
 
 def test_resume_under_other_schedules_is_asked_for(tiny_fmnist, straight, tmp_path, capsys):
@@ -152,7 +152,11 @@ def test_what_a_resumed_run_cannot_do_is_refused(tiny_fmnist, straight, tmp_path
 def folder_of(monkeypatch, tiny_fmnist, *flags):
     """The run folder of a command, opened as `training.fit` does it, without its epochs."""
     found = []
-    monkeypatch.setattr(main, "fit", lambda args, state, task, stop: found.append(RunFolder(args, state, task)))
+
+    def fit(args, state, task, stop):
+        found.append(training.RunFolder(args, state, task))
+
+    monkeypatch.setattr(training, "fit", fit)
     run(tiny_fmnist, *flags)
     found[0].restore()
     return found[0]
