@@ -2,22 +2,9 @@
 
 from collections.abc import Sequence
 
+import options
 from object_detection import ANCHOR_SIZES, FRAMEWORKS, TRAIN_SIZES
-from options import (
-    COUNT,
-    FRACTION,
-    POSITIVE,
-    WHOLE,
-    Arguments,
-    Parser,
-    add_training_flags,
-    boolean,
-    check_training_flags,
-    file_path,
-    parse_checked,
-)
-
-__all__ = ["build_parser", "parse_args"]
+from options import COUNT, FRACTION, POSITIVE, WHOLE, Arguments, Parser, boolean, file_path
 
 
 def build_parser() -> Parser:
@@ -27,19 +14,14 @@ def build_parser() -> Parser:
         "(--export_onnx FILE) a detector.",
     )
     first = parser.add_argument_group("what most runs need")
-    first.add_argument(
-        "--model",
-        default="mask_rcnn_vanillanet_11",
-        metavar="NAME",
-        help="retinanet_ or mask_rcnn_, then a VanillaNet variant or any timm model with maps of strides 4 to 32",
+    add = first.add_argument
+    maps = "retinanet_ or mask_rcnn_, then a VanillaNet variant or any timm model with maps of strides 4 to 32"
+    add("--model", default="mask_rcnn_vanillanet_11", help=maps)
+    add(
+        "--backbone_weights", type=file_path, help="classifier's checkpoint to begin with, unless a detector's is given"
     )
-    first.add_argument(
-        "--backbone_weights",
-        type=file_path,
-        help="a classifier's checkpoint to begin with, unless --finetune or --resume is given",
-    )
-    first.add_argument("--data_path", type=file_path, default=".", help="folder that all paths of data are relative to")
-    add_training_flags(parser, first)
+    add("--data_path", type=file_path, default=".", help="folder that all paths of data are relative to")
+    options.add_training_flags(parser, first)
     parser.set_defaults(
         batch_size=4, epochs=12, lr=1.3e-4, opt_betas=[0.9, 0.999], layer_decay=0.6, test_freq=1, test_epoch=0,
         num_workers=4, log_freq=50,
@@ -55,36 +37,17 @@ def build_parser() -> Parser:
     add("--proposals", type=COUNT, nargs=2, metavar=("TRAIN", "TEST"), help="Mask R-CNN's boxes an image [2000 1000]")
     add("--rois", type=COUNT, help="boxes of an image that Mask R-CNN's box head learns from [512]")
     add("--anchor_sizes", type=COUNT, nargs=5, default=list(ANCHOR_SIZES), help="sides of the anchors in px, by level")
-    add(
-        "--backbone_key",
-        default="model_ema|model|module",
-        metavar="KEY",
-        help="key of the weights in --backbone_weights; | separates alternatives",
-    )
+    add("--backbone_key", default="model_ema|model|module", help="key of the weights in --backbone_weights")
     add("--deploy", type=boolean, default=False, help="the detector in --finetune is in deploy form")
 
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--annotations",
-        type=file_path,
-        default="annotations/instances_train2017.json",
-        help="COCO's JSON file of the training images",
-    )
+    coco = "annotations/instances_{}2017.json"
+    add("--annotations", type=file_path, default=coco.format("train"), help="COCO's JSON file of the training images")
     add("--images", type=file_path, default="train2017", help="folder of the training images")
-    add(
-        "--eval_annotations",
-        type=file_path,
-        default="annotations/instances_val2017.json",
-        help="COCO's JSON file of the validation images",
-    )
+    add("--eval_annotations", type=file_path, default=coco.format("val"), help="as --annotations, for validation")
     add("--eval_images", type=file_path, default="val2017", help="folder of the validation images")
-    add(
-        "--train_sizes",
-        type=COUNT,
-        nargs="+",
-        default=list(TRAIN_SIZES),
-        help="px of a training image's short side, drawn at random",
-    )
+    sizes = "sides in px, of which the short side of a training image gets one at random"
+    add("--train_sizes", type=COUNT, nargs="+", default=list(TRAIN_SIZES), help=sizes)
     add("--test_size", type=COUNT, default=800, help="px of the short side in evaluation")
     add("--max_size", type=COUNT, default=1333, help="px of the long side at most")
     add("--flip", type=FRACTION, default=0.5, help="probability of mirroring a training image")
@@ -95,16 +58,8 @@ def build_parser() -> Parser:
     add("--warmup_steps", type=WHOLE, default=500, help="optimizer steps of a linear warm-up from 0")
 
     add = parser.add_argument_group("further modes").add_argument
-    add(
-        "--switch_to_deploy",
-        type=file_path,
-        help="fuse --finetune, compare and evaluate both forms, and write the fused one to this file",
-    )
-    add(
-        "--draw",
-        type=file_path,
-        help="with --eval true: write a picture of detections in the first images to this file",
-    )
+    add("--switch_to_deploy", type=file_path, help="fuse --finetune, compare both forms, and write this file")
+    add("--draw", type=file_path, help="with --eval true, draw what is found in the first images to this file")
     add("--draw_images", type=COUNT, default=12, help="number of images in --draw")
     add("--draw_threshold", type=FRACTION, default=0.5, help="score from which --draw shows a detection")
     add("--export_onnx", type=file_path, help="write --finetune to this ONNX file and compare it with PyTorch")
@@ -117,7 +72,7 @@ def _check(args: Arguments) -> None:
     exports = args.export_onnx is not None
     for flag in ("eval", "switch_to_deploy"):
         args.needs(flag, not exports, "--export_onnx does nothing else")
-    check_training_flags(args, exports=exports)
+    options.check_training_flags(args, exports=exports)
     args.needs("backbone_key", args.backbone_weights, "add --backbone_weights")
     args.needs("draw", args.eval and args.switch_to_deploy is None, "it is for --eval true by itself")
     for flag in ("draw_images", "draw_threshold"):
@@ -138,4 +93,4 @@ def _check(args: Arguments) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     """Parse and check a command, see `options.parse_checked`."""
-    return parse_checked(build_parser(), argv, _check, launched=True)
+    return options.parse_checked(build_parser(), argv, _check, launched=True)
