@@ -8,7 +8,6 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from loading.images import (
     some,
     to_rgb,
 )
-from loading.streams import TIMM_PACKAGES, StreamDataset, names_of, open_timm, timm_classes
+from loading.streams import TIMM_PACKAGES, StreamDataset, TimmSource, timm_classes
 from loading.transforms import Transform
 from loading.views import TrainTransform
 from records.files import first_line
@@ -88,12 +87,10 @@ class FolderDataset(ImageDataset):
     def __init__(self, root: str | os.PathLike, transform: Transform):
         self.root = os.fspath(root)
         self.transform = transform
+        real = Path(os.path.realpath(root))
+        left_out, groups, prefix = LeftOut(), {}, len(os.path.join(root, ""))
         try:
-            real = Path(os.path.realpath(root))
             above = {folder_identity(folder) for folder in (real, *real.parents)}
-            groups = {}
-            prefix = len(os.path.join(root, ""))
-            left_out = LeftOut()
             for name in left_out.visible(os.listdir(root)):
                 folder = os.path.join(root, name)
                 if not os.path.isdir(folder):
@@ -189,12 +186,8 @@ def _fashion_mnist(root: Path, *, train: bool, transform: Transform, download: b
     raw = root / "FashionMNIST" / "raw"
 
     def find() -> list[Path] | None:
-        for folder in (root, raw):
-            candidates = [[folder / name, folder / f"{name}.gz"] for name in names]
-            files = [next(filter(os.path.isfile, pair), None) for pair in candidates]
-            if all(files):
-                return files
-        return None
+        places = ([folder / f"{name}{end}" for name in names] for folder in (root, raw) for end in ("", ".gz"))
+        return next((files for files in places if all(map(Path.is_file, files))), None)
 
     if find() is None and download:
         try:
@@ -222,42 +215,31 @@ def _cifar100(root: Path, *, train: bool, transform: Transform, download: bool) 
 
 
 class TimmDataset(ImageDataset):
-    """A data set of timm's that can be read by index: hfds/ and torch/. For the arguments see `build_dataset`."""
+    """A data set of timm's that can be read by index: hfds/ and torch/."""
 
-    def __init__(
-        self,
-        data_set: str,
-        root: Path | None,
-        *,
-        train: bool,
-        transform: Transform,
-        split: str | None = None,
-        download: bool = False,
-    ):
-        self.name = data_set
-        self.transform = transform
-        self._source = open_timm(data_set, root, train=train, split=split, download=download)
-        self._again = partial(TimmDataset, data_set, root, train=train, transform=transform, split=split)
-        self.classes = timm_classes(self._source)
+    def __init__(self, source: TimmSource, transform: Transform, *, download: bool = False):
+        self.source, self.transform = source, transform
+        self._images = source.open(download=download)
+        self.classes = timm_classes(self._images)
 
     def __reduce__(self):
         # Opened anew by a loader process that is not a fork: Hugging Face's objects cannot be unpickled there, because
         # `datasets` is this file.
-        return self._again, ()
+        return TimmDataset, (self.source, self.transform)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._images)
 
     def describe(self, index: int) -> str:
-        return f"{self.name}[{index}]"
+        return f"{self.source.name}[{index}]"
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        with names_of(self.name), reading():
-            if not isinstance(self._source, TimmImageDataset):
-                image, target = self._source[index]
+        with self.source.importable(), reading():
+            if not isinstance(self._images, TimmImageDataset):
+                image, target = self._images[index]
                 return to_rgb(image), int(target)
             # Past timm's own __getitem__, which puts the next image in the place of one that it cannot read.
-            file, target, *_ = self._source.reader[index]
+            file, target, *_ = self._images.reader[index]
             with file:
                 return decode_image(file), int(target)
 
@@ -281,7 +263,6 @@ def build_dataset(
             FMNIST: Fashion-MNIST, a folder with its four idx files, or torchvision's root;
             hfds/NAME, hfids/NAME, tfds/NAME, wds/, torch/NAME: as timm's `create_dataset` knows them.
         data_path: its folder. May be None where it is not read.
-        train: the training split, or else the validation split.
         transform: from an RGB image to (3, H, W).
         eval_data_path: for the validation split, instead of data_path. For folders of images it is the folder of class
             folders itself, and data_path may then be the one of the training split.
@@ -294,33 +275,28 @@ def build_dataset(
     """
     path = data_path if train or eval_data_path is None else eval_data_path
     root = None if path is None else Path(path)
-    if data_set in ("IMNET", "image_folder"):
-        if root is None:
-            raise ValueError(f"--data_set {data_set} needs --data_path, a folder with train/ and val/ in it")
-        dataset = FolderDataset(
-            _class_folders(root, split, train=train, own_path=eval_data_path is not None), transform
-        )
-        if train and len(dataset.classes) == 1:
-            logger.warning(
-                "%s holds a single class folder, %s, and with one class there is nothing to learn: is --data_path a "
-                "level too high?",
-                dataset.root,
-                dataset.classes[0],
-            )
-        return dataset
+    prefix, slash, _ = data_set.partition("/")
+    ours = ("IMNET", "image_folder", "CIFAR", "FMNIST")
+    if data_set not in ours and not (slash and prefix.lower() in TIMM_PACKAGES):
+        known = ", ".join([*ours, *(f"{name}/..." for name in TIMM_PACKAGES)])
+        raise ValueError(f"unknown --data_set {data_set}; known are {known}")
+    if root is None and (data_set in ours or prefix.lower() in ("wds", "torch")):
+        raise ValueError(f"--data_set {data_set} needs --data_path, the folder that holds it")
+    if data_set not in ours:
+        kind = StreamDataset if prefix.lower() in STREAMS else TimmDataset
+        return kind(TimmSource(data_set, root, train, split), transform, download=download)
     if data_set in ("FMNIST", "CIFAR"):
-        if root is None:
-            raise ValueError(f"--data_set {data_set} needs --data_path, the folder that holds it")
         if split is not None:
             raise ValueError(f"--{'train' if train else 'val'}_split has no effect on --data_set {data_set}")
         build = _fashion_mnist if data_set == "FMNIST" else _cifar100
         return build(root, train=train, transform=transform, download=download)
-    prefix, slash, _ = data_set.partition("/")
-    if not slash or prefix.lower() not in TIMM_PACKAGES:
-        known = ", ".join(["IMNET", "image_folder", "CIFAR", "FMNIST", *(f"{name}/..." for name in TIMM_PACKAGES)])
-        raise ValueError(f"unknown --data_set {data_set}; known are {known}")
-    kind = StreamDataset if prefix.lower() in STREAMS else TimmDataset
-    return kind(data_set, root, train=train, transform=transform, split=split, download=download)
+    dataset = FolderDataset(_class_folders(root, split, train=train, own_path=eval_data_path is not None), transform)
+    if train and len(dataset.classes) == 1:
+        logger.warning(
+            f"{dataset.root} holds a single class folder, {dataset.classes[0]}, and with one class there is nothing to "
+            "learn: is --data_path a level too high?"
+        )
+    return dataset
 
 
 def _class_folders(root: Path, split: str | None, *, train: bool, own_path: bool) -> Path:
@@ -345,18 +321,12 @@ def _class_folders(root: Path, split: str | None, *, train: bool, own_path: bool
 def match_classes(
     dataset: ImageDataset | StreamDataset, names: Sequence[str] | None, *, of: str = "the network"
 ) -> tuple[int, ...] | None:
-    """Where the classes of a validation data set are among `names`, so that their order need not be the same.
+    """For each class of a validation data set its index in `names`, the classes of the network or training data.
 
-    A data set may lack some of the names, which a warning lists, and have them in another order, which is logged.
-
-    Args:
-        dataset: to be evaluated.
-        names: by class index, as the network or the training data has them.
-        of: whose names they are, for messages.
+    So their order need not be the same, and some may be missing, which the log says. `of` is whose `names` they are.
 
     Returns:
-        For each class of the data set its index in `names`: `class_indices` of `build_eval_loader`. None where they are
-        the same, or where one side does not say its classes.
+        `class_indices` of `build_eval_loader`. None where the classes are the same, or one side does not say its own.
 
     Raises:
         ValueError: the data set has a class that is not among `names`, or is there twice.
@@ -409,7 +379,8 @@ def real_targets(
 ) -> list[list[int]]:
     """ReaL's labels by the index of the data set, matched by file name; [] for an image that has none.
 
-    `num_classes` is how many the network knows; None is as many as the data set has.
+    Args:
+        num_classes: how many the network knows; None is as many as the data set has.
 
     Raises:
         ValueError: the data set has no file names or two alike, one has no entry, or a label is no class of it.

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from records.files import first_line, one_line
@@ -31,15 +31,6 @@ _OTHERS = """.dib .avif .avifs .heic .heics .heif .heifs .hif .jxl .jp2 .j2k .j2
 OTHER_EXTENSIONS = frozenset(("", *_OTHERS.split()))
 # What archives, synchronization and file systems leave behind, as they do names that begin with a dot.
 LEFT_BEHIND = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db")
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # by EXIF's orientation
 MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # no fault of the file that was being read
 
 
@@ -110,14 +101,9 @@ def decode_for_training(path: str | os.PathLike) -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """Turned and mirrored as EXIF's orientation says. Where that cannot be read, the image is as it was."""
-    method = None
     with suppress(Exception):  # EXIF is written by anything
-        method = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    if method is None:
-        return image
-    image = image.transpose(method)
-    for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # each may say the orientation again
-        image.info.pop(key, None)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied, and lose its `pixels`
+            return ImageOps.exif_transpose(image)
     return image
 
 
@@ -147,20 +133,12 @@ class LeftOut:
     def report(self, folder: str) -> None:
         """One line of log for each of the two reasons."""
         if self.names:
-            logger.warning(
-                "%s: left out %d by name, as no data: %s",
-                folder,
-                len(self.names),
-                one_line(some(sorted(set(self.names)))),
-            )
+            names = one_line(some(sorted(set(self.names))))
+            logger.warning(f"{folder}: left out {len(self.names)} by name, as no data: {names}")
         if self.extensions:
-            found = [f"{count} {ext or 'without an extension'}" for ext, count in self.extensions.most_common()]
-            logger.warning(
-                "%s: left out %d by extension, as not read (%s): convert or rename them",
-                folder,
-                self.extensions.total(),
-                ", ".join(found),
-            )
+            count = self.extensions.total()
+            found = ", ".join(f"{n} {ext or 'without an extension'}" for ext, n in self.extensions.most_common())
+            logger.warning(f"{folder}: left out {count} by extension, as not read ({found}): convert or rename them")
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:
@@ -194,8 +172,7 @@ def find_images(folder: str, left_out: LeftOut, above: Collection[tuple[int, int
 def list_images(paths: Sequence[str]) -> list[str]:
     """Image files that are named, and those anywhere under folders that are named, in order.
 
-    Raises:
-        ValueError: a path is not there or cannot be read, or a folder has no image.
+    Raises ValueError for a path that is not there or cannot be read, and for a folder without an image.
     """
     found = []
     for path in paths:

@@ -53,8 +53,6 @@ class EpochSampler:
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
         """Choose the epoch, and how many samples of its order, over all ranks, to leave out at its beginning."""
-        if epoch < 0 or start_sample < 0:
-            raise ValueError(f"epoch and start_sample must not be negative, they are {epoch} and {start_sample}")
         self.epoch = epoch
         self.start_sample = start_sample
 

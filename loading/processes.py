@@ -19,7 +19,7 @@ from loading.views import Views, stack_views
 from utils import keep_freed_memory
 
 # Signals that reach a whole group of processes, and that the main process answers.
-GROUP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 # What a loader process sends for each image: (image or None, class, index, notes), the notes for the main process.
 Sample = tuple[torch.Tensor | Views | None, Any, int, Sequence]
@@ -42,9 +42,6 @@ class Loading:
         pin_memory: put batches in page-locked memory, for a GPU.
         collate: batches (image, target, index).
         device: where training's views are finished, and so where its images are.
-
-    Raises:
-        ValueError: a value is out of range.
     """
 
     batch_size: int
@@ -55,14 +52,6 @@ class Loading:
     pin_memory: bool = False
     collate: Collate = default_collate
     device: torch.device = CPU
-
-    def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"--batch_size must be 1 or more, not {self.batch_size}")
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} is not among {self.world_size} processes")
-        if self.seed < 0:
-            raise ValueError(f"--seed must not be negative, it is {self.seed}")
 
 
 def _collate(samples: list[Sample], batch: Collate) -> tuple[Any, Any, Any, list]:
@@ -89,9 +78,6 @@ def _exiting() -> Any:
 @contextmanager
 def _held_signals() -> Iterator[None]:
     """Hold signals back, here and in processes that are started in the block, until the latter are ready for them."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows, where no signal goes to a group
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
     try:
         yield
@@ -113,8 +99,7 @@ def _start_worker(exiting: Any, worker_id: int) -> None:
     keep_freed_memory()
     for number in GROUP_SIGNALS:
         signal.signal(number, terminate if number == signal.SIGTERM else signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
 
 
 def make_loader(dataset: Dataset, loading: Loading, *, seed: int = 0, **options) -> DataLoader:

@@ -4,7 +4,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +33,50 @@ TIMM_PACKAGES = {
 EVAL_SPLITS = ("validation", "val", "test")  # by the first name that a data set of timm's has
 
 
-def names_of(data_set: str):
-    """The block in which a data set of timm's may be opened and read."""
-    return hugging_face() if data_set.lower().startswith(("hfds/", "hfids/")) else nullcontext()
+@dataclass(frozen=True)
+class TimmSource:
+    """One split of a data set of timm's, and how it is opened.
 
+    Attributes:
+        name: as `create_dataset` of timm knows it.
+        root: its folder; None where the name is enough.
+        train: whether it is the training split.
+        split: timm's name of it; None takes "train", or the first of `EVAL_SPLITS` that there is.
+    """
 
-def open_timm(
-    data_set: str, root: Path | None, *, train: bool, split: str | None = None, download: bool = False, **options
-) -> Any:
-    """Open a data set by timm's `create_dataset`. Raises ValueError, also for a package that is missing."""
-    prefix = data_set.partition("/")[0].lower()
-    package = TIMM_PACKAGES[prefix]
-    if package not in ("", "datasets") and importlib.util.find_spec(package) is None:
-        raise ValueError(f"--data_set {data_set} needs the package {package}: pip install {package}")
-    if root is None and prefix in ("wds", "torch"):
-        raise ValueError(f"--data_set {data_set} needs --data_path, the folder that holds it")
-    splits = (split,) if split else ("train",) if train else EVAL_SPLITS
-    for split in splits:
-        try:
-            with names_of(data_set):
-                return create_dataset(
-                    data_set,
-                    root=None if root is None else str(root),
-                    split=split,
-                    is_training=train,
-                    download=download and prefix != "hfids",  # which would store what is meant to be streamed
-                    **options,
-                )
-        except Exception as error:  # the libraries behind it raise anything, for a wrong name as for a missing network
-            if split == splits[-1] or not re.search("split|length is unknown", str(error), re.IGNORECASE):
-                raise ValueError(f"cannot open --data_set {data_set}: {first_line(error)}") from error
+    name: str
+    root: Path | None
+    train: bool
+    split: str | None = None
+
+    @property
+    def prefix(self) -> str:
+        return self.name.partition("/")[0].lower()
+
+    def importable(self):
+        """The block in which the data set may be opened and read."""
+        return hugging_face() if self.prefix in ("hfds", "hfids") else nullcontext()
+
+    def open(self, *, download: bool = False, **options: Any) -> Any:
+        """timm's data set; `options` are those of `create_dataset`. Raises ValueError, also for a missing package."""
+        package = TIMM_PACKAGES[self.prefix]
+        if package not in ("", "datasets") and importlib.util.find_spec(package) is None:
+            raise ValueError(f"--data_set {self.name} needs the package {package}: pip install {package}")
+        splits = (self.split,) if self.split else ("train",) if self.train else EVAL_SPLITS
+        for split in splits:
+            try:
+                with self.importable():
+                    return create_dataset(
+                        self.name,
+                        root=None if self.root is None else str(self.root),
+                        split=split,
+                        is_training=self.train,
+                        download=download and self.prefix != "hfids",  # which would store what is to be streamed
+                        **options,
+                    )
+            except Exception as error:  # the libraries raise anything, for a wrong name as for a missing network
+                if split == splits[-1] or not re.search("split|length is unknown", str(error), re.IGNORECASE):
+                    raise ValueError(f"cannot open --data_set {self.name}: {first_line(error)}") from error
 
 
 def timm_classes(source: Any) -> tuple[str, ...] | None:
@@ -73,88 +87,65 @@ def timm_classes(source: Any) -> tuple[str, ...] | None:
 class StreamDataset:
     """A data set of timm's that can only be read from its beginning: wds/, tfds/ and hfids/.
 
-    It has no index: there are no file names, and training cannot be resumed in the middle of an epoch. For the
-    arguments see `build_dataset`.
+    It has no index: there are no file names, and training cannot be resumed in the middle of an epoch.
 
     Attributes:
         classes: names by class index; None where the data set does not say.
         transform: from an RGB image to (3, H, W).
-        train: which of the two splits it is.
     """
 
-    def __init__(
-        self,
-        data_set: str,
-        root: Path | None,
-        *,
-        train: bool,
-        transform: Transform,
-        split: str | None = None,
-        download: bool = False,
-    ):
-        self.name = data_set
-        self.train = train
-        self.transform = transform
-        self._root = root
-        self._split = split
-        source = open_timm(data_set, root, train=train, split=split, download=download)
-        self.classes = timm_classes(source)
-        self._length = int(source.reader.num_samples)
+    def __init__(self, source: TimmSource, transform: Transform, *, download: bool = False):
+        self.source, self.name, self.transform = source, source.name, transform
+        images = source.open(download=download)
+        self.classes = timm_classes(images)
+        self._length = int(images.reader.num_samples)
 
     def __len__(self) -> int:
         """The number of images that the data set's description promises; 0 where it does not say."""
         return self._length
 
     def open(self, loading: Loading) -> IterableDataset:
-        """A stream of (image, class) of this rank; for training each loader process gives whole batches of it."""
+        """timm's stream of this rank's images, to be `read`; for training each loader process has whole batches."""
         # Only tfds needs to be told the mode, to give images at all; elsewhere `to_rgb` knows better.
-        mode = "RGB" if self.name.lower().startswith("tfds") else ""
-        source = open_timm(
-            self.name,
-            self._root,
-            train=self.train,
-            split=self._split,
-            batch_size=loading.batch_size,
-            seed=loading.seed,
-            input_img_mode=mode,
-        )
-        source.reader.dist_rank, source.reader.dist_num_replicas = loading.rank, loading.world_size
-        source.set_loader_cfg(num_workers=loading.num_workers)
-        return source
+        mode = "RGB" if self.source.prefix == "tfds" else ""
+        images = self.source.open(batch_size=loading.batch_size, seed=loading.seed, input_img_mode=mode)
+        images.reader.dist_rank, images.reader.dist_num_replicas = loading.rank, loading.world_size
+        images.set_loader_cfg(num_workers=loading.num_workers)
+        return images
+
+    def read(self, images: IterableDataset) -> Iterator[tuple[Image.Image, int]]:
+        """The RGB images and classes of an open stream."""
+        iterator = iter(images)
+        while True:
+            with self.source.importable():  # not around the loop: it must not hold while the consumer works
+                try:
+                    image, target = next(iterator)
+                except StopIteration:
+                    return
+                image = to_rgb(image)
+            yield image, int(target)
 
 
-def _stream(name: str, source: IterableDataset) -> Iterator[tuple[Image.Image, int]]:
-    """The RGB images and classes of a stream of timm's."""
-    iterator = iter(source)
-    while True:
-        with names_of(name):  # not around the loop: it must not hold while the consumer works
-            try:
-                image, target = next(iterator)
-            except StopIteration:
-                return
-            image = to_rgb(image)
-        yield image, int(target)
-
-
+@dataclass(eq=False)
 class _TrainStream(IterableDataset):
     """One rank's and epoch's training samples of a stream; all randomness is a function of `key` and the position."""
 
-    def __init__(self, name: str, source: IterableDataset, *, transform: Transform, key: tuple[int, ...]):
-        self.name = name
-        self.source = source
-        self.transform = transform
-        self.key = key
+    dataset: StreamDataset
+    images: IterableDataset
+    key: tuple[int, ...]
 
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
         worker = 0 if info is None else info.id
-        for position, (image, target) in enumerate(_stream(self.name, self.source)):
+        transform = self.dataset.transform
+        for position, (image, target) in enumerate(self.dataset.read(self.images)):
             with kept_random_states():
                 seed_all(*self.key, worker, position)
-                view = getattr(self.transform, "view", self.transform)(image)
+                view = getattr(transform, "view", transform)(image)
             yield view, target, position, ()
 
 
+@dataclass(eq=False)
 class _EvalStream(IterableDataset):
     """One rank's part of a validation stream; its last sample is a note of how many images all ranks' parts had.
 
@@ -162,20 +153,18 @@ class _EvalStream(IterableDataset):
     images or leaves some out.
     """
 
-    def __init__(self, name: str, source: IterableDataset, *, transform: Transform, rank: int, world_size: int):
-        self.name = name
-        self.source = source
-        self.transform = transform
-        self.rank = rank
-        self.world_size = world_size
+    dataset: StreamDataset
+    images: IterableDataset
+    rank: int
+    world_size: int
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         count = 0
-        for image, target in _stream(self.name, self.source):
+        for image, target in self.dataset.read(self.images):
             if count % self.world_size == self.rank:
-                yield self.transform(image), target, count * workers + number, ()
+                yield self.dataset.transform(image), target, count * workers + number, ()
             count += 1
         yield None, -1, -1, [count]
 
@@ -190,9 +179,7 @@ class StreamTrainLoader:
 
     def __init__(self, dataset: StreamDataset, loading: Loading):
         self.broken: set[int] = set()
-        self._dataset = dataset
-        self._loading = loading
-        self._epoch = 0
+        self._dataset, self._loading, self._epoch = dataset, loading, 0
         self._length = len(dataset.open(loading)) // loading.batch_size
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
@@ -218,12 +205,8 @@ class StreamTrainLoader:
         # A new reader for each epoch, because readers carry the state of their shuffling from one to the next.
         loading = self._loading
         words = np.random.SeedSequence((loading.seed, self._epoch)).generate_state(2, np.uint32).tolist()
-        samples = _TrainStream(
-            self._dataset.name,
-            self._dataset.open(replace(loading, seed=words[0] >> 1)),
-            transform=self._dataset.transform,
-            key=(loading.seed, self._epoch, loading.rank),
-        )
+        images = self._dataset.open(replace(loading, seed=words[0] >> 1))
+        samples = _TrainStream(self._dataset, images, key=(loading.seed, self._epoch, loading.rank))
         loader = make_loader(samples, loading, batch_size=loading.batch_size, seed=words[1] + loading.rank)
         count = 0
         for images, targets, _, _ in iterate(loader):
@@ -255,10 +238,8 @@ class StreamEvalLoader:
         class_indices: Sequence[int] | None = None,
     ):
         self.broken: set[int] = set()
-        self._class_indices = class_indices
-        self._dataset = dataset
-        self._loading = loading
-        self._skip_broken = skip_broken
+        self._dataset, self._loading = dataset, loading
+        self._class_indices, self._skip_broken = class_indices, skip_broken
 
     def __len__(self) -> int:
         """Batches, if the data set's description is right and each loader process has as many images."""
@@ -267,13 +248,8 @@ class StreamEvalLoader:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Raises ValueError at the end if there were less images than the description says, unless that may be."""
         loading = self._loading
-        samples = _EvalStream(
-            self._dataset.name,
-            self._dataset.open(replace(loading, seed=0, rank=0, world_size=1)),  # each rank reads all
-            transform=self._dataset.transform,
-            rank=loading.rank,
-            world_size=loading.world_size,
-        )
+        images = self._dataset.open(replace(loading, seed=0, rank=0, world_size=1))  # each rank reads all
+        samples = _EvalStream(self._dataset, images, loading.rank, loading.world_size)
         count = 0
         for images, targets, indices, notes in iterate(make_loader(samples, loading, batch_size=loading.batch_size)):
             count += sum(notes)

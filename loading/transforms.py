@@ -96,14 +96,8 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
-MOVES = (
-    auto_augment.shear_x,
-    auto_augment.shear_y,
-    auto_augment.translate_x_abs,
-    auto_augment.translate_x_rel,
-    auto_augment.translate_y_abs,
-    auto_augment.translate_y_rel,
-)
+AXES = ("shear_x", "shear_y", "translate_x_abs", "translate_x_rel", "translate_y_abs", "translate_y_rel")
+MOVES = tuple(getattr(auto_augment, name) for name in AXES)
 
 
 def _mend(policy: Any) -> None:
@@ -139,8 +133,7 @@ def build_train_transform(
         aa: timm's auto-augment policy; None, "" and "none" are off.
         interpolation: "random" (bilinear or bicubic), or one of Pillow's by name.
         reprob, remode, recount: random erasing: probability, what fills the area, the largest number of areas.
-        scale, ratio: smallest and largest share of the image's area, and width / height, of the random-resized crop;
-            native images are not resized.
+        scale, ratio: range of the random-resized crop's share of the area, and of its width / height.
         hflip, vflip: probability of a flip to the other side, and upside down.
 
     Raises:
@@ -167,10 +160,9 @@ def build_train_transform(
             re_count=recount,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"timm cannot augment by --aa {aa} --train_interpolation {interpolation} --remode {remode}: "
-            f"{first_line(error)}"
-        ) from error
+        asked = f"--aa {aa} --train_interpolation {interpolation} --remode {remode}"
+        raise ValueError(f"timm cannot augment by {asked}: {first_line(error)}") from error
+    # timm's steps: crop and flips, the policy, then tensors, which `TrainTransform` makes of whole batches.
     steps = [*first.transforms, *second.transforms]
     for step in steps:
         if isinstance(step, auto_augment.RandAugment | auto_augment.AutoAugment | auto_augment.AugMixAugment):
@@ -185,20 +177,18 @@ def build_train_transform(
     return TrainTransform(steps, erase=erase, mean=preprocessing.mean, std=preprocessing.std)
 
 
-class _LimitAspect:
+def _limit_aspect(image: Image.Image) -> Image.Image:
     """Crop the middle of an image that is more than `MAX_ASPECT` times as long as wide.
 
     The centre crop that follows sees less than that, and to resize the shorter side of 20,000 x 1 px to 256 px would
     take 4 GB.
     """
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        limit = MAX_ASPECT * min(image.size)
-        if max(image.size) <= limit:
-            return image
-        width, height = (min(side, limit) for side in image.size)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        return image.crop((left, top, left + width, top + height))
+    limit = MAX_ASPECT * min(image.size)
+    if max(image.size) <= limit:
+        return image
+    width, height = (min(side, limit) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def build_eval_transform(preprocessing: Preprocessing) -> Transform:
@@ -218,7 +208,7 @@ def build_eval_transform(preprocessing: Preprocessing) -> Transform:
         crop_mode=preprocessing.crop_mode,
     )
     if preprocessing.crop_mode == "center":
-        first.append(_LimitAspect())
+        first.append(_limit_aspect)
     return transforms.Compose([*first, *transform.transforms])
 
 
@@ -245,11 +235,7 @@ def build_mixup(
         mixup_mode: draw for each "batch", "pair" or "elem".
         smoothing: of the labels.
 
-    Returns:
-        None if both are off.
-
-    Raises:
-        ValueError: the batch size is odd, or the bounds are out of order.
+    Returns None if both are off. Raises ValueError if the batch size is odd, or the bounds are out of order.
     """
     if mixup <= 0 and cutmix <= 0 and cutmix_minmax is None:
         return None
@@ -259,8 +245,6 @@ def build_mixup(
         )
     if cutmix_minmax is not None and not 0 <= cutmix_minmax[0] < cutmix_minmax[1] <= 1:
         raise ValueError(f"--cutmix_minmax must be two ascending shares of 1, not {cutmix_minmax}")
-    if mixup_mode not in ("batch", "pair", "elem"):
-        raise ValueError(f"--mixup_mode must be batch, pair or elem, not {mixup_mode}")
     return Mixup(
         mixup_alpha=mixup,
         cutmix_alpha=cutmix,

@@ -551,17 +551,9 @@ def test_resume_with_another_number_of_ranks():
     assert global_order(40, 2, start_sample=17)[:23] == whole[17:40]
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"rank": 1}, {"rank": -1}, {"batch_size": 0}, {"length": 0}, {"seed": -1}, {"world_size": 0}]
-)
-def test_sampler_refuses(wrong):
-    with pytest.raises(ValueError, match=r"process|1 or more|negative"):
-        sampler(**{"length": 5, **wrong})
-
-
-def test_sampler_refuses_negative_positions():
-    with pytest.raises(ValueError, match="negative"):
-        sampler(5).set_epoch(0, -1)
+def test_nothing_to_train_on_is_an_error():
+    with pytest.raises(ValueError, match="1 or more samples to train on, not 0"):
+        sampler(0)
 
 
 # -- loaders
@@ -854,8 +846,6 @@ def test_mixup():
         transforms.build_mixup(5, 10)
     with pytest.raises(ValueError, match="--cutmix_minmax"):
         transforms.build_mixup(4, 10, cutmix_minmax=(0.5, 0.2))
-    with pytest.raises(ValueError, match="--mixup_mode"):
-        transforms.build_mixup(4, 10, mixup_mode="half")
     mixup = transforms.build_mixup(4, 10, mixup=0.8, cutmix=0, smoothing=0)
     np.random.seed(0)
     images, targets = mixup(torch.arange(4.0).reshape(4, 1, 1, 1).repeat(1, 3, 2, 2), torch.tensor([0, 1, 2, 3]))
