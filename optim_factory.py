@@ -15,17 +15,6 @@ from timm.optim import (
 )
 from torch import nn
 
-__all__ = [
-    "activation_slope",
-    "build_optimizer",
-    "cosine_schedule",
-    "freeze",
-    "parameter_groups",
-    "set_hyperparameters",
-    "step_schedule",
-    "taken_by",
-]
-
 
 def cosine_schedule(step: float, total_steps: float, *, base: float, final: float, warmup_steps: int = 0) -> float:
     """A linear warm-up followed by half a cosine, as the published code has it.

@@ -66,8 +66,6 @@ from object_detection.detectors import Detector, create_detector
 from records import logs
 from records.files import mistakes_end
 
-__all__ = ["Cost", "calibrate", "count_macs", "main"]
-
 logger = logging.getLogger("object_detection")
 
 CLASSES = 81  # COCO's, and the background

@@ -11,16 +11,6 @@ from object_detection.coco import CocoDataset
 from object_detection.detectors import FRAMEWORKS, Detector, create_detector, load_backbone
 from records.checkpoints import CheckpointError, load_weights
 
-__all__ = [
-    "build_detector",
-    "check_categories",
-    "describe",
-    "load_classifier",
-    "load_detector",
-    "open_detector",
-    "set_normalization",
-]
-
 
 def build_detector(flags: Mapping[str, Any], num_classes: int) -> Detector:
     """The detector on the CPU, initialized from the current seed.

@@ -33,8 +33,6 @@ from torchvision.transforms.v2.functional import horizontal_flip
 from datasets import ImageDataset
 from loading.images import BrokenImageError, decode_image
 
-__all__ = ["CocoDataset", "collate", "index_annotations", "read_annotations"]
-
 logger = logging.getLogger(__name__)
 
 WHOLE, NUMBER, TEXT = (int,), (int, float), (str,)

@@ -7,8 +7,6 @@ import torch
 
 from object_detection.detectors import Detector
 
-__all__ = ["largest_difference", "largest_gap"]
-
 
 @contextmanager
 def _unpasted(detector: Detector) -> Iterator[None]:

@@ -6,6 +6,7 @@ pyramid between network and heads: Lin et al., "Feature Pyramid Networks for Obj
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +27,6 @@ import networks
 from models.vanillanet import SeriesActivation
 from object_detection import ANCHOR_SIZES, FRAMEWORKS, TRAIN_SIZES
 from records.checkpoints import load_weights
-
-__all__ = [
-    "ANCHOR_SIZES",
-    "FRAMEWORKS",
-    "TRAIN_SIZES",
-    "Detector",
-    "MaskRCNN",
-    "RetinaNet",
-    "create_detector",
-    "load_backbone",
-    "mask_rcnn_vanillanet_11",
-    "mask_rcnn_vanillanet_13",
-    "retinanet_vanillanet_11",
-    "retinanet_vanillanet_13",
-]
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 STRIDES = (4, 8, 16, 32)  # of C2 to C5
@@ -213,44 +199,41 @@ def create_detector(
     Raises:
         ValueError: an unknown name, a network without the feature maps, an argument that does not go with the others.
     """
-    for prefix in FRAMEWORKS:
-        if name.startswith(prefix):
-            backbone = name.removeprefix(prefix)
-            break
-    else:
+    prefix = next(filter(name.startswith, FRAMEWORKS), None)
+    if prefix is None:
         raise ValueError(f"the detector {name} is not known: it is retinanet_ or mask_rcnn_ and a model of timm")
+    backbone = name.removeprefix(prefix)
     if len(anchor_sizes) != len(ANCHOR_SIZES):
         raise ValueError(f"there must be {len(ANCHOR_SIZES)} anchor sizes, not {len(anchor_sizes)}")
+    own = {"act_num": act_num, "width_mult": width_mult, "deploy": deploy or None}
+    own = {argument: value for argument, value in own.items() if value is not None}
     if backbone.startswith("vanillanet"):
-        own = {"act_num": 4 if act_num is None else act_num, "deploy": deploy}
-        body = _build_body(backbone, **own, **({} if width_mult is None else {"width_mult": width_mult}))
-    elif act_num is not None or width_mult is not None or deploy:
+        own = {"act_num": 4, **own}
+    elif own:
         raise ValueError(f"act_num, width_mult and deploy belong to VanillaNet, {backbone} has no such thing")
-    else:
-        body = _build_body(backbone)
+    body = _build_body(backbone, **own)
     norm = nn.BatchNorm2d if head_norm else None
-    if prefix == "retinanet_":
-        levels = _find_levels(backbone, body, STRIDES[1:])
-        channels = [body.feature_info.channels()[level] for level in levels]
-        fpn = FeaturePyramidNetwork(
-            channels, fpn_channels, extra_blocks=LastLevelP6P7(channels[-1], fpn_channels), norm_layer=norm
-        )
-        scales = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in anchor_sizes)
+    retinanet = prefix == "retinanet_"  # which needs no map of stride 4
+    levels = _find_levels(backbone, body, STRIDES[1:] if retinanet else STRIDES)
+    channels = [body.feature_info.channels()[level] for level in levels]
+    coarser = LastLevelP6P7(channels[-1], fpn_channels) if retinanet else LastLevelMaxPool()
+    fpn = FeaturePyramidNetwork(channels, fpn_channels, extra_blocks=coarser, norm_layer=norm)
+    pyramid = Pyramid(body, levels, fpn, fpn_channels)
+    octaves = [2 ** (i / 3) for i in range(3)] if retinanet else [1]
+    scales = tuple(tuple(int(size * octave) for octave in octaves) for size in anchor_sizes)
+    anchors = AnchorGenerator(sizes=scales, aspect_ratios=(ASPECT_RATIOS,) * len(scales))
+    if retinanet:
         detector = RetinaNet(
-            Pyramid(body, levels, fpn, fpn_channels),
+            pyramid,
             num_classes,
-            anchor_generator=AnchorGenerator(sizes=scales, aspect_ratios=(ASPECT_RATIOS,) * len(scales)),
+            anchor_generator=anchors,
             head=RetinaNetHead(fpn_channels, 3 * len(ASPECT_RATIOS), num_classes, norm_layer=norm),
             **{"max_size": max_size, "detections_per_img": 100} | kwargs,
         )
     else:
-        levels = _find_levels(backbone, body, STRIDES)
-        channels = [body.feature_info.channels()[level] for level in levels]
-        fpn = FeaturePyramidNetwork(channels, fpn_channels, extra_blocks=LastLevelMaxPool(), norm_layer=norm)
-        scales = tuple((size,) for size in anchor_sizes)
         detector = MaskRCNN(
-            Pyramid(body, levels, fpn, fpn_channels),
-            rpn_anchor_generator=AnchorGenerator(sizes=scales, aspect_ratios=(ASPECT_RATIOS,) * len(scales)),
+            pyramid,
+            rpn_anchor_generator=anchors,
             box_head=FastRCNNConvFCHead((fpn_channels, 7, 7), [fpn_channels] * 2, [box_channels], norm_layer=norm)
             if head_norm
             else TwoMLPHead(fpn_channels * 7**2, box_channels),
@@ -289,17 +272,7 @@ def load_backbone(
     load_weights(detector.network, weights, path=path)
 
 
-def retinanet_vanillanet_11(*, num_classes: int, **kwargs: Any) -> Detector:
-    return create_detector("retinanet_vanillanet_11", num_classes=num_classes, **kwargs)
-
-
-def retinanet_vanillanet_13(*, num_classes: int, **kwargs: Any) -> Detector:
-    return create_detector("retinanet_vanillanet_13", num_classes=num_classes, **kwargs)
-
-
-def mask_rcnn_vanillanet_11(*, num_classes: int, **kwargs: Any) -> Detector:
-    return create_detector("mask_rcnn_vanillanet_11", num_classes=num_classes, **kwargs)
-
-
-def mask_rcnn_vanillanet_13(*, num_classes: int, **kwargs: Any) -> Detector:
-    return create_detector("mask_rcnn_vanillanet_13", num_classes=num_classes, **kwargs)
+retinanet_vanillanet_11 = partial(create_detector, "retinanet_vanillanet_11")
+retinanet_vanillanet_13 = partial(create_detector, "retinanet_vanillanet_13")
+mask_rcnn_vanillanet_11 = partial(create_detector, "mask_rcnn_vanillanet_11")
+mask_rcnn_vanillanet_13 = partial(create_detector, "mask_rcnn_vanillanet_13")

@@ -12,8 +12,6 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 from object_detection.detectors import Detector
 from object_detection.evaluation import MASK_THRESHOLD
 
-__all__ = ["draw_detections", "draw_images", "save_picture"]
-
 SMALLEST_SIDE = 384  # px, to which a small image is enlarged, so that the names of the classes can be read
 FONT_SIZE = 14
 COLOURS = colormaps["tab20"].colors

@@ -16,8 +16,6 @@ from engine import Precision
 from object_detection.coco import CocoDataset, encode_segment, index_annotations
 from object_detection.detectors import Detector
 
-__all__ = ["STATISTICS", "average_precision", "detect", "to_results"]
-
 logger = logging.getLogger(__name__)
 
 # pycocotools' first six numbers: over IoU 0.50 to 0.95, at 0.50, at 0.75, of small, medium and large objects.

@@ -13,8 +13,6 @@ from torch import nn
 from object_detection.comparing import largest_gap
 from object_detection.detectors import Detector
 
-__all__ = ["OUTPUTS", "compare_onnx", "export_onnx"]
-
 OPSET = 18
 OUTPUTS = ("boxes", "labels", "scores", "masks")  # the last of Mask R-CNN only
 

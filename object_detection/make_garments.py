@@ -20,8 +20,6 @@ from datasets import read_idx
 from options import COUNT, WHOLE, Parser, number, path
 from records.files import mistakes_end
 
-__all__ = ["main", "make_image", "make_split"]
-
 logger = logging.getLogger("make_garments")
 
 SOURCE = Path(__file__).parents[1] / "data/fashion-mnist"
