@@ -80,11 +80,10 @@ class World:
         """The plain Python value that `function` returns on rank 0. A ValueError or OSError of it is raised on all
         ranks, so that none waits for one that has given up."""
         value = failure = None
-        if self.is_main:
-            try:
-                value = function()
-            except (ValueError, OSError) as error:
-                failure = error
+        try:
+            value = function() if self.is_main else None
+        except (ValueError, OSError) as error:
+            failure = error
         value, failure = self.gather((value, failure))[0]
         if failure is not None:
             raise failure
@@ -110,9 +109,9 @@ def _first_slurm_host(nodelist: str) -> str:
 
 def _launched_as(env: Mapping[str, str], on_itp: bool) -> tuple[int, int, int] | None:
     """(rank, world size, local rank) as torchrun, SLURM's srun or, with `on_itp`, OpenMPI tell it; None if alone."""
+    if on_itp and "OMPI_COMM_WORLD_RANK" not in env:
+        raise ValueError("--dist_on_itp true needs to be started by OpenMPI's mpirun")
     if on_itp:
-        if "OMPI_COMM_WORLD_RANK" not in env:
-            raise ValueError("--dist_on_itp true needs to be started by OpenMPI's mpirun")
         names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
     elif "RANK" in env and "WORLD_SIZE" in env:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -120,8 +119,7 @@ def _launched_as(env: Mapping[str, str], on_itp: bool) -> tuple[int, int, int] |
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     else:
         return None
-    rank, size, local_rank = (int(env.get(name, 0)) for name in names)
-    return rank, size, local_rank
+    return tuple(int(env.get(name, 0)) for name in names)
 
 
 def init_world(
@@ -136,7 +134,7 @@ def init_world(
     """Join the other processes, if there are any: gloo for the CPU, and NCCL besides on GPUs.
 
     Args:
-        device: `cuda` (the local rank picks the card), `cuda:1`, `mps`, `cpu`, ...
+        device: `cuda` (the local rank picks the card), `cuda:1`, `mps`, `cpu`.
         dist_url: `env://` or `tcp://host:port`; under SLURM without MASTER_ADDR, the job's first node.
         on_itp: take the ranks from OpenMPI.
         world_size, local_rank: what the user asked for; checked against, or completing, what the launcher says.
@@ -145,6 +143,7 @@ def init_world(
     Raises:
         ValueError: no such device, or a world size that the launcher does not know of.
     """
+    # Who am I among the others?
     launch = _launched_as(os.environ, on_itp)
     rank, size, launched_local_rank = launch or (0, 1, 0)
     if world_size is not None and world_size > 1 and world_size != size:
@@ -154,6 +153,8 @@ def init_world(
         )
     if local_rank is None or local_rank < 0 or "LOCAL_RANK" in os.environ:
         local_rank = launched_local_rank
+
+    # Which device is mine?
     try:
         target = torch.device(device)
     except RuntimeError:
@@ -172,9 +173,11 @@ def init_world(
         if target.index >= torch.cuda.device_count():
             raise ValueError(f"process {local_rank} has no GPU of its own: {torch.cuda.device_count()} are visible")
         torch.cuda.set_device(target)
+
+    # Meet the others.
     if size > 1:
-        if "SLURM_STEP_NODELIST" in os.environ or "SLURM_JOB_NODELIST" in os.environ:
-            hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+        hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+        if hosts:
             os.environ.setdefault("MASTER_ADDR", _first_slurm_host(hosts))
             os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
         store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=timeout))
@@ -225,15 +228,6 @@ class FolderLock:
             self._file = path.open("a+")
         except OSError as error:
             raise ValueError(cannot_write(path, error)) from error
-        self._lock(folder, path)
-        # A loader process has the same lock and may outlive a killed run for some seconds.
-        inherited = weakref.ref(self._file)
-        os.register_at_fork(after_in_child=lambda: (file := inherited()) and file.close())
-        with contextlib.suppress(OSError):  # on a full disk it has no name, and the first save says why
-            os.ftruncate(self._file.fileno(), 0)
-            os.write(self._file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-
-    def _lock(self, folder: Path, path: Path) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -245,6 +239,12 @@ class FolderLock:
             ) from None
         except OSError as error:  # not every network file system has locks
             logger.warning("cannot lock %s (%s): take care that no other run uses it", path, first_line(error))
+        # A loader process has the same lock and may outlive a killed run for some seconds.
+        inherited = weakref.ref(self._file)
+        os.register_at_fork(after_in_child=lambda: (file := inherited()) and file.close())
+        with contextlib.suppress(OSError):  # on a full disk it has no name, and the first save says why
+            os.ftruncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def release(self) -> None:
         self._file.close()
@@ -289,8 +289,7 @@ def keep_freed_memory() -> bool:
     activation of 6 MB then costs 1500 page faults in each call, which in PyTorch is up to half of the time of a forward
     pass on the CPU. The price is that the process keeps its largest size. It holds for the whole process, from now on.
 
-    Returns:
-        Whether it was done; False where the C library is not glibc.
+    Returns whether it was done, which it is not where the C library is another one than glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -367,11 +366,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def launch(
-    prog: str,
-    args: argparse.Namespace,
-    body: Callable[[World], None],
-    *,
-    output_dir: str | None = None,
+    prog: str, args: argparse.Namespace, body: Callable[[World], None], *, output_dir: str | None = None
 ) -> None:
     """Run `body` among the processes of the command, and turn what the user can mend into a line and an exit code.
 
@@ -381,8 +376,7 @@ def launch(
     Args:
         output_dir: a folder that `body` must have for itself.
     """
-    world = World(0, 1, torch.device("cpu"))
-    failure = None
+    world, failure = World(0, 1, torch.device("cpu")), None
     held = contextlib.ExitStack()
 
     def lock() -> None:
