@@ -74,19 +74,12 @@ def build_dataset(args: Arguments, world: utils.World, *, train: bool, transform
 
 
 def build_eval_loader(
-    args: Arguments,
-    dataset,
-    world: utils.World,
-    *,
-    classes: Sequence[str] | None,
-    num_classes: int,
-    of: str,
+    args: Arguments, dataset, world: utils.World, *, classes: Sequence[str] | None, num_classes: int, of: str
 ):
     """The validation loader, and ReaL's labels by index if there are any.
 
     Args:
-        classes: of the network or the training data, among which `match_classes` finds those of the data set.
-        num_classes: how many these are.
+        classes: the `num_classes` of the network or the training data, with which `match_classes` compares the data's.
         of: whose they are, for messages.
     """
     classes = networks.known_classes(classes, num_classes, dataset.classes)
@@ -113,7 +106,7 @@ def class_count(args: Arguments, dataset) -> int:
 
 def open_source(args: Arguments) -> networks.Network:
     """The network of --finetune, or of --resume, with the classes that it was trained on."""
-    own = {flag: getattr(args, flag) for flag in ("act_num", "width_mult") if flag in args.typed}
+    own = args.pick(*(flag for flag in ("act_num", "width_mult") if flag in args.typed))
     return networks.open(
         args.finetune or args.resume,
         name=args.model if "model" in args.typed and args.model != args.finetune else None,
@@ -141,6 +134,8 @@ def settle(args: Arguments, network: networks.Network | None, *, train: bool = F
     flags = {"data_set": args.data_set}
     if networks.is_vanillanet(network.name if network else args.model):
         flags["crop_pct"] = None  # the published script's crop follows from the size
+
+    # A flag counts against what a file records only if it is typed, and against a default from a recipe as well.
     mean, std = transforms.mean_and_std(args.imagenet_default_mean_and_std)
     changes: dict[str, Any] = {}
     for flag, values in (
@@ -154,6 +149,8 @@ def settle(args: Arguments, network: networks.Network | None, *, train: bool = F
             changes |= values
             if other := {name: recorded[name] for name in values if recorded.get(name, values[name]) != values[name]}:
                 logger.info("--%s %s instead of what %s records, %s", flag, getattr(args, flag), network.source, other)
+
+    # The small images of CIFAR and FMNIST are not resized, unless a network is evaluated that was trained on others.
     preprocessing = network.preprocessing if network else networks.named_preprocessing(args.model)
     native = None if args.resize is None else not args.resize
     if train and native is None:
@@ -164,6 +161,8 @@ def settle(args: Arguments, network: networks.Network | None, *, train: bool = F
     preprocessing = networks.prepare(
         preprocessing, network.record.arguments if recorded else flags, native=native, **changes
     )
+
+    # The run's own record says what was settled.
     args.input_size = preprocessing.input_size
     if network:
         args.model = network.name
@@ -176,7 +175,7 @@ def settle(args: Arguments, network: networks.Network | None, *, train: bool = F
 
 def build_model(args: Arguments, num_classes: int) -> nn.Module:
     """The network on the CPU, initialized from the current seed."""
-    own = {flag: getattr(args, flag) for flag in ("act_num", "width_mult") if flag in args.given}
+    own = args.pick(*(flag for flag in ("act_num", "width_mult") if flag in args.given))
     if not networks.is_vanillanet(args.model):
         for flag in own:
             args.moot(flag, f"--{flag} belongs to VanillaNet, --model {args.model} has no such thing")
@@ -189,13 +188,9 @@ def build_model(args: Arguments, num_classes: int) -> nn.Module:
 def build_teacher(
     args: Arguments, preprocessing: Preprocessing, *, classes: Sequence[str] | None, num_classes: int
 ) -> nn.Module:
-    """The network to learn from, on the CPU in eval mode, for images as the student gets them.
+    """The network to learn from, on the CPU in eval mode, for images as `preprocessing` gives them to the student.
 
     It is a checkpoint's (--teacher FILE, or --teacher MODEL --teacher_weights FILE), or a model of timm's.
-
-    Args:
-        preprocessing: of the student's images.
-        classes: names of the data's, where they are known.
     """
     source, name = args.teacher, None
     if args.teacher_weights:
@@ -245,8 +240,7 @@ def run_eval(
     Args:
         confusion: classes of the network, to count its confusion matrix as well.
 
-    Raises:
-        EvaluationStopped: see `training.until_stopped`.
+    Raises `training.EvaluationStopped`, see `training.until_stopped`.
     """
     if not (args.dist_eval or world.is_main):
         return training.meet(world, stop)
@@ -323,11 +317,8 @@ def open_exported(args: Arguments, world: utils.World, path: str):
     """The loader, ReaL labels and runtime of an exported file, with the preprocessing that is written in it."""
     runtime = runtimes.load(path, engine=args.engine, precision=args.precision, device=str(world.device))
     metadata = runtime.metadata
-    for flag, value in (
-        ("model", metadata.model),
-        ("input_size", metadata.input_size),
-        ("crop_pct", metadata.crop_pct),
-    ):
+    for flag in ("model", "input_size", "crop_pct"):
+        value = getattr(metadata, flag)
         if getattr(args, flag) != value:
             args.moot(flag, f"--{flag} {getattr(args, flag)}, but {path} was exported with {value}")
     dataset = build_dataset(args, world, train=False, transform=transform(metadata))
@@ -391,6 +382,7 @@ def other_forms(network: networks.Network) -> Iterator[tuple[str, nn.Module]]:
 
 def deploy_checkpoint(args: Arguments, world: utils.World) -> None:
     """Fuse, compare with the unfused network, write the file once, evaluate all forms side by side."""
+    # Fuse, compare on validation images, write.
     loader, real, network = prepare_eval(args, world)
     target = Path(args.switch_to_deploy)
     fused, difference = write_deployed(
@@ -403,6 +395,8 @@ def deploy_checkpoint(args: Arguments, world: utils.World) -> None:
         layout=training.layout_of(args),
         is_main=world.is_main,
     )
+
+    # Evaluate the fused network beside the unfused one, and beside the other weights of the file.
     used = network.weights.key if network.weights else ""
     forms = {f"train form, {used}" if used else "train form": network.module}
     forms |= {f"train form, {key}": module for key, module in other_forms(network)}
@@ -412,6 +406,8 @@ def deploy_checkpoint(args: Arguments, world: utils.World) -> None:
     broken = training.broken_count(world, loader)
     if not world.is_main:
         return
+
+    # Rank 0 measures the forms by turns, and prints all of it as one table.
     images = next(iter(loader))[0]
     rates = profiling.throughput(list(forms.values()), precision.images(images), autocast=precision.autocast)
     rows = [["", "layers", "params (M)", "MACs (G)", "top-1", *(["ReaL"] if real else []), "images/s"]]
@@ -424,7 +420,7 @@ def deploy_checkpoint(args: Arguments, world: utils.World) -> None:
     print(f"largest logit difference, relative: {difference:.1e} over {min(COMPARED_BATCHES, len(loader))} batches")
     print(f"images/s: median over interleaved rounds of {len(images)} images, {torch.get_num_threads()} threads")
     print(f"deploy form: {target}")
-    if args.output_dir and Path(args.output_dir).is_dir():
+    if args.output_dir:
         for label, name in (("checkpoint", "checkpoint-last.pth"), ("curves", "curves.png"), ("log", "summary.csv")):
             if (Path(args.output_dir) / name).exists():
                 print(f"{label}: {Path(args.output_dir) / name}")
@@ -438,11 +434,9 @@ class Data:
     """What a classifier is trained on.
 
     Attributes:
-        loader: this rank's training batches.
-        validation: this rank's validation batches, None with --disable_eval.
+        loader, validation: this rank's batches; no validation with --disable_eval.
         real: ReaL's labels of the validation images by index, if there are any.
-        classes: their names, None for a stream that does not know them.
-        num_classes: how many there are.
+        classes, num_classes: their names, None for a stream that does not know them, and how many there are.
         mixup: mixes a training batch; None mixes nothing.
     """
 
@@ -493,9 +487,8 @@ def open_network(
         args.moot("layer_decay_num_layers", f"--layer_decay_num_layers {asked}, but {args.model} has {layers}")
     if start_slope < 1 and hasattr(model, "change_act") and args.epochs <= args.decay_epochs:
         logger.warning(
-            "--epochs %d ends before --decay_epochs %d: lambda will not reach 1, so the network cannot be deployed",
-            args.epochs,
-            args.decay_epochs,
+            f"--epochs {args.epochs} ends before --decay_epochs {args.decay_epochs}: lambda will not reach 1, so the "
+            "network cannot be deployed"
         )
     model = training.place(args, model, world.device)
     if args.freeze_stages is not None:
@@ -551,9 +544,8 @@ def train(args: Arguments, world: utils.World) -> None:
         model.compile()
 
     def slope(epoch: int) -> float:
-        return activation_slope(
-            epoch, decay_epochs=args.decay_epochs, linear=args.decay_linear, start=state.start_slope
-        )
+        start = state.start_slope
+        return activation_slope(epoch, decay_epochs=args.decay_epochs, linear=args.decay_linear, start=start)
 
     def evaluate_all(forms: Mapping[str, nn.Module]) -> dict[str, float]:
         found = {}

@@ -82,8 +82,7 @@ class Task:
     """What a run trains: all in which one command that trains differs from another.
 
     Attributes:
-        loader: this rank's training batches, with `remaining_batches`, `set_epoch(epoch, start_sample=)`, `resumable`
-            and `broken`.
+        loader: this rank's training batches, as `loading.loaders.TrainLoader` gives them.
         objective: the loss of a batch.
         schedule: learning rate and weight decay by the number of optimizer steps taken.
         evaluate: metrics of the networks, each of which comes with their prefix; rank 0 has to know them. May raise
@@ -193,9 +192,7 @@ def fit(args: Arguments, state: TrainState, task: Task, stop: utils.StopRequest)
     run.restore()
     asked = args.resume_new_sched if args.resume else not args.auto_resume  # a finished run may be called again
     if asked and progress.epoch >= last_epoch:
-        raise ValueError(
-            f"the run would begin with epoch {progress.epoch} and end before epoch {last_epoch}: raise --epochs"
-        )
+        raise ValueError(f"the run would begin with epoch {progress.epoch} of {last_epoch}: raise --epochs")
     run.open_logs()
 
     while progress.epoch < last_epoch:
@@ -275,9 +272,8 @@ def _evaluated(args: Arguments, state: TrainState) -> dict[str, nn.Module]:
     """The network, as `test`, and with --model_ema_eval its averages, each by the prefix of its metrics."""
     found = {"test": state.model}
     for key, average in state.averages.items() if args.model_ema_eval else ():
-        moved = args.model_ema_force_cpu
-        network = copy.deepcopy(average.module).to(state.world.device) if moved else average.module
-        found[key.removeprefix("model_")] = network
+        moved = copy.deepcopy(average.module).to(state.world.device) if args.model_ema_force_cpu else average.module
+        found[key.removeprefix("model_")] = moved
     return found
 
 
@@ -305,12 +301,9 @@ class RunFolder:
     def __init__(self, args: Arguments, state: TrainState, task: Task):
         self.args, self.state, self.task = args, state, task
         self.checkpoints = CheckpointFolder(args.output_dir, args.save_ckpt_num) if args.output_dir else None
-        if args.save_ckpt_steps and not task.loader.resumable:  # `save` does nothing then
-            args.moot(
-                "save_ckpt_steps",
-                f"--save_ckpt_steps {args.save_ckpt_steps}: {args.data_set} is a stream, which cannot be resumed in "
-                "the middle of an epoch; leave it out",
-            )
+        if args.save_ckpt_steps and not task.loader.resumable:
+            stream = f"{args.data_set} is a stream, which cannot be resumed in the middle of an epoch; leave it out"
+            args.moot("save_ckpt_steps", f"--save_ckpt_steps {args.save_ckpt_steps}: {stream}")
 
     def save(self, *, trained: bool = False, names: Sequence[str] = ()) -> None:
         """Save if there is a folder to save to; all ranks call it, rank 0 writes, and all learn of a failure.
