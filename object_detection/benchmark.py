@@ -17,29 +17,16 @@ NETWORKS = ("vanillanet_11", "resnet50", "swin_tiny_patch4_window7_224")
 
 def build_parser() -> Parser:
     parser = Parser(prog="object_detection.benchmark", description="Speed of detectors on several networks.")
-    parser.add_argument(
-        "--frameworks",
-        nargs="+",
-        choices=[name.rstrip("_") for name in FRAMEWORKS],
-        default=[name.rstrip("_") for name in FRAMEWORKS],
-        help="kinds of detectors to measure",
-    )
-    parser.add_argument(
-        "--networks", nargs="+", default=list(NETWORKS), metavar="NAME", help="VanillaNet variants or timm models"
-    )
-    parser.add_argument(
-        "--size",
-        type=COUNT,
-        nargs=2,
-        default=[800, 1280],
-        metavar=("HEIGHT", "WIDTH"),
-        help="size of the image in pixels",
-    )
-    parser.add_argument("--device", default="cuda", help="what to compute on: cuda, cuda:N or cpu")
-    parser.add_argument("--channels_last", type=boolean, default=False, help="memory format of images and weights")
-    parser.add_argument("--candidates", type=COUNT, default=1000, help="boxes that pass the score threshold")
-    parser.add_argument("--rounds", type=COUNT, default=50, help="forward passes that count, of each detector")
-    parser.add_argument("--seed", type=WHOLE, default=0, help="seed of weights and image")
+    add, kinds = parser.add_argument, [name.rstrip("_") for name in FRAMEWORKS]
+    add("--frameworks", nargs="+", choices=kinds, default=kinds, help="kinds of detectors to measure")
+    add("--networks", nargs="+", default=list(NETWORKS), help="VanillaNet variants or timm models")
+    size = {"nargs": 2, "default": [800, 1280], "metavar": ("HEIGHT", "WIDTH")}
+    add("--size", type=COUNT, help="size of the image in pixels", **size)
+    add("--device", default="cuda", help="what to compute on: cuda, cuda:N or cpu")
+    add("--channels_last", type=boolean, default=False, help="memory format of images and weights")
+    add("--candidates", type=COUNT, default=1000, help="boxes that pass the score threshold")
+    add("--rounds", type=COUNT, default=50, help="forward passes that count, of each detector")
+    add("--seed", type=WHOLE, default=0, help="seed of weights and image")
     return parser
 
 

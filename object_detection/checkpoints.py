@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import networks
+from loading.images import some
 from object_detection.coco import CocoDataset
 from object_detection.detectors import FRAMEWORKS, Detector, create_detector, load_backbone
 from records.checkpoints import CheckpointError, load_weights
@@ -47,11 +48,8 @@ def check_categories(checkpoint: Mapping[str, Any], dataset: CocoDataset, *, pat
     """Raises CheckpointError if the checkpoint is of a detector of other categories."""
     theirs = checkpoint.get("classes")
     if theirs is not None and list(theirs) != list(dataset.classes):
-        odd = sorted(set(theirs) ^ set(dataset.classes)) or ["their order"]
-        raise CheckpointError(
-            f"{path} is of {len(theirs)} categories, {dataset.path} has {len(dataset.classes)}; what differs: "
-            + ", ".join(odd[:5])
-        )
+        odd = some(sorted(set(theirs) ^ set(dataset.classes)) or ["their order"])
+        raise CheckpointError(f"{path} is of other categories than {dataset.path}; what differs: {odd}")
 
 
 def load_detector(args: argparse.Namespace, detector: Detector, dataset: CocoDataset) -> None:
@@ -67,9 +65,7 @@ def load_classifier(args: argparse.Namespace, detector: Detector) -> None:
     weights = networks.read(args.backbone_weights, key=args.backbone_key if "backbone_key" in args.given else None)
     record = weights.record
     if record.slope not in (None, 1.0):
-        raise CheckpointError(
-            f"{weights.path} is from within deep training, at lambda {record.slope}: train it to its end"
-        )
+        raise CheckpointError(f"{weights.path} is from within deep training, at lambda {record.slope}: train it on")
     load_backbone(detector, weights.tensors, path=weights.path)
     if "mean" in record.preprocessing and "std" in record.preprocessing:
         detector.normalization = record.preprocessing["mean"], record.preprocessing["std"]
@@ -81,8 +77,7 @@ def open_detector(path: str | Path, *, key: str | None = None) -> tuple[Detector
     Args:
         key: of the weights; `|` separates alternatives, None takes the average, or else the detector itself.
 
-    Raises:
-        ValueError: it cannot be read, or is not of a detector.
+    Raises ValueError if it cannot be read, or is not of a detector.
     """
     weights = networks.read(path, key=key)
     record = weights.record

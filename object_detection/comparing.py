@@ -61,11 +61,7 @@ def largest_gap(
 
 @torch.no_grad()
 def largest_difference(detector: Detector, fused: Detector, images: Sequence[torch.Tensor]) -> float:
-    """The largest gap between the detections of two detectors in eval mode over some images.
-
-    Args:
-        images: (3, H, W) each, in [0, 1], on the device of both.
-    """
+    """The largest gap between the detections of two detectors in eval mode over images (3, H, W) in [0, 1]."""
     largest = 0.0
     for image in images:
         with _unpasted(detector), _unpasted(fused):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps
+from matplotlib import colormaps, get_data_path
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
@@ -13,6 +13,7 @@ from object_detection.detectors import Detector
 from object_detection.evaluation import MASK_THRESHOLD
 
 SMALLEST_SIDE = 384  # px, to which a small image is enlarged, so that the names of the classes can be read
+FONT = str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf")  # the same on all machines
 FONT_SIZE = 14
 COLOURS = colormaps["tab20"].colors
 
@@ -33,8 +34,7 @@ def draw_detections(
         classes: names of the classes 1, 2, ...
         threshold: lowest score to draw.
 
-    Returns:
-        (3, H', W'), uint8; a small image comes back enlarged by a whole factor.
+    Returns (3, H', W'), uint8; a small image comes back enlarged by a whole factor.
     """
     scale = max(1, SMALLEST_SIDE // min(image.shape[-2:]))
     size = [side * scale for side in image.shape[-2:]]
@@ -52,17 +52,8 @@ def draw_detections(
         picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colours)
     texts = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
     boxes = detection["boxes"].float().cpu()[keep] * scale
-    return draw_bounding_boxes(
-        picture, boxes, labels=texts, colors=colours, width=2, font=_font_file(), font_size=FONT_SIZE,
-        label_colors="black", fill_labels=True,
-    )  # fmt: skip
-
-
-def _font_file() -> str:
-    """One that matplotlib brings, so that the picture does not depend on the fonts of the machine."""
-    import matplotlib
-
-    return str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+    style = {"width": 2, "font": FONT, "font_size": FONT_SIZE, "label_colors": "black", "fill_labels": True}
+    return draw_bounding_boxes(picture, boxes, labels=texts, colors=colours, **style)
 
 
 def save_picture(pictures: Sequence[torch.Tensor], path: str | Path, *, columns: int = 4) -> None:
@@ -82,11 +73,7 @@ def save_picture(pictures: Sequence[torch.Tensor], path: str | Path, *, columns:
 def draw_images(
     detector: Detector, images: Iterable[torch.Tensor], path: str | Path, *, classes: Sequence[str], threshold: float
 ) -> None:
-    """Write a picture of what a detector in eval mode finds in images (3, H, W) in [0, 1], one by one.
-
-    Raises:
-        ValueError: the picture cannot be written.
-    """
+    """Write a picture of what a detector in eval mode finds in images (3, H, W) in [0, 1], one by one."""
     device = next(detector.parameters()).device
     pictures = [
         draw_detections(image, detector([image.to(device)])[0], classes=classes, threshold=threshold)

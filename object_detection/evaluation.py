@@ -70,8 +70,7 @@ def average_precision(
         data: annotations, as `read_annotations` returns them.
         results: rows of all images, in any order.
 
-    Returns:
-        The numbers that have a ground truth: without a small object there is no `box_APs`.
+    Returns the numbers that have a ground truth: without a small object there is no `box_APs`.
     """
     found = {}
     for kind in ("bbox", "segm") if masks else ("bbox",):

@@ -34,18 +34,13 @@ def output_names(detector: Detector) -> tuple[str, ...]:
 
 
 def export_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) -> float:
-    """Write a detector in eval mode as ONNX, and compare the file with it.
-
-    The file takes one image `image`, (3, height, width) in [0, 1], of any size.
+    """Write a detector in eval mode as ONNX, which takes one `image`, (3, height, width) in [0, 1], of any size.
 
     Args:
         image: to trace with and to compare on.
 
-    Returns:
-        The largest difference, see `compare_onnx`.
-
-    Raises:
-        ValueError: a package is missing, or the file cannot be written.
+    Returns the largest difference, see `compare_onnx`. Raises ValueError if a package is missing, or the file cannot be
+    written.
     """
     try:
         import onnx  # noqa: F401  the exporter asks for it
@@ -53,6 +48,7 @@ def export_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) ->
     except ImportError as error:
         raise ValueError(f"--export_onnx needs the package {error.name}: pip install onnx onnxruntime") from None
     detector, image = detector.cpu().float(), image.cpu()
+    names = list(output_names(detector))
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings(), torch.no_grad():
@@ -64,9 +60,8 @@ def export_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) ->
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=["image"],
-                output_names=list(output_names(detector)),
-                dynamic_axes={"image": {1: "height", 2: "width"}}
-                | {name: {0: "detections"} for name in output_names(detector)},
+                output_names=names,
+                dynamic_axes={"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in names}},
             )
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from error

@@ -119,31 +119,23 @@ def make_split(folder: Path, split: str, *, source: Path, images: int, side: int
             if mask is None:
                 continue
             rle = mask_utils.encode(np.asfortranarray(mask.astype(np.uint8)))
-            data["annotations"].append(
-                {
-                    "id": len(data["annotations"]) + 1,
-                    "image_id": image_id,
-                    "category_id": category,
-                    "bbox": mask_utils.toBbox(rle).tolist(),
-                    "area": int(mask_utils.area(rle)),
-                    "iscrowd": 0,
-                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
-                }
-            )
+            row = {"id": len(data["annotations"]) + 1, "image_id": image_id, "category_id": category, "iscrowd": 0}
+            row |= {"bbox": mask_utils.toBbox(rle).tolist(), "area": int(mask_utils.area(rle))}
+            row["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+            data["annotations"].append(row)
     (folder / f"{split}.json").write_text(json.dumps(data))
     return len(data["annotations"])
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="make_garments", description="Make a small data set in COCO's format of Fashion-MNIST.")
-    parser.add_argument("folder", type=path, help="folder to write train/, val/, train.json and val.json to")
-    parser.add_argument("--source", type=path, default=SOURCE, help="folder with Fashion-MNIST's four idx files")
-    parser.add_argument("--train", type=COUNT, default=1500, help="number of training images")
-    parser.add_argument("--val", type=COUNT, default=200, help="number of test images")
-    parser.add_argument(
-        "--side", type=number(int, low=LARGEST), default=128, help="height and width of the images in pixels"
-    )
-    parser.add_argument("--seed", type=WHOLE, default=0, help="seed of all random numbers")
+    add = parser.add_argument
+    add("folder", type=path, help="folder to write train/, val/, train.json and val.json to")
+    add("--source", type=path, default=SOURCE, help="folder with Fashion-MNIST's four idx files")
+    add("--train", type=COUNT, default=1500, help="number of training images")
+    add("--val", type=COUNT, default=200, help="number of test images")
+    add("--side", type=number(int, low=LARGEST), default=128, help="height and width of the images in pixels")
+    add("--seed", type=WHOLE, default=0, help="seed of all random numbers")
     return parser
 
 
