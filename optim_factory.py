@@ -17,15 +17,11 @@ from torch import nn
 
 
 def cosine_schedule(step: float, total_steps: float, *, base: float, final: float, warmup_steps: int = 0) -> float:
-    """A linear warm-up followed by half a cosine, as the published code has it.
-
-    The last step of the warm-up and the first of the cosine both have the value `base`.
+    """A linear warm-up followed by half a cosine, as the published code has it: the value `base` comes twice.
 
     Args:
         step: optimizer steps taken so far, counted from 0; the value is the one to take the next step with.
         total_steps: length of the whole schedule; from there on the value is `final`.
-        base: value at the end of the warm-up.
-        final: value at the end.
         warmup_steps: length of the warm-up, which begins at 0; a single step has the value 0, and 0 is no warm-up.
     """
     if step < warmup_steps:
@@ -39,11 +35,9 @@ def cosine_schedule(step: float, total_steps: float, *, base: float, final: floa
 def step_schedule(
     step: int, *, base: float, milestones: Sequence[int], gamma: float = 0.1, warmup_steps: int = 0
 ) -> float:
-    """A linear warm-up from 0, then `base`, multiplied by `gamma` at each milestone.
+    """A linear warm-up from 0, then `base`, multiplied by `gamma` at each milestone, also at one within the warm-up.
 
-    Args:
-        step: optimizer steps taken so far, counted from 0; the value is the one to take the next step with.
-        milestones: steps; one within the warm-up counts in it, too.
+    `step` counts the optimizer steps taken so far; the value is the one to take the next step with.
     """
     value = base * gamma ** sum(step >= milestone for milestone in milestones)
     return value * step / warmup_steps if step < warmup_steps else value
@@ -116,10 +110,7 @@ def build_optimizer(
     betas: Sequence[float] | None = None,
     momentum: float | None = None,
 ) -> torch.optim.Optimizer:
-    """One of timm's optimizers over the `parameter_groups` of the model.
-
-    Args:
-        eps, betas, momentum: passed on to an optimizer that takes them.
+    """One of timm's optimizers over the `parameter_groups` of the model, with what it takes of the other settings.
 
     Raises:
         ValueError: an unknown optimizer, one that needs second derivatives or is not installed, or as many betas as it
@@ -128,8 +119,8 @@ def build_optimizer(
     info = _optimizer_info(opt)
     if info.second_order:
         raise ValueError(f"--opt {opt} needs second derivatives, which this training loop does not compute")
-    kwargs = {"eps": eps, "betas": betas, "momentum": momentum}
-    kwargs = {name: kwargs[name] for name in taken_by(opt) if kwargs[name] is not None}
+    settings = {"eps": eps, "betas": betas, "momentum": momentum}
+    kwargs = {name: settings[name] for name in taken_by(opt) if settings[name] is not None}
     if "betas" in kwargs and len(kwargs["betas"]) != info.num_betas:
         raise ValueError(f"--opt {opt} takes {info.num_betas} values for --opt_betas, not {len(kwargs['betas'])}")
     try:
@@ -152,20 +143,16 @@ def _keep_statistics(module: nn.Module, _inputs: Any) -> None:
 
 
 def freeze(model: nn.Module, stages: int | str) -> None:
-    """Keep the stem and the first stages as they are: their parameters, and the statistics of their BatchNorms.
+    """Keep the stem and the first stages of a model of timm's as they are, the statistics of their BatchNorms included.
 
     Args:
-        model: of timm, whose `group_matcher` says what is a stage.
-        stages: how many; "all" leaves the classifier alone to be trained.
-
-    Raises:
-        ValueError: there are not as many stages.
+        stages: how many; "all" leaves the classifier alone to be trained. ValueError if there are not as many.
     """
     if stages == "all":
-        classifier = model.pretrained_cfg["classifier"]
-        heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+        heads = model.pretrained_cfg["classifier"]
         if hasattr(model, "change_act"):
-            heads = ("cls",)  # VanillaNet's two convolutions and the BatchNorm between them
+            heads = "cls"  # VanillaNet's two convolutions and the BatchNorm between them
+        heads = (heads,) if isinstance(heads, str) else tuple(heads)
         frozen = {name for name, _ in model.named_parameters() if not name.startswith(heads)}
     else:
         groups = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
