@@ -9,7 +9,6 @@ their order, so the result depends on nothing but the source.
 
 import argparse
 import gzip
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,6 @@ IMAGE_HEADER, LABEL_HEADER = 16, 8  # bytes before the pixels and labels in the 
 IMAGE_MAGIC, LABEL_MAGIC = 0x803, 0x801
 CLASSES, SIDE = 10, 28
 
-_logger = logging.getLogger(__name__)
-
 
 def select(labels: np.ndarray, per_class: int) -> np.ndarray:
     """Ascending indices of the first `per_class` samples of each class; `labels` is (N,).
@@ -28,9 +25,8 @@ def select(labels: np.ndarray, per_class: int) -> np.ndarray:
     Raises ValueError where a class has fewer.
     """
     groups = [np.flatnonzero(labels == label)[:per_class] for label in range(CLASSES)]
-    for label, group in enumerate(groups):
-        if len(group) < per_class:
-            raise ValueError(f"class {label} has {len(group)} images, {per_class} are needed: is this the full set?")
+    if min(map(len, groups)) < per_class:
+        raise ValueError(f"a class has fewer than {per_class} images: is this the full set?")
     return np.sort(np.concatenate(groups))
 
 
@@ -41,23 +37,17 @@ def write_gzip(path: Path, payload: bytes) -> None:
 
 
 def cut(source: Path, target: Path, split: str) -> int:
-    """Cut one split ("train" or "t10k") of the set in folder `source` into folder `target`; returns its image count.
-
-    Raises ValueError where the source is no full Fashion-MNIST.
-    """
-    names = f"{split}-images-idx3-ubyte.gz", f"{split}-labels-idx1-ubyte.gz"
-    image_bytes, label_bytes = (gzip.decompress((source / name).read_bytes()) for name in names)
-    labels = np.frombuffer(label_bytes, np.uint8, offset=LABEL_HEADER)
-    pixels = np.frombuffer(image_bytes, np.uint8, offset=IMAGE_HEADER)
-    if pixels.size != labels.size * SIDE * SIDE:
-        raise ValueError(f"{source / names[0]} holds {pixels.size} pixels, {labels.size} images of 28x28 were expected")
-    images = pixels.reshape(-1, SIDE, SIDE)
+    """Cut one split ("train" or "t10k") of the set in folder `source` into folder `target`; returns its image count."""
+    image_name, label_name = f"{split}-images-idx3-ubyte.gz", f"{split}-labels-idx1-ubyte.gz"
+    labels = np.frombuffer(gzip.decompress((source / label_name).read_bytes()), np.uint8, offset=LABEL_HEADER)
+    pixels = np.frombuffer(gzip.decompress((source / image_name).read_bytes()), np.uint8, offset=IMAGE_HEADER)
+    images = pixels.reshape(len(labels), SIDE, SIDE)
     chosen = select(labels, PER_CLASS[split])
     image_header = np.array([IMAGE_MAGIC, len(chosen), SIDE, SIDE], ">u4").tobytes()
     label_header = np.array([LABEL_MAGIC, len(chosen)], ">u4").tobytes()
     target.mkdir(parents=True, exist_ok=True)
-    write_gzip(target / names[0], image_header + images[chosen].tobytes())
-    write_gzip(target / names[1], label_header + labels[chosen].tobytes())
+    write_gzip(target / image_name, image_header + images[chosen].tobytes())
+    write_gzip(target / label_name, label_header + labels[chosen].tobytes())
     return len(chosen)
 
 
@@ -66,13 +56,11 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="folder with the four gzipped idx files of the full set")
     parser.add_argument("--target", type=Path, default=Path(__file__).parent / "fashion-mnist", help="folder to write")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     for split in PER_CLASS:
         try:
-            count = cut(args.source, args.target, split)
+            print(f"{split}: {cut(args.source, args.target, split)} images to {args.target}")
         except (OSError, EOFError, ValueError) as error:
             parser.error(str(error))
-        _logger.info("%s: %d images to %s", split, count, args.target)
 
 
 if __name__ == "__main__":
