@@ -53,8 +53,7 @@ MIN_SIDE = 0.01  # px; less may be nothing in float32, once a box is mirrored or
 def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]:
     """Read and check an annotation file, and complete what may be missing in it: `iscrowd` and `area`.
 
-    Raises:
-        ValueError: it is missing, no JSON, or not of COCO's format; one line that names the file and the place.
+    Raises ValueError, a line that names the file and the place, if it is missing, no JSON, or not of COCO's format.
     """
     try:
         data = json.loads(Path(path).read_bytes())  # in any UTF, with a byte-order mark or without
@@ -64,6 +63,8 @@ def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]
         raise ValueError(f"cannot read the annotation file {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the annotation file {path} is no JSON: {error}") from None
+
+    # Every row of every table has its keys, of the right types, and an id of its own.
     for table, keys in REQUIRED.items():
         rows = data.get(table) if isinstance(data, dict) else None
         if not isinstance(rows, list):
@@ -82,6 +83,8 @@ def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]
         repeated = [key for key, count in Counter(row["id"] for row in rows).items() if count > 1]
         if repeated:
             raise ValueError(f"{path}: two of the {table} have the id {repeated[0]!r}")
+
+    # Annotations are of images and categories that are there, and their numbers are numbers.
     known = {table: {row["id"] for row in data[table]} for table in ("images", "categories")}
     for row in data["annotations"]:
         for key, table in (("image_id", "images"), ("category_id", "categories")):
@@ -119,8 +122,7 @@ def index_annotations(data: Mapping[str, Any]) -> COCO:
 def encode_segment(segment: Any, height: int, width: int) -> dict[str, Any] | None:
     """Compressed RLE of a segment in any of its forms; None where it has no pixel or is none.
 
-    Raises:
-        ValueError: it cannot be read, or is of another image size.
+    Raises ValueError if it cannot be read, or is of another image size.
     """
     if isinstance(segment, list):
         if segment and _is(segment[0], NUMBER):  # one polygon that is not in a list of them
@@ -167,22 +169,20 @@ class CocoDataset(ImageDataset):
     """
 
     def __init__(
-        self,
-        annotations: str | os.PathLike,
-        images: str | os.PathLike,
-        *,
-        train: bool,
-        masks: bool,
-        flip: float = 0.5,
+        self, annotations: str | os.PathLike, images: str | os.PathLike, *, train: bool, masks: bool, flip: float = 0.5
     ):
         self.path, self.folder = Path(annotations), Path(images)
         self.masks, self.flip = masks, flip if train else 0.0
         data = read_annotations(annotations)
         self.data = None if train else data
+
+        # Categories become the classes 1, 2, ...
         categories = sorted(data["categories"], key=lambda category: category["id"])
         self.category_ids = [category["id"] for category in categories]
         self.classes = tuple(str(category["name"]) for category in categories)
         self.labels = {category: label for label, category in enumerate(self.category_ids, 1)}
+
+        # Annotations become the objects of their images.
         self.images = sorted(data["images"], key=lambda image: image["id"])
         self._check_files()
         by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in self.images}
@@ -191,11 +191,13 @@ class CocoDataset(ImageDataset):
         self.objects = {image["id"]: self._find_objects(image, by_image[image["id"]]) for image in self.images}
         if masks and data["annotations"] and not any("segmentation" in a for a in data["annotations"]):
             raise ValueError(f"{annotations} has boxes without segments, which train no masks: use a RetinaNet")
-        single = sum(not annotation["iscrowd"] for annotation in data["annotations"])
-        degenerate = single - sum(map(len, self.objects.values()))
-        if train and degenerate:
-            logger.warning("%s: %d objects without area are left out of training", annotations, degenerate)
+
+        # An image with annotations, but without an object, is no background to learn.
         if train:
+            single = sum(not annotation["iscrowd"] for annotation in data["annotations"])
+            degenerate = single - sum(map(len, self.objects.values()))
+            if degenerate:
+                logger.warning("%s: %d objects without area are left out of training", annotations, degenerate)
             self.images = [x for x in self.images if self.objects[x["id"]] or not by_image[x["id"]]]
         if not self.images:
             raise ValueError(f"{annotations} has no image{' to train on' if train else ''}")
@@ -221,18 +223,14 @@ class CocoDataset(ImageDataset):
         for annotation in annotations:
             x, y, w, h = annotation["bbox"]
             box = (max(x, 0), max(y, 0), min(x + w, width), min(y + h, height))
-            rle = None
-            if self.masks:
-                try:
-                    rle = encode_segment(annotation.get("segmentation"), height, width)
-                except (ValueError, TypeError, IndexError, OverflowError) as error:
-                    raise ValueError(
-                        f"{self.path}: cannot read the segment of annotation {annotation['id']}: {error}"
-                    ) from None
+            try:
+                rle = encode_segment(annotation.get("segmentation"), height, width) if self.masks else None
+            except (ValueError, TypeError, IndexError, OverflowError) as error:
+                place = f"the segment of annotation {annotation['id']}"
+                raise ValueError(f"{self.path}: cannot read {place}: {error}") from None
             x1, y1, x2, y2 = np.float32(box)
-            if annotation["iscrowd"]:
-                continue
-            if x2 - x1 > MIN_SIDE and y2 - y1 > MIN_SIDE and (rle is not None or not self.masks):
+            learnable = x2 - x1 > MIN_SIDE and y2 - y1 > MIN_SIDE and (rle is not None or not self.masks)
+            if learnable and not annotation["iscrowd"]:
                 found.append((box, self.labels[annotation["category_id"]], rle))
         return found
 
