@@ -150,8 +150,7 @@ def find_images(folder: str, left_out: LeftOut, above: Collection[tuple[int, int
     """Paths of the images under a (class) folder by their extensions, in the order of torchvision's ImageFolder.
 
     Links are followed, but each folder is read once, and none of those `above` the class folder: a link upwards would
-    go on for ever, and give the class the images of all others. What is passed over inside is noted in `left_out`.
-    Raises OSError where a folder cannot be read.
+    go on for ever, and give the class the images of all others. Raises OSError where a folder cannot be read.
     """
     seen = set(above)
     found = []
