@@ -244,10 +244,9 @@ def run_eval(
     """
     if not (args.dist_eval or world.is_main):
         return training.meet(world, stop)
-    batches = logs.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
     return evaluate(
         model,
-        training.until_stopped(batches, world, stop),
+        training.until_stopped(loader, world, stop, name=name),
         precision=precision,
         real_targets=real,
         reduce=world.sum if args.dist_eval else (lambda sums: sums),

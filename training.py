@@ -6,7 +6,7 @@ sees the arguments as a whole.
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,13 @@ class EvaluationStopped(Exception):
     """A signal came during the evaluation. The state is saved, and a run that goes on begins the evaluation again."""
 
 
-def until_stopped(batches: Iterable[Any], world: utils.World, stop: utils.StopRequest | None) -> Iterator[Any]:
-    """`batches`, up to a signal; then all ranks meet.
+def until_stopped(loader: Any, world: utils.World, stop: utils.StopRequest | None, *, name: str) -> Iterator[Any]:
+    """The batches of an evaluation, called `name` on rank 0's bar, up to a signal; then all ranks meet.
 
     Raises:
         EvaluationStopped: on all ranks, after the last batch, if any of them received a signal that `stop` remembers.
     """
-    for batch in batches:
+    for batch in logs.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main):
         if stop is not None and stop.received is not None:
             break
         yield batch

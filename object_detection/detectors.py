@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import group_parameters
 from torch import nn
+from torch.utils._pytree import tree_map
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
@@ -28,6 +29,7 @@ from models.vanillanet import SeriesActivation
 from object_detection import ANCHOR_SIZES, FRAMEWORKS, TRAIN_SIZES
 from records.checkpoints import load_weights
 
+HALF = (torch.float16, torch.bfloat16)
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 STRIDES = (4, 8, 16, 32)  # of C2 to C5
 LAYER_DECAY_GROUPS = 6  # the network's layers are spread over, for layer decay
@@ -59,11 +61,7 @@ def _in_float32(module: nn.Module, inputs: Any, output: Any) -> Any:
     torchvision makes anchors and boxes in the precision of the maps and of the heads' outputs. In bfloat16 a coordinate
     beyond 512 px is a multiple of 4.
     """
-    if isinstance(output, torch.Tensor):
-        return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-    if isinstance(output, Mapping):
-        return type(output)((name, _in_float32(module, inputs, value)) for name, value in output.items())
-    return type(output)(_in_float32(module, inputs, value) for value in output)
+    return tree_map(lambda value: value.float() if value.dtype in HALF else value, output)
 
 
 class Detector(nn.Module):

@@ -98,11 +98,9 @@ def evaluate(
 ) -> dict[str, float]:
     """AP on all images, each of which one rank sees. Known to rank 0, empty on the others; all ranks call it.
 
-    Raises:
-        EvaluationStopped: see `training.until_stopped`.
+    Raises `training.EvaluationStopped`, see `training.until_stopped`.
     """
-    batches = logs.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main)
-    batches = training.until_stopped(batches, world, stop)
+    batches = training.until_stopped(loader, world, stop, name=name)
     results = world.gather(detect(detector, batches, dataset=dataset, precision=precision))
     if not world.is_main:
         return {}
@@ -149,6 +147,7 @@ def evaluate_checkpoint(args: Arguments, world: utils.World) -> None:
 
 def deploy_checkpoint(args: Arguments, world: utils.World) -> None:
     """Fuse the network, compare the detections, write the file once, evaluate both forms side by side."""
+    # Fuse, compare, write.
     loader, dataset, detector = prepare_eval(args, world)
     images = [image.to(world.device) for image in first_images(dataset, COMPARED_IMAGES)]
     fused, difference = write_deployed(
@@ -161,6 +160,8 @@ def deploy_checkpoint(args: Arguments, world: utils.World) -> None:
         layout=training.layout_of(args),
         is_main=world.is_main,
     )
+
+    # Evaluate both forms on all ranks; rank 0 measures them by turns, and prints all of it.
     precision = training.build_precision(args, world.device)
     forms = {"train form": detector, "deploy form": fused}
     found = {name: evaluate(form, loader, dataset, world, precision, name) for name, form in forms.items()}
