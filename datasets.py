@@ -292,10 +292,10 @@ def build_dataset(
         return build(root, train=train, transform=transform, download=download)
     dataset = FolderDataset(_class_folders(root, split, train=train, own_path=eval_data_path is not None), transform)
     if train and len(dataset.classes) == 1:
-        logger.warning(
-            f"{dataset.root} holds a single class folder, {dataset.classes[0]}, and with one class there is nothing to "
-            "learn: is --data_path a level too high?"
+        single = (
+            f"{dataset.root} holds a single class folder, {dataset.classes[0]}, and with one class there is nothing"
         )
+        logger.warning(f"{single} to learn: is --data_path a level too high?")
     return dataset
 
 
@@ -335,17 +335,14 @@ def match_classes(
         return None
     unknown = sorted(set(dataset.classes) - set(names))
     if unknown:
-        raise ValueError(
-            f"the validation data have classes that are unknown to {of}: {some(unknown)} (known: {some(names)})"
-        )
+        raise ValueError(f"validation classes that are unknown to {of}: {some(unknown)} (known: {some(names)})")
     twice = sorted(name for name, count in Counter(names).items() if count > 1 and name in dataset.classes)
     if twice:
         raise ValueError(f"classes cannot be matched by name: {of} has two of the name {twice[0]}")
     missing = [name for name in names if name not in dataset.classes]
     if missing:
-        logger.warning(
-            "the validation data lack %d of the %d classes of %s: %s", len(missing), len(names), of, some(missing)
-        )
+        count = f"{len(missing)} of the {len(names)} classes of {of}"
+        logger.warning(f"the validation data lack {count}: {some(missing)}")
     else:
         logger.info("the validation data have the classes of %s in another order: they are matched by name", of)
     indices = {name: index for index, name in enumerate(names)}

@@ -209,9 +209,7 @@ def build_teacher(
     if found != num_classes:
         raise ValueError(f"--teacher {args.teacher} knows {found} classes, the data have {num_classes}")
     if classes and teacher.weights and tuple(classes) != (teacher.classes or tuple(classes)):
-        raise ValueError(
-            f"--teacher {args.teacher} was trained on other classes than the data's, or on them in another order"
-        )
+        raise ValueError(f"--teacher {args.teacher} was trained on other classes, or on them in another order")
     networks.check_input_size(teacher.module, preprocessing.input_size, f"--teacher {args.teacher}")
     return networks.renormalized(
         teacher.module.requires_grad_(False),
@@ -305,9 +303,7 @@ def calibrate(args: Arguments, world: utils.World, preprocessing: Preprocessing)
     """Training images, evenly spread, as they are prepared for evaluation."""
     dataset = build_dataset(args, world, train=True, transform=transforms.build_eval_transform(preprocessing))
     if isinstance(dataset, StreamDataset):
-        raise ValueError(
-            f"int8 cannot be calibrated on a stream (--data_set {args.data_set}): use export.py --calib_data"
-        )
+        raise ValueError(f"--data_set {args.data_set} is a stream, which cannot calibrate int8: use export.py")
     images = torch.stack([dataset[place][0] for place in spread(len(dataset), CALIBRATION_IMAGES)])
     return runtimes.Calibration(images.split(args.batch_size))
 
@@ -448,8 +444,24 @@ class Data:
 
 
 def build_mixup(args: Arguments, num_classes: int) -> Mixup | None:
-    flags = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "smoothing")
-    return transforms.build_mixup(args.batch_size, num_classes, **args.pick(*flags))
+    """timm's mixup and cutmix of a batch, (B, 3, H, W) and classes (B,), which makes its targets soft (B, classes).
+
+    Returns None if both are off. Raises ValueError for an odd batch size, since images are mixed in pairs.
+    """
+    if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
+        return None
+    if args.batch_size % 2:
+        raise ValueError(f"mixup and cutmix need an even --batch_size, not {args.batch_size}; or --mixup 0 --cutmix 0")
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
 
 
 def open_data(args: Arguments, world: utils.World, preprocessing: Preprocessing) -> Data:
@@ -485,10 +497,8 @@ def open_network(
     if layers and asked != layers:
         args.moot("layer_decay_num_layers", f"--layer_decay_num_layers {asked}, but {args.model} has {layers}")
     if start_slope < 1 and hasattr(model, "change_act") and args.epochs <= args.decay_epochs:
-        logger.warning(
-            f"--epochs {args.epochs} ends before --decay_epochs {args.decay_epochs}: lambda will not reach 1, so the "
-            "network cannot be deployed"
-        )
+        ends = f"--epochs {args.epochs} ends before --decay_epochs {args.decay_epochs}"
+        logger.warning(f"{ends}: lambda will not reach 1, so the network cannot be deployed")
     model = training.place(args, model, world.device)
     if args.freeze_stages is not None:
         freeze(model, args.freeze_stages)
@@ -558,10 +568,8 @@ def train(args: Arguments, world: utils.World) -> None:
     def restored(checkpoint: Mapping[str, Any], path: str | Path) -> None:
         networks.warn_of_other_preprocessing(preprocessing, checkpoint, path)
         if data.classes and checkpoint.get("classes", list(data.classes)) != list(data.classes):
-            raise ValueError(
-                f"{path} was trained on other classes than the data's, or on them in another order: "
-                "begin anew with --finetune"
-            )
+            other = f"{path} was trained on other classes, or on them in another order"
+            raise ValueError(f"{other}: begin anew with --finetune")
 
     task = training.Task(
         data.loader,

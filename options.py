@@ -58,9 +58,8 @@ def number(kind: type, *, low: float | None = None, high: float | None = None, a
         except ValueError:
             raise argparse.ArgumentTypeError(f"a number, not {text!r}") from None
         if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(
-                f"a number from {low} to {high if high is not None else 'any'}, not {text}"
-            )
+            most = "any" if high is None else high
+            raise argparse.ArgumentTypeError(f"a number from {low} to {most}, not {text}")
         if above is not None and value <= above:
             raise argparse.ArgumentTypeError(f"a number above {above}, not {text}")
         return value
@@ -307,22 +306,14 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
     add("--lr", type=POSITIVE, default=4e-3, help="learning rate after the warm-up")
     add("--device", default="cuda", help="what to compute on: cuda, cuda:N, mps or cpu")
     add("--output_dir", type=file_path, help="folder for checkpoints, logs and curves [nothing is kept]")
-    add(
-        "--finetune",
-        type=file_path,
-        help="weights to begin with, evaluate or deploy: a checkpoint; main.py takes a name",
-    )
+    add("--finetune", type=file_path, help="checkpoint to begin with, evaluate or deploy; main.py takes a name, too")
     add("--eval", type=boolean, default=False, help="evaluate --finetune and train nothing")
 
     add = parser.add_argument_group("run").add_argument
     add("--early_stop_epochs", type=COUNT, help="end after this many epochs, with the schedules of --epochs")
     add("--update_freq", type=COUNT, default=1, help="batches accumulated for one optimizer step")
-    add(
-        "--grad_checkpointing",
-        choices=("none", "activations", "full"),
-        default="none",
-        help="save memory: compute activations, or whole stages, again in the backward pass",
-    )
+    kept = ("none", "activations", "full")
+    add("--grad_checkpointing", choices=kept, default="none", help="what the backward pass computes again, for memory")
     add("--seed", type=number(int, low=0, high=2**63 - 1), default=0, help="seed of all random numbers")
     add("--num_workers", type=WHOLE, default=10, help="loader processes, of each process")
     add("--pin_mem", type=boolean, default=True, help="load into page-locked memory, for a GPU")
@@ -477,14 +468,8 @@ def check_training_flags(args: Arguments, *, exports: bool = False) -> None:
         exports: the command neither trains nor evaluates, but writes the network in another format.
     """
     evaluates = args.eval or args.switch_to_deploy is not None
-    args.excludes(
-        "finetune", "resume", "--finetune and --resume exclude each other: one begins with weights, the other goes on"
-    )
-    args.excludes(
-        "switch_to_deploy",
-        "deploy",
-        "--switch_to_deploy fuses a train form, --deploy true says that it is fused already: drop one",
-    )
+    args.excludes("finetune", "resume", "--finetune and --resume exclude each other: begin with weights, or go on")
+    args.excludes("switch_to_deploy", "deploy", "--switch_to_deploy fuses what --deploy true says is fused: drop one")
     args.excludes("eval", "disable_eval", "--eval true and --disable_eval true exclude each other")
     for flag in ("model_ema_decay", "model_ema_force_cpu", "model_ema_eval"):
         args.needs(flag, args.model_ema, "add --model_ema true")
@@ -546,6 +531,8 @@ def _check(args: Arguments) -> None:
         low, high = getattr(args, flag)
         if not low <= high <= most:
             raise ValueError(f"--{flag} {low:g} {high:g}: give the smaller one first" + ", up to 1" * (most == 1))
+    if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
+        raise ValueError("--cutmix_minmax must be two ascending shares, the smaller one first")
     if not args.data_path and not ((args.eval or args.switch_to_deploy is not None) and args.eval_data_path):
         raise ValueError("--data_path is missing")
 

@@ -335,10 +335,8 @@ class RunFolder:
             if args.auto_resume and not path:
                 path = world.from_main(self.checkpoints.newest_valid)
             elif existing and not path and args.save_ckpt:
-                raise ValueError(
-                    f"{args.output_dir} holds checkpoints of an earlier run ({existing[0][1].name}): "
-                    "add --auto_resume true to go on with it, or choose another --output_dir"
-                )
+                earlier = f"{args.output_dir} holds checkpoints of an earlier run ({existing[0][1].name})"
+                raise ValueError(f"{earlier}: add --auto_resume true to go on, or choose another --output_dir")
         if not path:
             return
         checkpoint = load_checkpoint(path)
@@ -350,25 +348,19 @@ class RunFolder:
         place = progress.epoch, checkpoint.get("step", 0)
         newer = [file for where, file in existing if where > place and not file.samefile(path)]
         if newer and args.resume and args.save_ckpt:
-            raise ValueError(
-                f"{args.output_dir} holds checkpoints newer than --resume {path} ({newer[0].name}), with which "
-                "this run's would be mixed up: move them away, or choose another --output_dir"
-            )
+            newest = f"{args.output_dir} holds checkpoints newer than --resume {path} ({newer[0].name})"
+            raise ValueError(f"{newest}: move them away, or choose another --output_dir")
 
     def _check_schedules(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
         """A resumed run keeps its schedules unless --resume_new_sched says otherwise, and always its optimizer."""
         old = networks.read_record(checkpoint, path).arguments
         if old.get("opt", self.args.opt) != self.args.opt:
-            raise ValueError(
-                f"--opt {self.args.opt} cannot go on with the state of --opt {old['opt']} in {path}: leave it, or "
-                "begin anew with --finetune"
-            )
+            other = f"--opt {self.args.opt} cannot go on with the state of --opt {old['opt']} in {path}"
+            raise ValueError(f"{other}: leave it, or begin anew with --finetune")
         for flag in SCHEDULE_FLAGS if not self.args.resume_new_sched else ():
             if hasattr(self.args, flag) and flag in old and old[flag] != getattr(self.args, flag):
-                raise ValueError(
-                    f"--{flag} {getattr(self.args, flag)}, but {path} was trained with {old[flag]}: "
-                    "add --resume_new_sched to change it"
-                )
+                other = f"--{flag} {getattr(self.args, flag)}, but {path} was trained with {old[flag]}"
+                raise ValueError(f"{other}: add --resume_new_sched to change it")
 
     def open_logs(self) -> None:
         """Open the sinks at the place where the state is; what an earlier run logged after it goes."""

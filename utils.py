@@ -147,10 +147,8 @@ def init_world(
     launch = _launched_as(os.environ, on_itp)
     rank, size, launched_local_rank = launch or (0, 1, 0)
     if world_size is not None and world_size > 1 and world_size != size:
-        raise ValueError(
-            f"--world_size {world_size} but {size} process(es) were started; "
-            f"use torchrun --nproc_per_node={world_size}, which sets it"
-        )
+        started = f"--world_size {world_size}, but {size} process(es) were started"
+        raise ValueError(f"{started}: use torchrun --nproc_per_node={world_size}")
     if local_rank is None or local_rank < 0 or "LOCAL_RANK" in os.environ:
         local_rank = launched_local_rank
 
@@ -234,9 +232,8 @@ class FolderLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise ValueError(
-                f"{folder} is in use by {holder}: stop that run or wait for its end, or choose another --output_dir"
-            ) from None
+            mend = "stop that run or wait for its end, or choose another --output_dir"
+            raise ValueError(f"{folder} is in use by {holder}: {mend}") from None
         except OSError as error:  # not every network file system has locks
             logger.warning("cannot lock %s (%s): take care that no other run uses it", path, first_line(error))
         # A loader process has the same lock and may outlive a killed run for some seconds.
@@ -395,9 +392,7 @@ def launch(
         for note in args.notes:
             logger.info("%s", note)
         if world.device.type == "mps":
-            logger.info(
-                "on Metal, in one process: float32, or bfloat16 with --use_amp; no float64, so sums are kept in float32"
-            )
+            logger.info("on Metal, in one process: float32, or bfloat16 with --use_amp; sums are kept in float32")
         if output_dir:
             world.from_main(lock)
         body(world)

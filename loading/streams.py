@@ -185,10 +185,8 @@ class StreamTrainLoader:
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
         """Choose the epoch. Raises ValueError if it is to begin elsewhere than at its start."""
         if start_sample:
-            raise ValueError(
-                f"--data_set {self._dataset.name} is a stream and cannot be resumed in the middle of an epoch: resume "
-                "from a checkpoint of an epoch's end"
-            )
+            stream = f"--data_set {self._dataset.name} is a stream and cannot be resumed in the middle of an epoch"
+            raise ValueError(f"{stream}: resume from a checkpoint of an epoch's end")
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -215,10 +213,8 @@ class StreamTrainLoader:
                 images = self._dataset.transform.finish(images, loading.device)
             yield images, targets
         if count < self._length:
-            raise ValueError(
-                f"--data_set {self._dataset.name} ended after {count} of {self._length} batches: it needs a shard for "
-                f"each of {loading.world_size} x {max(1, loading.num_workers)} loader processes, lower --num_workers"
-            )
+            ended = f"--data_set {self._dataset.name} ended after {count} of {self._length} batches"
+            raise ValueError(f"{ended}: it needs a shard for each loader process of each rank, lower --num_workers")
 
 
 class StreamEvalLoader:
@@ -257,8 +253,6 @@ class StreamEvalLoader:
                 yield images, mapped(targets, self._class_indices), indices
         promised = len(self._dataset)
         if count < promised and not self._skip_broken:
-            raise ValueError(
-                f"{promised - count} of the {promised} validation images of --data_set {self._dataset.name} are broken "
-                "or missing; replace them, or leave such images out by --skip_broken_eval true"
-            )
+            lost = f"{promised - count} of the {promised} validation images of --data_set {self._dataset.name}"
+            raise ValueError(f"{lost} are broken or missing; replace them, or add --skip_broken_eval true")
         self.broken = set(range(count, promised))

@@ -1,4 +1,4 @@
-"""Transforms of a training and of a validation image, and mixup of a batch."""
+"""Transforms of a training and of a validation image."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +14,6 @@ from timm.data import (
     IMAGENET_DEFAULT_STD,
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
-    Mixup,
     auto_augment,
     create_transform,
 )
@@ -210,48 +209,3 @@ def build_eval_transform(preprocessing: Preprocessing) -> Transform:
     if preprocessing.crop_mode == "center":
         first.append(_limit_aspect)
     return transforms.Compose([*first, *transform.transforms])
-
-
-def build_mixup(
-    batch_size: int,
-    num_classes: int,
-    *,
-    mixup: float = 0.8,
-    cutmix: float = 1.0,
-    cutmix_minmax: tuple[float, float] | None = None,
-    mixup_prob: float = 1.0,
-    mixup_switch_prob: float = 0.5,
-    mixup_mode: str = "batch",
-    smoothing: float = 0.1,
-) -> Mixup | None:
-    """timm's mixup and cutmix of a batch: (B, 3, H, W) and classes (B,) -> mixed images and soft targets (B, classes).
-
-    Args:
-        batch_size: of one rank; every batch must have it.
-        mixup, cutmix: alpha of either one's beta distribution; 0 is off.
-        cutmix_minmax: least and largest side of the cut, as a share of the image's; turns cutmix on.
-        mixup_prob: of mixing at all.
-        mixup_switch_prob: of cutmix instead of mixup where both are on.
-        mixup_mode: draw for each "batch", "pair" or "elem".
-        smoothing: of the labels.
-
-    Returns None if both are off. Raises ValueError if the batch size is odd, or the bounds are out of order.
-    """
-    if mixup <= 0 and cutmix <= 0 and cutmix_minmax is None:
-        return None
-    if batch_size % 2:
-        raise ValueError(
-            f"mixup and cutmix mix pairs and need an even --batch_size, not {batch_size}; or set --mixup 0 --cutmix 0"
-        )
-    if cutmix_minmax is not None and not 0 <= cutmix_minmax[0] < cutmix_minmax[1] <= 1:
-        raise ValueError(f"--cutmix_minmax must be two ascending shares of 1, not {cutmix_minmax}")
-    return Mixup(
-        mixup_alpha=mixup,
-        cutmix_alpha=cutmix,
-        cutmix_minmax=cutmix_minmax,
-        prob=mixup_prob,
-        switch_prob=mixup_switch_prob,
-        mode=mixup_mode,
-        label_smoothing=smoothing,
-        num_classes=num_classes,
-    )

@@ -89,9 +89,8 @@ def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]
     for row in data["annotations"]:
         for key, table in (("image_id", "images"), ("category_id", "categories")):
             if row[key] not in known[table]:
-                raise ValueError(
-                    f"{path}: annotation {row['id']} is of {key} {row[key]!r}, which is none of the {table}"
-                )
+                place = f"{path}: annotation {row['id']}"
+                raise ValueError(f"{place} is of {key} {row[key]!r}, which is none of the {table}")
         box = row["bbox"]
         if len(box) != 4 or not all(_is(side, NUMBER) for side in box):
             raise ValueError(f"{path}: the bbox of annotation {row['id']} is not [x, y, width, height]: {box}")

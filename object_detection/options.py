@@ -17,9 +17,7 @@ def build_parser() -> Parser:
     add = first.add_argument
     maps = "retinanet_ or mask_rcnn_, then a VanillaNet variant or any timm model with maps of strides 4 to 32"
     add("--model", default="mask_rcnn_vanillanet_11", help=maps)
-    add(
-        "--backbone_weights", type=file_path, help="classifier's checkpoint to begin with, unless a detector's is given"
-    )
+    add("--backbone_weights", type=file_path, help="classifier to begin with, unless --finetune or --resume is given")
     add("--data_path", type=file_path, default=".", help="folder that all paths of data are relative to")
     options.add_training_flags(parser, first)
     parser.set_defaults(

@@ -28,6 +28,8 @@ from timm.data import RealLabelsImagenet, auto_augment, create_transform, resolv
 from timm.models import get_pretrained_cfg
 
 import datasets
+import main
+import options
 from loading import loaders, transforms
 from loading.hugging_face import hugging_face
 from loading.images import BrokenImageError, decode_image
@@ -840,24 +842,31 @@ def test_posterizing_to_no_bits_gives_black(aa):
 # -- mixup
 
 
-def test_mixup():
-    assert transforms.build_mixup(5, 10, mixup=0, cutmix=0) is None
+def mixup_of(batch_size, num_classes, **flags):
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", *map(str, np.ravel(value)))]
+    args = options.parse_args(["--data_path", "d", "--batch_size", str(batch_size), *words])
+    return main.build_mixup(args, num_classes)
+
+
+def test_mixup(capsys):
+    assert mixup_of(5, 10, mixup=0, cutmix=0) is None
     with pytest.raises(ValueError, match="even --batch_size, not 5"):
-        transforms.build_mixup(5, 10)
-    with pytest.raises(ValueError, match="--cutmix_minmax"):
-        transforms.build_mixup(4, 10, cutmix_minmax=(0.5, 0.2))
-    mixup = transforms.build_mixup(4, 10, mixup=0.8, cutmix=0, smoothing=0)
+        mixup_of(5, 10)
+    with pytest.raises(SystemExit):
+        mixup_of(4, 10, cutmix_minmax=(0.5, 0.2))
+    assert "--cutmix_minmax must be two ascending shares" in capsys.readouterr().err
+    mixup = mixup_of(4, 10, mixup=0.8, cutmix=0, smoothing=0)
     np.random.seed(0)
     images, targets = mixup(torch.arange(4.0).reshape(4, 1, 1, 1).repeat(1, 3, 2, 2), torch.tensor([0, 1, 2, 3]))
     share = targets[0, 0]
     assert 0 < share < 1
     assert torch.allclose(targets[0, 3], 1 - share)
     assert torch.allclose(images[0], (1 - share) * 3 * torch.ones(3, 2, 2))
-    cut = transforms.build_mixup(2, 3, mixup=0, cutmix=0, cutmix_minmax=(0.3, 0.6), smoothing=0.3)
+    cut = mixup_of(2, 3, mixup=0, cutmix=0, cutmix_minmax=(0.3, 0.6), smoothing=0.3)
     images, targets = cut(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1).repeat(1, 3, 32, 32), torch.tensor([0, 1]))
     share = images[0, 0].mean()
     assert torch.allclose(targets[0], torch.tensor([0.8 - 0.7 * share, 0.1 + 0.7 * share, 0.1]))
-    assert transforms.build_mixup(4, 10, mixup_prob=0.3, mixup_switch_prob=0.7, mixup_mode="pair").switch_prob == 0.7
+    assert mixup_of(4, 10, mixup_prob=0.3, mixup_switch_prob=0.7, mixup_mode="pair").switch_prob == 0.7
 
 
 # -- ReaL
