@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from records.files import first_line, one_line
@@ -31,6 +31,15 @@ _OTHERS = """.dib .avif .avifs .heic .heics .heif .heifs .hif .jxl .jp2 .j2k .j2
 OTHER_EXTENSIONS = frozenset(("", *_OTHERS.split()))
 # What archives, synchronization and file systems leave behind, as they do names that begin with a dot.
 LEFT_BEHIND = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db")
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF's orientation
 MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # no fault of the file that was being read
 
 
@@ -100,10 +109,18 @@ def decode_for_training(path: str | os.PathLike) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turned and mirrored as EXIF's orientation says. Where that cannot be read, the image is as it was."""
+    """Turned and mirrored as EXIF's orientation says. Where that cannot be read, the image is as it was.
+
+    Pillow's `exif_transpose` also writes the EXIF anew, which fails where another part of it is damaged.
+    """
+    method = None
     with suppress(Exception):  # EXIF is written by anything
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied, and lose its `pixels`
-            return ImageOps.exif_transpose(image)
+        method = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    if method is None:
+        return image
+    image = image.transpose(method)
+    for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # each may say the orientation again
+        image.info.pop(key, None)
     return image
 
 
