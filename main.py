@@ -150,7 +150,7 @@ def settle(args: Arguments, network: networks.Network | None, *, train: bool = F
             if other := {name: recorded[name] for name in values if recorded.get(name, values[name]) != values[name]}:
                 logger.info("--%s %s instead of what %s records, %s", flag, getattr(args, flag), network.source, other)
 
-    # The small images of CIFAR and FMNIST are not resized, unless a network is evaluated that was trained on others.
+    # Images are resized as --resize says, or else as the network knows them; training decides that by its data.
     preprocessing = network.preprocessing if network else networks.named_preprocessing(args.model)
     native = None if args.resize is None else not args.resize
     if train and native is None:
@@ -158,9 +158,8 @@ def settle(args: Arguments, network: networks.Network | None, *, train: bool = F
     for flag in ("scale", "ratio", "crop_pct") if native else ():
         args.moot(flag, f"--{flag} has no effect on images that are not resized: add --resize true")
         changes.pop(flag, None)
-    preprocessing = networks.prepare(
-        preprocessing, network.record.arguments if recorded else flags, native=native, **changes
-    )
+    arguments = network.record.arguments if recorded else flags
+    preprocessing = networks.prepare(preprocessing, arguments, native=native, **changes)
 
     # The run's own record says what was settled.
     args.input_size = preprocessing.input_size

@@ -413,7 +413,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("augmentation").add_argument
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's auto-augment policy; none: off")
     add("--color_jitter", type=NONNEGATIVE, default=0.4, help="strength of color jitter, with --aa none")
-    sizes = "resize images to --input_size; false: pad and crop them [false for CIFAR and FMNIST up to 32 px, else true]"
+    sizes = "resize images to --input_size; false: pad and crop [false for CIFAR and FMNIST up to 32 px, else true]"
     add("--resize", type=boolean, help=sizes)
     pair = {"nargs": 2, "metavar": ("MIN", "MAX")}
     add("--scale", type=POSITIVE, default=[0.08, 1.0], help="share of the image's area that a crop may have", **pair)
