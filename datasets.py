@@ -89,6 +89,8 @@ class FolderDataset(ImageDataset):
         self.transform = transform
         real = Path(os.path.realpath(root))
         left_out, groups, prefix = LeftOut(), {}, len(os.path.join(root, ""))
+
+        # The images of each class folder. A link upwards would make a class of all classes.
         try:
             above = {folder_identity(folder) for folder in (real, *real.parents)}
             for name in left_out.visible(os.listdir(root)):
@@ -102,11 +104,14 @@ class FolderDataset(ImageDataset):
         except OSError as error:
             raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
         left_out.report(self.root)
+
+        # There must be classes, and each must have images.
         if not groups:
             raise ValueError(f"{self.root} has no class folders: it must hold one folder of images for each class")
         empty = [name for name, paths in groups.items() if not paths]
         if empty:
             raise ValueError(f"no image ({', '.join(EXTENSIONS)}) in these class folders of {self.root}: {some(empty)}")
+
         self.classes = tuple(groups)
         self.targets = np.repeat(np.arange(len(groups)), [len(paths) for paths in groups.values()])  # (N,)
         # An array instead of a list: reading a Python object writes its reference count, and with that every loader

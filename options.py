@@ -223,6 +223,8 @@ class Parser(argparse.ArgumentParser):
         namespace = namespace or Arguments()
         if self._subparsers:  # the parser of the command that is named reads the recipes
             return super().parse_known_args(tokens, namespace)
+
+        # What recipes say comes first, so that what is typed wins.
         recipes: list[str] = []
         for token in tokens:
             if token.startswith("@"):
@@ -230,6 +232,8 @@ class Parser(argparse.ArgumentParser):
         typed = self._with_values([token for token in tokens if not token.startswith("@")])
         recipes = self._with_values(recipes)
         found, unknown = super().parse_known_args([*recipes, *typed], namespace)
+
+        # The checks need to know where each value comes from.
         found.defaults = {action.dest: self.get_default(action.dest) for action in self._actions}
         found.typed = sorted(self._flags_of(typed))
         found.given = sorted(self._flags_of(recipes) | self._flags_of(typed))

@@ -328,6 +328,8 @@ class RunFolder:
     def restore(self) -> None:
         """Go on from --resume or, with --auto_resume true, from the newest valid checkpoint of the folder."""
         args, world = self.args, self.state.world
+
+        # Which checkpoint? A folder that holds some is gone on with on request only.
         path, existing = args.resume, []
         if self.checkpoints is not None:
             existing = self.checkpoints.places()
@@ -339,12 +341,16 @@ class RunFolder:
                 raise ValueError(f"{earlier}: add --auto_resume true to go on, or choose another --output_dir")
         if not path:
             return
+
+        # Its state, if it is of the same schedules and data.
         checkpoint = load_checkpoint(path)
         self._check_schedules(checkpoint, path)
         self.state.load_state_dict(checkpoint, path=path, new_settings=args.resume_new_sched)
         self.task.restored(checkpoint, path)
         progress = self.state.progress
         logger.info("resumed %s: epoch %d, step %d", path, progress.epoch, progress.step)
+
+        # Newer ones would be taken for this run's by a later --auto_resume.
         place = progress.epoch, checkpoint.get("step", 0)
         newer = [file for where, file in existing if where > place and not file.samefile(path)]
         if newer and args.resume and args.save_ckpt:

@@ -203,6 +203,8 @@ def create_detector(
     backbone = name.removeprefix(prefix)
     if len(anchor_sizes) != len(ANCHOR_SIZES):
         raise ValueError(f"there must be {len(ANCHOR_SIZES)} anchor sizes, not {len(anchor_sizes)}")
+
+    # The network, as timm's features of it.
     own = {"act_num": act_num, "width_mult": width_mult, "deploy": deploy or None}
     own = {argument: value for argument, value in own.items() if value is not None}
     if backbone.startswith("vanillanet"):
@@ -210,6 +212,8 @@ def create_detector(
     elif own:
         raise ValueError(f"act_num, width_mult and deploy belong to VanillaNet, {backbone} has no such thing")
     body = _build_body(backbone, **own)
+
+    # The pyramid on its maps, and the anchors at each of its levels.
     norm = nn.BatchNorm2d if head_norm else None
     retinanet = prefix == "retinanet_"  # which needs no map of stride 4
     levels = _find_levels(backbone, body, STRIDES[1:] if retinanet else STRIDES)
@@ -220,6 +224,8 @@ def create_detector(
     octaves = [2 ** (i / 3) for i in range(3)] if retinanet else [1]
     scales = tuple(tuple(int(size * octave) for octave in octaves) for size in anchor_sizes)
     anchors = AnchorGenerator(sizes=scales, aspect_ratios=(ASPECT_RATIOS,) * len(scales))
+
+    # The heads of the two, which torchvision puts together.
     if retinanet:
         detector = RetinaNet(
             pyramid,
@@ -240,6 +246,8 @@ def create_detector(
             mask_predictor=MaskRCNNPredictor(mask_channels[-1], mask_channels[-1], num_classes),
             **{"max_size": max_size} | kwargs,
         )
+
+    # What torchvision leaves to us: normalization, sizes by mode, and boxes in float32.
     images = networks.config_preprocessing(body.model.pretrained_cfg)
     detector.normalization = images.mean, images.std
     detector.train_sizes, detector.test_size = tuple(train_sizes), test_size

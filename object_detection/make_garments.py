@@ -92,9 +92,7 @@ def make_image(
 def make_split(folder: Path, split: str, *, source: Path, images: int, side: int, seed: int) -> int:
     """Write the images of a split into `folder`/`split` and its annotations beside that. Returns how many objects.
 
-    Raises:
-        ValueError: the source is not Fashion-MNIST.
-        OSError: a file cannot be read or written.
+    Raises ValueError if the source is not Fashion-MNIST.
     """
     theirs, stream = SPLITS[split]
     pixels = read_idx(source / f"{theirs}-images-idx3-ubyte.gz")
@@ -107,6 +105,7 @@ def make_split(folder: Path, split: str, *, source: Path, images: int, side: int
         "categories": [{"id": category, "name": name} for category, (name, _) in CATEGORIES.items()],
     }
     for image_id in range(1, images + 1):
+        # An image has random numbers of its own, so that a larger data set begins with the images of a smaller one.
         rng = np.random.Generator(np.random.PCG64((seed, stream, image_id)))
         count = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST + 1))
         categories = rng.choice(list(CATEGORIES), count).tolist()
