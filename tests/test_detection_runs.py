@@ -17,7 +17,7 @@ import utils
 import visualize
 from engine import Precision
 from object_detection import main, make_garments
-from object_detection.checkpoints import open_detector
+from object_detection.checkpoints import build_detector, open_detector
 from object_detection.coco import CocoDataset
 from object_detection.comparing import largest_difference
 from object_detection.evaluation import average_precision, detect
@@ -149,7 +149,7 @@ def test_ap_does_not_depend_on_the_ranks(garments, straight):
     """What the ranks find, put together, is what one finds, to the last bit."""
     args = parse_args([*BASE, "--data_path", str(garments), "--eval", "true", "--finetune", str(straight / "x")])
     dataset = CocoDataset(garments / "val.json", garments / "val", train=False, masks=True)
-    detector = main.build_detector(vars(args), 7)
+    detector = build_detector(vars(args), 7)
     detector.load_state_dict(load_checkpoint(straight / "checkpoint-last.pth")["model"])
     detector.selection.score_thresh = 0.0
 
