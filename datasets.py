@@ -281,12 +281,16 @@ def build_dataset(
     path = data_path if train or eval_data_path is None else eval_data_path
     root = None if path is None else Path(path)
     prefix, slash, _ = data_set.partition("/")
+
+    # A name that is known, with the folder that it needs.
     ours = ("IMNET", "image_folder", "CIFAR", "FMNIST")
     if data_set not in ours and not (slash and prefix.lower() in TIMM_PACKAGES):
         known = ", ".join([*ours, *(f"{name}/..." for name in TIMM_PACKAGES)])
         raise ValueError(f"unknown --data_set {data_set}; known are {known}")
     if root is None and (data_set in ours or prefix.lower() in ("wds", "torch")):
         raise ValueError(f"--data_set {data_set} needs --data_path, the folder that holds it")
+
+    # timm's, those of a file, and folders of images.
     if data_set not in ours:
         kind = StreamDataset if prefix.lower() in STREAMS else TimmDataset
         return kind(TimmSource(data_set, root, train, split), transform, download=download)

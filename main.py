@@ -540,17 +540,22 @@ def open_schedule(args: Arguments, steps_per_epoch: int) -> Schedule:
 def train(args: Arguments, world: utils.World) -> None:
     """A run: data, network, state, and then epoch by epoch, as `training.fit` shows it."""
     stop = utils.StopRequest()
+
+    # Data, prepared as the network wants them, and the network, which may begin with the weights of --finetune.
     source = open_source(args) if args.finetune else None
     preprocessing = settle(args, source, train=True)
     data = open_data(args, world, preprocessing)
     model, start_slope = open_network(args, world, data, source)
     del source  # with the tensors of its file
+
+    # The loss, and the state that the run changes.
     objective = open_objective(args, world, data, preprocessing)
     state = training.build_state(args, world, model, loader=data.loader, objective=objective, classes=data.num_classes)
     state.start_slope = start_slope
     if args.compile:
         model.compile()
 
+    # What of the loop is classification's own.
     def slope(epoch: int) -> float:
         start = state.start_slope
         return activation_slope(epoch, decay_epochs=args.decay_epochs, linear=args.decay_linear, start=start)

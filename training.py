@@ -129,6 +129,7 @@ def build_state(
     args: Arguments, world: utils.World, model: nn.Module, *, loader: Any, objective: Objective, classes: int
 ) -> TrainState:
     """The state at the beginning of a run of `model`, which is in its place; the log says how large the run is."""
+    # Optimizer, which not every setting goes with, and averages.
     for name, flag in {"eps": "opt_eps", "betas": "opt_betas", "momentum": "momentum"}.items():
         if name not in taken_by(args.opt):
             args.moot(flag, f"--opt {args.opt} takes no {name}; leave --{flag} out")
@@ -144,6 +145,8 @@ def build_state(
         f"model_ema_{decay}" if i else "model_ema": ModelEmaV3(model, decay=decay, device=kept_on)
         for i, decay in enumerate(args.model_ema_decay if args.model_ema else ())
     }
+
+    # A step is a window of --update_freq batches.
     steps = -(-len(loader) // args.update_freq)  # the last one of an epoch may be of fewer batches
     logger.info(
         f"{args.model}: {count_params(model) / 1e6:.3f} M parameters, {classes} classes, {steps} steps an epoch of "

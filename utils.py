@@ -379,6 +379,7 @@ def launch(
     def lock() -> None:
         held.callback(FolderLock(output_dir).release)
 
+    # Meet the others, lock the folder, work.
     try:
         world = init_world(
             args.device,
@@ -396,6 +397,8 @@ def launch(
         if output_dir:
             world.from_main(lock)
         body(world)
+
+    # What the user can mend is a line; anything else is ours, and has its traceback.
     except (ValueError, OSError) as error:
         failure = 2, _last_line(error)
     except (RuntimeError, MemoryError) as error:

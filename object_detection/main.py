@@ -248,6 +248,8 @@ def open_schedule(args: Arguments, steps_per_epoch: int) -> Schedule:
 def train(args: Arguments, world: utils.World) -> None:
     """A run: data, detector, state, and then epoch by epoch, as `training.fit` shows it; lambda is 1 throughout."""
     stop = utils.StopRequest()
+
+    # The data, of the same categories in both splits.
     dataset, eval_dataset = build_dataset(args, train=True), None
     loader = loaders.build_train_loader(dataset, replace(training.loading_of(args, world), collate=collate))
     if not args.disable_eval:
@@ -255,12 +257,15 @@ def train(args: Arguments, world: utils.World) -> None:
         if eval_dataset.classes != dataset.classes:
             raise ValueError(f"{dataset.path} and {eval_dataset.path} have different categories")
         eval_loader = build_eval_loader(args, eval_dataset, world)
+
+    # The detector, its loss, and the state that the run changes.
     detector = open_detector(args, world, dataset)
     objective = Detection(training.build_precision(args, world.device), ("loss", *detector.losses, "count"))
     state = training.build_state(
         args, world, detector, loader=loader, objective=objective, classes=len(dataset.classes)
     )
 
+    # What of the loop is detection's own.
     def evaluate_all(forms: Mapping[str, Detector]) -> dict[str, float]:
         found = {}
         for prefix, form in forms.items():
