@@ -135,23 +135,13 @@ class FolderDataset(ImageDataset):
 
 
 class ArrayDataset(ImageDataset):
-    """Images held in memory.
-
-    Args:
-        images: uint8, (N, H, W) or (N, H, W, 3).
-        targets: (N,), classes.
-        classes: their names.
-        name: of the data set, for messages.
-    """
+    """Images held in memory: uint8, (N, H, W) or (N, H, W, 3), and their classes (N,). Messages call them `name`."""
 
     def __init__(
         self, images: np.ndarray, targets: Sequence[int], *, classes: Sequence[str], transform: Transform, name: str
     ):
-        self.images = images
-        self.targets = np.asarray(targets, np.int64)
-        self.classes = tuple(classes)
-        self.transform = transform
-        self.name = name
+        self.images, self.targets = images, np.asarray(targets, np.int64)
+        self.classes, self.transform, self.name = tuple(classes), transform, name
 
     def __len__(self) -> int:
         return len(self.targets)

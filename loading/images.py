@@ -158,9 +158,9 @@ class LeftOut:
             logger.warning(f"{folder}: left out {count} by extension, as not read ({found}): convert or rename them")
 
 
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def some(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def find_images(folder: str, left_out: LeftOut, above: Collection[tuple[int, int]] = ()) -> list[str]:

@@ -40,15 +40,12 @@ class EpochSampler:
     Args:
         length: samples in the data set, 1 or more.
         loading: of which batch size, rank, ranks and seed count.
-        shuffle: False keeps the data set's order in every epoch.
     """
 
-    def __init__(self, length: int, loading: Loading, *, shuffle: bool = True):
+    def __init__(self, length: int, loading: Loading):
         if length < 1:
             raise ValueError("there must be 1 or more samples to train on, not 0")
-        self.length = length
-        self.loading = loading
-        self.shuffle = shuffle
+        self.length, self.loading = length, loading
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
@@ -59,26 +56,17 @@ class EpochSampler:
     @property
     def num_batches(self) -> int:
         """Batches of a whole epoch."""
-        return self._batches(self.length)
+        return -(-self.length // (self.loading.batch_size * self.loading.world_size))
 
     @property
     def remaining_batches(self) -> int:
         """Batches from `start_sample` to the end of the epoch."""
-        return self._batches(max(0, self.length - self.start_sample))
-
-    def _batches(self, samples: int) -> int:
-        return -(-samples // (self.loading.batch_size * self.loading.world_size))
-
-    def _order(self) -> np.ndarray:
-        """(length,), the indices in this epoch's order."""
-        if not self.shuffle:
-            return np.arange(self.length)
-        # RandomState because its stream, unlike that of numpy's and torch's generators, is promised never to change.
-        bits = np.random.MT19937(np.random.SeedSequence((self.loading.seed, self.epoch)))
-        return np.random.RandomState(bits).permutation(self.length)
+        return -(-max(0, self.length - self.start_sample) // (self.loading.batch_size * self.loading.world_size))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = self.epoch, self._order()
+        # RandomState because its stream, unlike that of numpy's and torch's generators, is promised never to change.
+        bits = np.random.MT19937(np.random.SeedSequence((self.loading.seed, self.epoch)))
+        epoch, order = self.epoch, np.random.RandomState(bits).permutation(self.length)
         batch_size, rank, world_size = self.loading.batch_size, self.loading.rank, self.loading.world_size
         for batch in range(self.remaining_batches):
             start = self.start_sample + (batch * world_size + rank) * batch_size

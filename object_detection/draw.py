@@ -15,6 +15,7 @@ from object_detection.evaluation import MASK_THRESHOLD
 SMALLEST_SIDE = 384  # px, to which a small image is enlarged, so that the names of the classes can be read
 FONT = str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf")  # the same on all machines
 FONT_SIZE = 14
+COLUMNS = 4  # of a grid of pictures
 COLOURS = colormaps["tab20"].colors
 
 
@@ -56,11 +57,11 @@ def draw_detections(
     return draw_bounding_boxes(picture, boxes, labels=texts, colors=colours, **style)
 
 
-def save_picture(pictures: Sequence[torch.Tensor], path: str | Path, *, columns: int = 4) -> None:
+def save_picture(pictures: Sequence[torch.Tensor], path: str | Path) -> None:
     """Write pictures (3, H, W), uint8, as a grid; the smaller ones are padded. ValueError if it cannot be written."""
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
     padded = [F.pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1])) for picture in pictures]
-    grid = make_grid(padded, nrow=min(columns, len(padded)), padding=4, pad_value=255)
+    grid = make_grid(padded, nrow=min(COLUMNS, len(padded)), padding=4, pad_value=255)
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
