@@ -464,7 +464,9 @@ def test_flags_work_together(tiny_fmnist, tmp_path, arguments):
     assert len(rows(tmp_path)[0]) == 2
 
 
-NARROW = shlex.split("--data_set FMNIST --device cpu --num_workers 0 --width_mult 0.015625 --input_size 64")
+NARROW = shlex.split(
+    "--data_set FMNIST --device cpu --num_workers 0 --width_mult 0.015625 --input_size 64 --resize true"
+)
 
 
 TRAINING_RECIPES = sorted({path.stem for path in (ROOT / "recipes").glob("*.args")} - {"evaluate", "finetune"})
