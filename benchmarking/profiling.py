@@ -8,16 +8,26 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
-from torchprofile import profile_macs
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.vanillanet import SeriesActivation
 
-__all__ = ["count_layers", "count_macs", "count_params", "interleave", "profile", "saved_per_image", "throughput"]
+__all__ = [
+    "count_layers",
+    "count_macs",
+    "count_params",
+    "interleave",
+    "macs_of",
+    "profile",
+    "saved_per_image",
+    "throughput",
+]
 
 WARM_UP_ROUNDS = 2
 
@@ -38,25 +48,25 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, input_size: int | tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image through `model` as it is; it must be in eval mode.
+    """Multiply-accumulates of one image through convolutions and products of matrices, which the paper calls FLOPs.
 
-    What the paper calls FLOPs. Counted by torchprofile from a traced forward pass, so the arithmetic is really done.
+    Counted on a copy without storage, so that nothing is computed.
 
     Args:
         model: its `in_chans` (3 without one) is the input's depth.
         input_size: height and width of a square image, or (channels, height, width).
-
-    Raises:
-        ValueError: the network is in train mode, where the pass would move its BatchNorm statistics.
     """
-    if model.training:
-        raise ValueError("multiply-accumulates are counted in eval mode, and this network is in train mode")
     if isinstance(input_size, int):
         input_size = (getattr(model, "in_chans", 3), input_size, input_size)
-    parameter = next(model.parameters())
-    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    with torch.no_grad():
-        return profile_macs(model, image)
+    model = copy.deepcopy(model).to("meta").eval()
+    return macs_of(model, torch.empty(1, *input_size, device="meta"))[0]
+
+
+def macs_of(model: nn.Module, *inputs: Any) -> tuple[int, Any]:
+    """(multiply-accumulates of a call, its outputs)."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        outputs = model(*inputs)
+    return counter.get_total_flops() // 2, outputs
 
 
 def _saved(model: Callable, images: torch.Tensor, precision: AbstractContextManager) -> int:
@@ -100,12 +110,7 @@ def saved_per_image(model: nn.Module, resolution: int, *, dtype: torch.dtype | N
 
 
 def profile(model: nn.Module, input_size: int | tuple[int, int, int]) -> tuple[int, int, int]:
-    """(layers, parameters, multiply-accumulates) of `model`, counted on a copy in eval mode.
-
-    Args:
-        input_size: as for `count_macs`.
-    """
-    model = copy.deepcopy(model).eval()
+    """(layers, parameters, multiply-accumulates) of `model`; `input_size` as for `count_macs`."""
     return count_layers(model), count_params(model), count_macs(model, input_size)
 
 

@@ -45,7 +45,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import utils
 from benchmarking import profiling
@@ -72,23 +71,17 @@ class Cost:
         return self.backbone + self.neck + self.heads
 
 
-def _count(module: nn.Module, *inputs) -> tuple[int, object]:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        outputs = module(*inputs)
-    return counter.get_total_flops() // 2, outputs
-
-
 def count_macs(detector: Detector, height: int, width: int) -> Cost:
     """What a detector in eval mode costs, of an image that has this size after resizing; nothing is computed.
 
     The pyramid is the neck. Mask R-CNN's box head is counted for 1000 proposals, its mask head for 100 detections.
     """
     detector = copy.deepcopy(detector).to("meta")
-    backbone, maps = _count(detector.backbone.body, torch.empty(1, 3, height, width, device="meta"))
-    both, maps = _count(detector.backbone, torch.empty(1, 3, height, width, device="meta"))
+    backbone, maps = profiling.macs_of(detector.backbone.body, torch.empty(1, 3, height, width, device="meta"))
+    both, maps = profiling.macs_of(detector.backbone, torch.empty(1, 3, height, width, device="meta"))
     levels = list(maps.values())
     if not detector.has_masks:
-        return Cost(backbone, both - backbone, _count(detector.head, levels)[0])
+        return Cost(backbone, both - backbone, profiling.macs_of(detector.head, levels)[0])
     heads, channels = detector.roi_heads, detector.backbone.out_channels
     box = nn.Sequential(heads.box_head, heads.box_predictor)
     mask = nn.Sequential(heads.mask_head, heads.mask_predictor)
@@ -97,7 +90,7 @@ def count_macs(detector: Detector, height: int, width: int) -> Cost:
         (box, torch.empty(PROPOSALS, channels, *heads.box_roi_pool.output_size, device="meta")),
         (mask, torch.empty(MASKS, channels, *heads.mask_roi_pool.output_size, device="meta")),
     )
-    return Cost(backbone, both - backbone, sum(_count(*part)[0] for part in parts))
+    return Cost(backbone, both - backbone, sum(profiling.macs_of(*part)[0] for part in parts))
 
 
 @torch.no_grad()

@@ -743,5 +743,5 @@ def test_torch_hub_imports_the_model_only(tmp_path):
     stages, *modules = run.stdout.split()
     assert stages == "7"
     own = {path.stem for path in ROOT.glob("*.py")} - {"hubconf"}
-    heavy = {"matplotlib", "tensorboardX", "terminaltables", "torchprofile", "wandb"}
+    heavy = {"matplotlib", "tensorboardX", "terminaltables", "wandb"}
     assert not (own | heavy) & set(modules)
