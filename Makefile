@@ -9,7 +9,7 @@ DETECT := object_detection/main.py @object_detection/recipes/demo.args
 # The full data: Debian's package dataset-fashion-mnist, or else what torchvision downloads.
 FASHION_MNIST ?= $(firstword $(wildcard /usr/share/datasets/fashion-mnist) outputs/fashion-mnist)
 
-.PHONY: setup demo demo-detection ablation test test-all faults lint clean
+.PHONY: setup demo demo-detection ablation gpu test test-all faults lint clean
 
 setup: $(READY)
 
@@ -37,6 +37,13 @@ demo-detection: setup
 
 ablation: setup
 	$(BIN)/python ablation.py --data_path $(FASHION_MNIST)
+
+# Everything that takes a GPU, in any environment with torch and timm: what else is missing is named and left out.
+# DRY=1 walks through it on the CPU.
+GPU_PYTHON ?= $(if $(DRY),$(BIN)/python,python3)
+
+gpu: $(if $(DRY),setup)
+	$(GPU_PYTHON) -m benchmarking.gpu $(if $(DRY),--dry true)
 
 # A process a core, each with the tests of whole files, which share what they train; one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 10

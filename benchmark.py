@@ -23,8 +23,6 @@ QUICK = {
 }
 LOADING = {"loading", "data_path", "num_workers", "input_size", "batch_size", "threads", "device", "output"}
 CALLS_PER_TURN = {"cpu": 5, "cuda": 50}  # on a GPU a call is short, and the first ones after a pause are slow
-# What rows are compared with: float32 as PyTorch computes it when nothing is set.
-PUBLISHED_PRECISION = {"cpu": "fp32", "cuda": "default"}
 
 
 # -- the command line
@@ -154,12 +152,10 @@ from typing import Any
 import timm
 import torch
 
-import networks
-from benchmarking import loading, profiling, report, results
+from benchmarking import loading, profiling, report, results, subjects
 from benchmarking.spec import Spec
-from benchmarking.subjects import PAPER_PEERS, TRAINING_SLOPE, create, deployed, is_vanillanet
+from benchmarking.subjects import PAPER_PEERS, is_vanillanet
 from benchmarking.worker import Worker, WorkerError, closing, prepare
-from models.checkpointing import set_grad_checkpointing
 from records import logs
 from records.files import mistakes_end
 
@@ -254,22 +250,6 @@ def _start(
     return facts
 
 
-def _costs(spec: Spec) -> dict[str, float]:
-    """Layers, parameters and multiply-accumulates of a network as it is measured; of a training step, the memory."""
-    if spec.kind == "training":
-        network = create(spec.network, resolution=spec.resolution, width_mult=spec.width_mult, deploy=False)
-    else:
-        network = deployed(spec)
-    layers, params, macs = profiling.profile(network, spec.resolution)
-    costs = {"layers": layers, "params_m": params / 1e6, "macs_g": macs / 1e9}
-    if spec.kind == "training" and spec.engine != "compile":  # the compiler has plans of its own
-        networks.set_slope(TRAINING_SLOPE, network.train())
-        set_grad_checkpointing(network, spec.grad_checkpointing)
-        dtype = torch.bfloat16 if spec.precision == "bf16" else None
-        costs["saved_mib"] = profiling.saved_per_image(network, spec.resolution, dtype=dtype) / 2**20
-    return costs
-
-
 def _measure_group(
     workers: Sequence[Worker],
     facts: dict[Spec, dict[str, float]],
@@ -291,50 +271,15 @@ def _measure_group(
         training = (spec.engine, spec.precision, spec.grad_checkpointing) if spec.kind == "training" else ()
         key = (spec.network, spec.resolution, spec.twin, *training)
         if key not in costs:
-            costs[key] = _costs(spec)
+            costs[key] = subjects.costs(spec)
         yield {
-            "kind": spec.kind,
-            "network": spec.label,
-            "engine": spec.engine,
-            "precision": spec.precision,
-            "device": spec.device,
-            "resolution": spec.resolution,
-            "batch": spec.batch,
+            **results.row(spec, times, threads=args.threads),
             **costs[key],
-            **results.statistics(times, spec.batch),
             "peak_mb": worker.peak_mb(),
             **facts[spec],
             "anchor_ms": results.statistics(anchor_seconds, 1)["median_ms"],
             "anchor": f"{anchor.spec.network}, {anchor.spec.resolution} px",
-            **results.conditions(spec.engine, device=spec.device, threads=args.threads),
         }
-
-
-def complete(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
-    """Put in what compares a row with others: the ratio to the published way, and the share of the machine's limit.
-
-    The published way is PyTorch eager in float32 as torch computes it when nothing is set, contiguous, on the same
-    network, resolution and batch; for training it is `plain`. A training step is counted as three forward passes.
-    """
-
-    def key(row: dict[str, Any]) -> tuple:
-        network = row["network"].partition(" (")[0]  # its variants are compared with the network as published
-        return row["kind"], network, row["device"], row["resolution"], row["batch"]
-
-    published = {
-        key(row): row["median_ms"]
-        for row in rows
-        if row["engine"] in ("eager", "plain")
-        and row["precision"] == PUBLISHED_PRECISION[runtimes.device_type(row["device"])]
-        and " (" not in row["network"]
-    }
-    for row in rows:
-        base = published.get(key(row))
-        row["ratio"] = base / row["median_ms"] if base else None
-        passes = 3 if row["kind"] == "training" else 1
-        row["gflops"] = 2 * passes * row["macs_g"] * row["batch"] / row["median_ms"] * 1e3
-        row["limit_gflops"] = limits.get(row["precision"])
-        row["share"] = row["gflops"] / row["limit_gflops"] if row["limit_gflops"] else None
 
 
 def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
@@ -353,7 +298,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         _specs(args, name)  # says at once what cannot be
     with tempfile.TemporaryDirectory() as temporary, closing([]) as lasting:
         folder = Path(temporary)
-        published = PUBLISHED_PRECISION[runtimes.device_type(args.device)]
+        published = results.PUBLISHED_PRECISION[runtimes.device_type(args.device)]
         first = Spec(names[0], "eager", published, args.input_size[0], device=args.device, width_mult=args.width_mult)
         for spec in (first, Spec("", "limit", "fp32", device=args.device)):
             lasting.append(Worker(spec, folder, threads=args.threads))
@@ -370,7 +315,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
                         flush=True,
                     )
             if rows:
-                complete(rows, limits)
+                results.complete(rows, limits)
                 yield rows
     if not rows:
         raise ValueError("nothing could be measured; the lines above say why")
@@ -430,7 +375,7 @@ def run(args: argparse.Namespace) -> None:
     if args.profile:
         return print_profiles(args)
     if args.report:
-        sections = {path.stem: results.read(path) for path in args.report}
+        sections = {path.stem: [row for row in results.read(path) if row["kind"] != "machine"] for path in args.report}
         rows = [row for found in sections.values() for row in found]
     else:
         kept = results.read(args.output) if args.output and args.output.exists() else []

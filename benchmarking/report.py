@@ -43,14 +43,25 @@ ENGINES = {
     "eager": "PyTorch",
     "plain": "PyTorch",
     "channels_last": "PyTorch, channels-last",
+    "cuda_graphs": "CUDA graph",
     "compile": "torch.compile",
+    "compile_cuda_graphs": "torch.compile, CUDA graph",
+    "triton": "Triton",
     "aotinductor": "AOTInductor",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
 }
-PRECISIONS = {"fp32": "float32", "tf32": "TF32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+PRECISIONS = {
+    "default": "float32 as torch sets it",
+    "fp32": "float32",
+    "tf32": "TF32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "int8": "int8",
+}
 PROCESSORS = {"avx2": "AVX2", "avx512": "AVX-512", "amx": "AMX"}  # by the last word of a file's name
-PUBLISHED = (("eager", "fp32"), ("plain", "fp32"))  # the published way: PyTorch, contiguous
+# The published way: PyTorch, contiguous, in `results.PUBLISHED_PRECISION`.
+PUBLISHED = (("eager", "default"), ("eager", "fp32"), ("plain", "default"), ("plain", "fp32"))
 BESIDE = 1.2  # up to this many times the time of the fastest engine, an engine stands beside it
 HERO, RIVAL = "vanillanet_11", "swin_tiny_patch4_window7_224"  # of nearly the same accuracy: 81.1 and 81.5 %
 
@@ -277,7 +288,7 @@ def training_statement(rows: Sequence[Row]) -> str:
     row = min(rows, key=lambda row: row["median_ms"])
     return (
         f"A training step of {_name(row['network'])} with {row['batch']:g} images of {row['resolution']:g} px takes "
-        f"{row['median_ms'] / 1e3:.1f} s at best ({_way(row)})."
+        f"{row['median_ms'] / 1e3:.2g} s at best ({_way(row)})."
     )
 
 
@@ -406,7 +417,9 @@ def write_figures(folder: Path, sections: Mapping[str, Sequence[Row]]) -> list[P
 
 
 def _processor(label: str) -> str:
-    """The kind of processor in words, by the name of its file: `cpu-avx512` is AVX-512."""
+    """The kind of processor in words, by the name of its file: `cpu-avx512` is AVX-512, `gpu-nvidia-l4` NVIDIA L4."""
+    if label.startswith("gpu-"):
+        return label.removeprefix("gpu-").replace("-", " ").upper()
     return PROCESSORS.get(label.rpartition("-")[2], label)
 
 

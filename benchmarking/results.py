@@ -7,20 +7,25 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import runtimes
+from benchmarking.spec import Spec
 from records.files import replacing
 
-__all__ = ["COLUMNS", "conditions", "read", "statistics", "write"]
+__all__ = ["COLUMNS", "PUBLISHED_PRECISION", "complete", "conditions", "read", "row", "statistics", "write"]
 
-# What a row says, in order. Times are of one call, for `batch` images.
+# What rows are compared with: float32 as PyTorch computes it when nothing is set.
+PUBLISHED_PRECISION = {"cpu": "fp32", "cuda": "default"}
+# What a row says, in order. The kinds are `inference`, `training`, and `machine` for a rate of the machine itself.
+# Times are of one call, for `batch` images.
 COLUMNS = (
     "kind", "network", "engine", "precision", "device", "resolution", "batch", "layers", "params_m", "macs_g",
     "calls", "median_ms", "p5_ms", "p95_ms", "mean_ms", "images_per_s", "ratio", "gflops", "limit_gflops", "share",
-    "peak_mb", "saved_mib", "first_s", "anchor_ms", "anchor",
+    "peak_mb", "saved_mib", "first_s", "event_ms", "sm_clock_mhz", "kernels", "device_mb", "anchor_ms", "anchor",
     "processor", "threads", "torch", "library", "date",
 )  # fmt: skip
 
@@ -72,6 +77,50 @@ def conditions(engine: str, *, device: str, threads: int) -> dict[str, str | int
     }
 
 
+def row(spec: Spec, seconds: Sequence[float], *, threads: int) -> dict[str, Any]:
+    """What a row says of the calls of one network, and where they were measured."""
+    return {
+        "kind": spec.kind,
+        "network": spec.label,
+        "engine": spec.engine,
+        "precision": spec.precision,
+        "device": spec.device,
+        "resolution": spec.resolution,
+        "batch": spec.batch,
+        **statistics(seconds, spec.batch),
+        **conditions(spec.engine, device=spec.device, threads=threads),
+    }
+
+
+def complete(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
+    """Put in what compares a row with others: the ratio to the published way, and the share of the machine's limit.
+
+    The published way is PyTorch eager in float32 as torch computes it when nothing is set, contiguous, on the same
+    network, resolution and batch; for training it is `plain`. A training step is counted as three forward passes.
+    """
+
+    def key(row: dict[str, Any]) -> tuple:
+        network = row["network"].partition(" (")[0]  # its variants are compared with the network as published
+        return row["kind"], network, row["device"], row["resolution"], row["batch"]
+
+    published = {
+        key(row): row["median_ms"]
+        for row in rows
+        if row["engine"] in ("eager", "plain")
+        and row["precision"] == PUBLISHED_PRECISION[runtimes.device_type(row["device"])]
+        and " (" not in row["network"]
+    }
+    for row in rows:
+        if row["kind"] == "machine":
+            continue
+        base = published.get(key(row))
+        row["ratio"] = base / row["median_ms"] if base else None
+        passes = 3 if row["kind"] == "training" else 1
+        row["gflops"] = 2 * passes * row["macs_g"] * row["batch"] / row["median_ms"] * 1e3
+        row["limit_gflops"] = limits.get(row["precision"])
+        row["share"] = row["gflops"] / row["limit_gflops"] if row["limit_gflops"] else None
+
+
 def _cell(value: object) -> object:
     return f"{value:.5g}" if isinstance(value, float) else value
 
@@ -85,8 +134,8 @@ def write(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[st
         writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
 
 
-NUMBERS = frozenset(COLUMNS[5:24]) | {"threads"}
-ADDED = {"saved_mib"}  # columns that older files lack
+NUMBERS = frozenset(COLUMNS[COLUMNS.index("resolution") : COLUMNS.index("anchor")]) | {"threads"}
+ADDED = {"saved_mib", "event_ms", "sm_clock_mhz", "kernels", "device_mb"}  # columns that older files lack
 
 
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, object]]:

@@ -20,6 +20,7 @@ class Spec:
         twin: a VanillaNet built in deploy form instead of fused from its train form.
         int8_depthwise: quantize its series activations, too.
         grad_checkpointing: of a training step, see `models.checkpointing`.
+        guard: a training step is guarded against non-finite losses as on a GPU, see `engine.FiniteGuard`.
     """
 
     network: str
@@ -33,13 +34,15 @@ class Spec:
     twin: bool = False
     int8_depthwise: bool = False
     grad_checkpointing: str = "none"
+    guard: bool = False
 
     @property
     def label(self) -> str:
         """The network as tables name it."""
         twin, depthwise = " (built deployed)" * self.twin, " (depthwise in int8)" * self.int8_depthwise
         checkpointing = f" (checkpointing {self.grad_checkpointing})" * (self.grad_checkpointing != "none")
-        return f"{Path(self.network).stem}{twin}{depthwise}{checkpointing}"
+        guard = " (guarded)" * self.guard
+        return f"{Path(self.network).stem}{twin}{depthwise}{checkpointing}{guard}"
 
     def __str__(self) -> str:
         return f"{self.label}, {self.engine}, {self.precision}, {self.resolution} px, batch {self.batch}"

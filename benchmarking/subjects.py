@@ -1,6 +1,7 @@
 """The networks that are measured, with random weights where there is no checkpoint, and a step of their training."""
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 
 import networks
 import runtimes
+from benchmarking import profiling
 from benchmarking.spec import Spec
 from deployment.fusing import open_deployed
+from engine import FiniteGuard
 from models.checkpointing import set_grad_checkpointing
 from networks import is_vanillanet
 from utils import keep_freed_memory
@@ -31,6 +34,7 @@ PAPER_PEERS = (
     "mobilenetv3_large_100",
 )
 CALIBRATION_IMAGES = 8
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TRAINING_SLOPE = 0.5  # lambda, in the middle of the ramp
 
 
@@ -81,7 +85,7 @@ def build_network(spec: Spec) -> tuple[nn.Module, torch.Tensor, runtimes.Target]
 
 
 def training_step(spec: Spec) -> Callable[[], None]:
-    """A step of training as main.py does it: forward pass, loss, backward pass, AdamW.
+    """A step of training as main.py does it: forward pass, loss, backward pass, AdamW; float16 with a scaler.
 
     The engine is `plain` (contiguous memory format), `channels_last`, or `compile`, which is channels-last, too.
     """
@@ -99,13 +103,40 @@ def training_step(spec: Spec) -> Callable[[], None]:
     images = torch.randn(spec.batch, 3, spec.resolution, spec.resolution, device=spec.device)
     images = images.to(memory_format=layout)
     targets = torch.randint(network.num_classes, (spec.batch,), device=spec.device)
-    bf16 = spec.precision == "bf16"
+    kind, dtype = images.device.type, HALF.get(spec.precision)
+    scaler = torch.amp.GradScaler(kind, enabled=spec.precision == "fp16")
+    guard = FiniteGuard(network, rank=0, world_size=1, deferred=True) if spec.guard else None
+    numbers = count()
 
     def step() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(kind, dtype=dtype, enabled=dtype is not None):
             logits = network(images)
-        F.cross_entropy(logits.float(), targets).backward()
-        optimizer.step()
+        loss = F.cross_entropy(logits.float(), targets)
+        scaler.scale(loss).backward()
+        if guard:
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in guard.parameters])
+            guard.examine(loss.detach(), norm, step=next(numbers), scaled=scaler.is_enabled())
+        scaler.step(optimizer)
+        if guard:
+            guard.undo_if_bad()
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def costs(spec: Spec) -> dict[str, float]:
+    """Layers, parameters and multiply-accumulates of a network as it is measured; of a training step, the memory."""
+    if spec.kind == "training":
+        network = create(spec.network, resolution=spec.resolution, width_mult=spec.width_mult, deploy=False)
+    else:
+        network = deployed(spec)
+    layers, params, macs = profiling.profile(network, spec.resolution)
+    found = {"layers": layers, "params_m": params / 1e6, "macs_g": macs / 1e9}
+    if spec.kind == "training" and spec.engine != "compile":  # the compiler has plans of its own
+        networks.set_slope(TRAINING_SLOPE, network.train())
+        set_grad_checkpointing(network, spec.grad_checkpointing)
+        saved = profiling.saved_per_image(network, spec.resolution, dtype=HALF.get(spec.precision))
+        found["saved_mib"] = saved / 2**20
+    return found

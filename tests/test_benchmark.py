@@ -11,7 +11,7 @@ import pytest
 import torchvision
 
 import benchmark
-from benchmarking import profiling, report, results
+from benchmarking import gpu, profiling, report, results
 from benchmarking.limit import PRODUCTS, best_product
 from benchmarking.spec import Spec
 from benchmarking.worker import Worker, WorkerError, closing, prepare
@@ -204,7 +204,7 @@ def test_the_comparison():
             ("b", "openvino", "fp32", 80.0),
         )
     ]  # fmt: skip
-    benchmark.complete(rows, {"fp32": 400.0, "int8": 2000.0})
+    results.complete(rows, {"fp32": 400.0, "int8": 2000.0})
     assert [row["ratio"] for row in rows] == [1.0, 8.0, 2.0, None]
     assert [row["gflops"] for row in rows] == [200.0, 1600.0, 400.0, 250.0]
     assert [row["share"] for row in rows] == [0.5, 0.8, None, 0.625]
@@ -441,3 +441,121 @@ def test_a_table_of_something_else(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("--report", tmp_path / "other.csv")
     assert "no column kind" in capsys.readouterr().err
+
+
+# -- what `make gpu` does
+
+
+TOY = gpu.Plan(
+    device="cpu", first=("vanillanet_5",), rest=(), compiled=(), packaged=(), trained=("vanillanet_5",),
+    precisions=("fp32",), recipe="fp32", resolution=64, width_mult=0.03125, batch=2, calls=3, steps=2,
+)  # fmt: skip
+
+
+def test_a_gpus_first_ten_minutes_begin_with_what_matters():
+    specs = list(gpu.Plan().specs())
+    assert list(dict.fromkeys(spec.network for spec in specs))[:6] == [
+        *("vanillanet_5", "vanillanet_9", "vanillanet_13", "resnet50", "swin_tiny_patch4_window7_224"),
+        "vanillanet_11",
+    ]
+    found = [(spec.engine, spec.precision) for spec in specs if spec.network == "vanillanet_5"]
+    every = ("default", "tf32", "bf16", "fp16")
+    assert found[:19] == [
+        *((engine, precision) for engine in ("eager", "channels_last", "cuda_graphs") for precision in every),
+        *((engine, precision) for engine in ("compile", "compile_cuda_graphs") for precision in ("tf32", "bf16")),
+        *(("triton", precision) for precision in ("tf32", "bf16", "fp16")),
+    ]
+    training = [spec for spec in specs if spec.kind == "training"]
+    assert [spec.batch for spec in training] == [128] * 21
+    assert [str(spec) for spec in training[:7]] == [
+        "vanillanet_5, plain, fp16, 224 px, batch 128",
+        "vanillanet_5 (guarded), plain, fp16, 224 px, batch 128",
+        "vanillanet_5, channels_last, bf16, 224 px, batch 128",
+        "vanillanet_5 (checkpointing activations), channels_last, bf16, 224 px, batch 128",
+        "vanillanet_5 (checkpointing full), channels_last, bf16, 224 px, batch 128",
+        "vanillanet_5 (guarded), channels_last, bf16, 224 px, batch 128",
+        "vanillanet_5, compile, bf16, 224 px, batch 128",
+    ]
+    # The published recipe trains so.
+    recipe = Path(gpu.ROOT, "recipes", "vanillanet_5.args").read_text()
+    assert "channels_last" not in recipe
+    assert {"--use_amp true", "--batch_size 128 --epochs 300 --decay_epochs 100"} <= set(recipe.splitlines())
+
+
+def test_a_gpu_is_measured_row_by_row_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    """On the CPU, the same code."""
+    monkeypatch.setattr(gpu, "GUARD_STEPS", 10)
+    monkeypatch.setattr(gpu.Walk, "tests", lambda self: None)
+    path = tmp_path / "gpu.csv"
+    walk = gpu.Walk(TOY, path)
+    walk.run()
+    rows = results.read(path)
+    assert [(row["network"], row["engine"]) for row in rows if row["kind"] == "inference"] == [
+        ("vanillanet_5", "eager"), ("vanillanet_5", "channels_last"),
+    ]  # fmt: skip
+    assert [row["kind"] for row in rows].count("training") == 6
+    eager = next(row for row in rows if row["engine"] == "eager")
+    # As torch counts them: 5 convolutions, 4 activations' depthwise convolutions.
+    assert eager["kernels"] > 9
+    assert eager["event_ms"] == pytest.approx(eager["median_ms"], rel=0.2)
+    assert eager["ratio"] == 1
+    assert walk.problems == []
+    assert "host memory grew by" in capsys.readouterr().out
+    assert "convolution" in (tmp_path / "gpu-profile.txt").read_text()
+
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-2]) + "\n")
+    again = gpu.Walk(TOY, path)
+    monkeypatch.setattr(
+        again, "measure", lambda spec, anchor, was=again.measure: done.append(spec) or was(spec, anchor)
+    )
+    done = []
+    again.run()
+    assert [spec.label for spec in done] == [row["network"] for row in rows[-2:]]
+    kept = [row["median_ms"] for row in results.read(path)[:-2]]
+    assert kept == [row["median_ms"] for row in rows[:-2]]
+
+
+def test_wrong_logits_end_a_gpus_run_with_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "GUARD_STEPS", 10)
+    monkeypatch.setattr(gpu.Walk, "tests", lambda self: None)
+    monkeypatch.setattr(gpu, "DRY", TOY)
+    monkeypatch.setattr(gpu, "TOLERANCES", {"fp32": 1e-12})
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--dry", "true", "--output", str(tmp_path / "gpu.csv")])
+    assert ended.value.code == 1
+    assert "does not hold: vanillanet_5, eager, fp32, 64 px, batch 1: the logits differ" in capsys.readouterr().err
+
+
+def test_without_a_gpu_one_line_names_the_dry_run(capsys, monkeypatch):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        gpu.main([])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "benchmarking.gpu: error: torch finds no GPU here: --dry true (make gpu DRY=1) walks through it on the CPU\n"
+    )
+
+
+def gpu_row(engine, ms, *, network="x", precision="bf16", share=0.5, params_m=50.0, anchor_ms=1.0):
+    return {
+        "kind": "inference", "network": network, "engine": engine, "precision": precision, "median_ms": ms,
+        "share": share, "params_m": params_m, "anchor_ms": anchor_ms,
+    }  # fmt: skip
+
+
+def test_what_cannot_be_of_a_gpus_times_is_named():
+    copies = {"kind": "machine", "network": "copy (GB/s)", "engine": "torch", "precision": "", "gflops": 1000.0}
+    possible = [copies, gpu_row("channels_last", 0.3), gpu_row("cuda_graphs", 0.1), gpu_row("triton", 0.07)]
+    assert gpu.check(possible, cache_bytes=40_000_000) == []
+    # 100 MB of weights, of which the cache may hold 40: 60 MB at 1000 GB/s take 0.06 ms.
+    for row, said in (
+        (gpu_row("triton", 0.059), "x, triton, bf16: 0.059 ms, and reading the weights takes 0.060 ms"),
+        (gpu_row("triton", 0.2, share=1.01), "x, triton, bf16: 1.01 of the limit, which is more than there is"),
+        (gpu_row("cuda_graphs", 0.31), "x, bf16: 0.310 ms as a CUDA graph, and 0.300 ms launch by launch"),
+        (
+            gpu_row("triton", 0.2, anchor_ms=1.11),
+            "the anchor moved from 1.000 to 1.110 ms: the clock is not steady",
+        ),
+    ):
+        assert gpu.check([*possible, row], cache_bytes=40_000_000) == [said]
