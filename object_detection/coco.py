@@ -19,19 +19,20 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as mask_utils
-from pycocotools.coco import COCO
 from torchvision import tv_tensors
 from torchvision.transforms.functional import to_tensor
 from torchvision.transforms.v2.functional import horizontal_flip
 
 from datasets import ImageDataset
 from loading.images import BrokenImageError, decode_image
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,10 @@ def _is(value: Any, kinds: tuple[type, ...]) -> bool:
     return type(value) in kinds and (type(value) not in NUMBER or -LARGEST < value < LARGEST)
 
 
-def index_annotations(data: Mapping[str, Any]) -> COCO:
+def index_annotations(data: Mapping[str, Any]) -> "COCO":
     """pycocotools' index of annotations."""
+    from pycocotools.coco import COCO
+
     coco = COCO()
     coco.dataset = dict(data)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
@@ -123,6 +126,8 @@ def encode_segment(segment: Any, height: int, width: int) -> dict[str, Any] | No
 
     Raises ValueError if it cannot be read, or is of another image size.
     """
+    from pycocotools import mask as mask_utils
+
     if isinstance(segment, list):
         if segment and _is(segment[0], NUMBER):  # one polygon that is not in a list of them
             segment = [segment]
@@ -252,6 +257,8 @@ class CocoDataset(ImageDataset):
             "labels": torch.tensor([label for _, label, _ in objects], dtype=torch.int64),
         }
         if self.masks:
+            from pycocotools import mask as mask_utils
+
             masks = [mask_utils.decode(rle) for _, _, rle in objects]
             target["masks"] = torch.from_numpy(np.stack(masks) if masks else np.zeros((0, height, width), np.uint8))
         return picture, target

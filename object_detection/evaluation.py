@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pycocotools import mask as mask_utils
-from pycocotools.cocoeval import COCOeval
 
 from engine import Precision
 from object_detection.coco import CocoDataset, encode_segment, index_annotations
@@ -38,6 +36,8 @@ def to_results(detection: Mapping[str, torch.Tensor], *, image_id: int, category
         for box, label, score in zip(boxes, detection["labels"].tolist(), detection["scores"].tolist(), strict=True)
     ]
     if "masks" in detection:
+        from pycocotools import mask as mask_utils
+
         masks = (detection["masks"][:, 0] > MASK_THRESHOLD).byte().cpu().numpy()  # (n, H, W)
         for row, mask in zip(rows, masks, strict=True):
             rle = mask_utils.encode(np.asfortranarray(mask))
@@ -72,6 +72,8 @@ def average_precision(
 
     Returns the numbers that have a ground truth: without a small object there is no `box_APs`.
     """
+    from pycocotools.cocoeval import COCOeval
+
     found = {}
     for kind in ("bbox", "segm") if masks else ("bbox",):
         truth = index_annotations(_ground_truth(data, kind))

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as mask_utils
 
 from datasets import read_idx
 from options import COUNT, WHOLE, Parser, number, path
@@ -98,6 +97,8 @@ def make_split(folder: Path, split: str, *, source: Path, images: int, side: int
     pixels = read_idx(source / f"{theirs}-images-idx3-ubyte.gz")
     labels = read_idx(source / f"{theirs}-labels-idx1-ubyte.gz")
     groups = {category: np.flatnonzero(np.isin(labels, theirs)) for category, (_, theirs) in CATEGORIES.items()}
+    from pycocotools import mask as mask_utils
+
     (folder / split).mkdir(parents=True, exist_ok=True)
     data: dict[str, list[dict[str, Any]]] = {
         "images": [],

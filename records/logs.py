@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from terminaltables import AsciiTable
 from tqdm import tqdm
 
 from records.files import replacing, writing
@@ -38,6 +37,8 @@ class SumMeter:
 
 def table(rows: Iterable[Iterable[object]], title: str | None = None, text_columns: int = 1) -> str:
     """Rows, the first being the header, as text; columns after the first `text_columns` are right-aligned."""
+    from terminaltables import AsciiTable  # not everywhere that trains: a machine of `make gpu` may lack it
+
     drawn = AsciiTable([[str(cell) for cell in row] for row in rows], title=title)
     for column in range(text_columns, len(drawn.table_data[0])):
         drawn.justify_columns[column] = "right"

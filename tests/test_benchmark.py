@@ -5,6 +5,8 @@ import itertools
 import re
 import shlex
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -444,6 +446,32 @@ def test_a_table_of_something_else(tmp_path, capsys):
 
 
 # -- what `make gpu` does
+
+
+def test_no_module_needs_the_packages_that_a_gpu_machine_may_lack():
+    """All are imported in a process where these cannot be."""
+    missing = [
+        "terminaltables",
+        "tensorboardX",
+        "pycocotools",
+        "tensorrt",
+        "openvino",
+        "onnx",
+        "onnxruntime",
+        "torchao",
+    ]
+    program = (
+        "import importlib, pathlib, sys\n"
+        f"sys.modules.update(dict.fromkeys({missing}))\n"
+        "for file in sorted(pathlib.Path('.').rglob('*.py')):\n"
+        "    if file.parts[0] not in ('.venv', 'docs', 'outputs', 'tests', 'hubconf.py'):\n"
+        "        name = '.'.join(file.with_suffix('').parts).removesuffix('.__init__')\n"
+        "        importlib.import_module(name)\n"
+        "        print(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=gpu.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert {"benchmarking.gpu", "object_detection.coco", "records.logs", "main"} <= set(done.stdout.split())
 
 
 TOY = gpu.Plan(
