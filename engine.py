@@ -119,7 +119,8 @@ class FiniteGuard:
 
     On the CPU the verdict is read before the optimizer steps. On a GPU reading it would make the host wait for the
     device in every step, so the step is taken and undone on the device, from a copy of the parameters, and the error is
-    raised when the verdict is next read: at a logging step, before a save, at the epoch's end.
+    raised when the verdict is next read: at a logging step, before a save, at the epoch's end. A fused optimizer of
+    torch's needs no copy: it skips the step itself, if its `found_inf` says so.
 
     Gradients are examined before they are averaged over the ranks, where infinity on one would be on all of them.
 
@@ -127,17 +128,28 @@ class FiniteGuard:
         model: the network that the optimizer changes, unwrapped.
         rank, world_size: of this process.
         deferred: read the verdict late; None does so wherever the network is not on the CPU.
+        fused: the optimizer if it is one of torch's fused ones, and no gradient scaler has its `found_inf` already.
     """
 
     LOSS, GRADIENT = 1, 2
 
-    def __init__(self, model: nn.Module, *, rank: int, world_size: int, deferred: bool | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rank: int,
+        world_size: int,
+        deferred: bool | None = None,
+        fused: torch.optim.Optimizer | None = None,
+    ):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.rank, self.world_size = rank, world_size
         self.deferred = self.device.type != "cpu" if deferred is None else deferred
-        self.backup = [torch.empty_like(p, requires_grad=False) for p in self.parameters] if self.deferred else []
-        self.bits = [p.detach().view(BITS[p.element_size()]) for p in self.parameters] if self.deferred else []
+        self.fused = fused if self.deferred else None
+        undone = self.parameters if self.deferred and fused is None else []
+        self.backup = [torch.empty_like(p, requires_grad=False) for p in undone]
+        self.bits = [p.detach().view(BITS[p.element_size()]) for p in undone]
         self.backup_bits = [copied.view(BITS[copied.element_size()]) for copied in self.backup]
         self.verdict = torch.zeros(world_size, dtype=torch.int32, device=self.device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
@@ -170,15 +182,17 @@ class FiniteGuard:
         self.verdict = torch.where(first, codes, self.verdict)
         self.bad_step = torch.where(first, step, self.bad_step)
         self.local_gradient.zero_()
-        if self.deferred:
+        if not self.deferred:
+            self.check()
+        elif self.fused is None:
             torch._foreach_copy_(self.backup, self.parameters)
         else:
-            self.check()
+            self.fused.grad_scale, self.fused.found_inf = None, (self.bad_step >= 0).float()
 
     @torch.no_grad()
     def undo_if_bad(self) -> None:
         """After the optimizer's step on a GPU: put the parameters back if the verdict on it, or one before, was bad."""
-        if self.deferred:
+        if self.backup:
             # As integers, in which a NaN times 0 is 0: three kernels over many tensors instead of two for each tensor.
             good = (self.bad_step < 0).to(torch.int32)
             torch._foreach_mul_(self.bits, good)
@@ -263,7 +277,10 @@ class TrainState:
         self.progress = Progress(epoch=start_epoch, updates=start_epoch * steps_per_epoch)
         self.best: dict[str, float] = {}
         self.start_slope = 1.0
-        self.guard = FiniteGuard(model, rank=self.world.rank, world_size=self.world.size)
+        skips = optimizer.defaults.get("fused") and not self.scaler.is_enabled()
+        self.guard = FiniteGuard(
+            model, rank=self.world.rank, world_size=self.world.size, fused=optimizer if skips else None
+        )
         self.network = model
         if self.world.distributed:
             self.network = nn.parallel.DistributedDataParallel(
@@ -350,8 +367,11 @@ class TrainState:
 
     def _load_optimizer(self, saved: Mapping[str, Any], *, path: str | Path, new_settings: bool) -> None:
         own = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
+        # Fused or not is this run's, since a run that began on the CPU may go on on a GPU.
+        fused = self.optimizer.defaults.get("fused")
+        groups = [{**group, "fused": fused} if "fused" in group else group for group in saved["param_groups"]]
         try:
-            self.optimizer.load_state_dict(saved)
+            self.optimizer.load_state_dict({**saved, "param_groups": groups})
         except (ValueError, KeyError) as error:
             raise CheckpointError(
                 f"cannot resume from {path}: its optimizer differs ({error}): begin anew with --finetune"

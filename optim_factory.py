@@ -1,5 +1,6 @@
 """Parameter groups, the optimizer, and the schedules as pure functions of a step."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from timm.models import group_parameters
 from timm.optim import (
     OptimInfo,
     create_optimizer_v2,
+    get_optimizer_class,
     get_optimizer_info,
     param_groups_layer_decay,
     param_groups_weight_decay,
@@ -99,6 +101,13 @@ def taken_by(opt: str) -> list[str]:
     return [name for name in ("eps", "betas", "momentum") if getattr(_optimizer_info(opt), f"has_{name}")]
 
 
+def fusible(opt: str) -> bool:
+    """Whether one of timm's optimizers is one of torch's that can be fused."""
+    if opt.lower().startswith("lookahead_"):  # its optimizer is behind another, which hands on no `found_inf`
+        return False
+    return "fused" in inspect.signature(get_optimizer_class(opt.lower(), bind_defaults=False)).parameters
+
+
 def build_optimizer(
     model: nn.Module,
     opt: str,
@@ -112,6 +121,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """One of timm's optimizers over the `parameter_groups` of the model, with what it takes of the other settings.
 
+    On a GPU it is fused where torch has it so: one kernel for many parameters, and none for the guard's copies.
+
     Raises:
         ValueError: an unknown optimizer, one that needs second derivatives or is not installed, or as many betas as it
             does not have.
@@ -124,6 +135,8 @@ def build_optimizer(
     if "betas" in kwargs and len(kwargs["betas"]) != info.num_betas:
         raise ValueError(f"--opt {opt} takes {info.num_betas} values for --opt_betas, not {len(kwargs['betas'])}")
     try:
+        if next(model.parameters()).is_cuda and fusible(opt):
+            kwargs["fused"] = True
         groups = parameter_groups(model, weight_decay=weight_decay, layer_decay=layer_decay)
         return create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=weight_decay, **kwargs)
     except (AssertionError, ImportError) as error:  # of one from a package that is not installed, or for GPUs only

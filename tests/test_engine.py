@@ -47,7 +47,7 @@ def train(model, data, *, precision=None, criterion=None, mixup=None, lr=0.1, gu
     objective = Classification(criterion or nn.CrossEntropyLoss(), precision, mixup)
     state = TrainState(
         model,
-        torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
+        kwargs.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
         meter=SumMeter(objective.sums, CPU),
         scaler=kwargs.pop("scaler", precision.scaler()),
         averages=kwargs.pop("averages", {}),
@@ -155,6 +155,59 @@ def test_deferred_guard_undoes_the_bad_step_and_all_after_it(dtype):
     assert torch.equal(parameters(model), history[1])
     with pytest.raises(NonFiniteError, match="step 1"):
         guard.check()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+def test_a_fused_optimizer_skips_the_bad_step_and_all_after_it(optimizer):
+    """By torch's own `found_inf`, without a copy of the parameters; the good steps are those of an unguarded run."""
+    model, reference = tiny(), tiny()
+    reference.load_state_dict(model.state_dict())
+    fused = [optimizer(one.parameters(), lr=0.1, fused=True) for one in (model, reference)]
+    guard = FiniteGuard(model, rank=0, world_size=1, deferred=True, fused=fused[0])
+    assert guard.backup == []
+    for step, loss in enumerate([1.0, 2.0, math.nan, 3.0]):
+        for one, steps in ((model, fused[0]), (reference, fused[1])):
+            for parameter in one.parameters():
+                parameter.grad = torch.full_like(parameter, loss)
+            if one is model:
+                guard.examine(torch.tensor(loss), torch.tensor(1.0), step=step, scaled=False)
+            if one is model or step < 2:
+                steps.step()
+        guard.undo_if_bad()
+        assert torch.equal(parameters(model), parameters(reference)), step
+    states = [list(one.state.values()) for one in fused]
+    for guarded, plain in zip(*states, strict=True):
+        assert all(torch.equal(guarded[name], plain[name]) for name in guarded if guarded[name] is not None)
+    with pytest.raises(NonFiniteError, match="step 2"):
+        guard.check()
+
+
+def test_a_fused_optimizer_is_given_to_the_guard_unless_a_scaler_has_it(monkeypatch):
+    given = []
+    monkeypatch.setattr(engine, "FiniteGuard", lambda *args, fused, **kwargs: given.append(fused))
+    model = tiny()
+    fused, plain = (torch.optim.AdamW(model.parameters(), fused=fused) for fused in (True, False))
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    for optimizer, scaling in ((fused, None), (fused, scaler), (plain, None)):
+        TrainState(model, optimizer, meter=SumMeter(("loss",), CPU), scaler=scaling)
+    assert given == [fused, None, None]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_resumed_optimizer_stays_fused_or_not(fused):
+    """A checkpoint of the CPU goes on on a GPU, and the reverse."""
+    model, other = tiny(), tiny()
+    first = torch.optim.AdamW(model.parameters(), fused=not fused)
+    train(model, batches(2), optimizer=first)
+    state = TrainState(
+        other, torch.optim.AdamW(other.parameters(), fused=fused), meter=SumMeter(("loss", "count"), CPU)
+    )
+    state._load_optimizer(first.state_dict(), path="x", new_settings=False)
+    assert [group["fused"] for group in state.optimizer.param_groups] == [fused]
+    assert all(
+        torch.equal(mine["exp_avg"], theirs["exp_avg"])
+        for mine, theirs in zip(state.optimizer.state.values(), first.state.values(), strict=True)
+    )
 
 
 def test_deferred_guard_holds_on_to_no_graph():

@@ -12,6 +12,7 @@ from optim_factory import (
     activation_slope,
     build_optimizer,
     cosine_schedule,
+    fusible,
     parameter_groups,
     set_hyperparameters,
     taken_by,
@@ -156,3 +157,12 @@ def test_an_optimizer_gets_what_it_takes():
     sgd = build_optimizer(tiny(), "sgd", lr=1e-3, weight_decay=0.0, eps=1e-3, betas=(0.9, 0.99), momentum=0.7)
     assert sgd.defaults["momentum"] == 0.7
     assert not {"eps", "betas"} & set(sgd.defaults)
+
+
+@pytest.mark.parametrize(
+    ("opt", "expected"),
+    [("adamw", True), ("AdamW", True), ("sgd", True), ("lamb", False), ("nadamw", False), ("lookahead_adamw", False)],
+)
+def test_what_can_be_fused(opt, expected):
+    """The published recipes train with LAMB, which is timm's."""
+    assert fusible(opt) is expected
