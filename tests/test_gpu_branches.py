@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import benchmark
 import runtimes
-from benchmarking import limit, subjects, worker
+from benchmarking import limit, results, subjects, worker
 from benchmarking.spec import Spec
 from runtimes import Target, graphs, running
 from runtimes.engines import cuda_graphs, onnxruntime, tensorrt
@@ -98,7 +98,7 @@ def test_a_gpu_is_compared_with_torchs_default():
          "resolution": 224, "batch": 1, "median_ms": ms, "macs_g": 1.0}
         for precision, ms in (("fp32", 4.0), ("default", 2.0), ("bf16", 1.0))
     ]  # fmt: skip
-    benchmark.complete(rows, {})
+    results.complete(rows, {})
     assert [row["ratio"] for row in rows] == [0.5, 1.0, 2.0]
 
 
@@ -355,7 +355,7 @@ def test_a_turn_on_a_gpu_is_of_fifty_calls(monkeypatch):
         def peak_mb(self):
             return 1.0
 
-    monkeypatch.setattr(benchmark, "_costs", lambda spec: {})
+    monkeypatch.setattr(subjects, "costs", lambda spec: {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     args = benchmark.parse_args(["--model", "vanillanet_5", "--device", "cuda", "--calls", "120"])
     one = FakeWorker()
