@@ -122,10 +122,11 @@ class Plan:
                         yield self._spec(name, engine, precision)
 
     def training(self) -> Iterator[Spec]:
-        """As the recipes have it, then in bfloat16, with the guard, with gradient checkpointing, and compiled."""
+        """With nothing set, as the recipes have it, with the guard, in bfloat16, with checkpointing, and compiled."""
         for name in self.trained:
             shared = {"kind": "training", "batch": self.batch}
-            yield self._spec(name, "plain", self.recipe, **shared)
+            for precision in dict.fromkeys((self.precisions[0], self.recipe)):
+                yield self._spec(name, "plain", precision, **shared)
             yield self._spec(name, "plain", self.recipe, guard=True, **shared)
             for mode in ("none", "activations", "full"):
                 yield self._spec(name, "channels_last", "bf16", grad_checkpointing=mode, **shared)
@@ -445,6 +446,8 @@ def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) ->
         plan = DRY if args.dry else Plan(device=args.device)
         name = "dry" if args.dry else re.sub(r"\W+", "-", torch.cuda.get_device_name(args.device)).lower()
         output = args.output or ROOT / ("outputs" if args.dry else "results") / f"gpu-{name}.csv"
+        if args.dry and not args.output:  # it is there to walk through everything
+            output.unlink(missing_ok=True)
         walk = Walk(plan, output)
         walk.run()
         print(f"{len(walk.rows)} rows in {output}; tables and figures: python benchmark.py --report {output}")
