@@ -91,6 +91,7 @@ def run(args: Arguments) -> None:
     if network.weights and network.weights.choice:
         sys.stderr.write(f"export.py: {network.weights.choice}\n")
     metadata = metadata_of(network)
+    # Named after the checkpoint, or after the model where there is none.
     name = Path(args.source).stem if metadata.checkpoint else metadata.model
     if args.engine == WEIGHTS:
         path = Path(args.output or Path("exports") / name / "model.safetensors")

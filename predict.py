@@ -86,6 +86,7 @@ def open_runtime(args: Arguments) -> runtimes.Runtime:
 
 def run(args: Arguments) -> int:
     """Print, and write to --output. Returns the exit code: 1 if an image is broken."""
+    # What would end the command is looked for before the network is opened, which takes time.
     paths = list_images(args.images)
     if args.output is not None:
         check_writable(args.output)
@@ -95,6 +96,7 @@ def run(args: Arguments) -> int:
         args.moot("topk", f"--topk {args.topk} is more than the {number} classes of {args.source}")
     if isinstance(sys.stdout, io.TextIOWrapper):  # which may not have all letters of a class's name
         sys.stdout.reconfigure(errors="backslashreplace")
+    # Image by image; a broken one is named, and an error only if it is all that was asked for.
     found = predict(runtime, paths, top=args.topk, batch_size=args.batch_size)
     kept: list[Prediction] = []
     broken = 0

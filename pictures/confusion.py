@@ -67,16 +67,9 @@ def confusion_figure(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     Args:
         counts: (C, C), integers: images by true class and prediction.
         classes: names of the C classes; of several names for one, as ImageNet has them, the first is shown.
-
-    Raises:
-        ValueError: another shape, or no image.
     """
-    counts = np.asarray(counts)
-    if counts.shape != (len(classes), len(classes)):
-        raise ValueError(f"a confusion matrix of {len(classes)} classes is no array of shape {counts.shape}")
-    if not counts.sum():
-        raise ValueError("the confusion matrix has no image")
     classes = [name.partition(",")[0] for name in classes]
+    # As large as the names need; many classes have no names, and the worst pairs in words instead.
     if len(classes) > NAMED:
         figure = style.new_figure(13, 6.5)
         matrix, pairs = figure.subplots(1, 2)
@@ -86,6 +79,7 @@ def confusion_figure(counts: np.ndarray, classes: Sequence[str]) -> Figure:
         figure = style.new_figure(side, side + 0.4)
         matrix = figure.subplots()
     _draw_matrix(matrix, counts, classes)
+    # What one should see: the share of right answers, and the worst of the wrong ones.
     title = f"Right for {100 * np.trace(counts) / counts.sum():.2f} % of {counts.sum():,} images"
     if worst := worst_pairs(counts, 1):
         ((true, predicted),) = worst

@@ -98,6 +98,7 @@ def accuracy_figure(panels: Mapping[str, Sequence[Result]], quantity: str, *, ti
         panels: results by the title of their panel, all of the same sources.
         quantity: `layers`, or `latency_ms`, which is drawn on a logarithmic axis.
     """
+    # What has both numbers is drawn; a latency alone stands in a strip below the axes.
     drawn = {name: [one for one in rows if getattr(one, quantity) is not None] for name, rows in panels.items()}
     known = {name: [one for one in rows if one.top1 is not None] for name, rows in drawn.items()}
     alone = {name: [one for one in rows if one.top1 is None] for name, rows in drawn.items()}

@@ -56,6 +56,7 @@ def read_images(paths: Sequence[str], limit: int) -> tuple[list[Photo], int, lis
     Raises:
         ValueError: nothing there, no image in a folder, or none that can be read.
     """
+    # An idx file holds many images, which have no names and no folders.
     sources = []
     for path in paths:
         if path.removesuffix(".gz").endswith("idx3-ubyte"):

@@ -66,6 +66,7 @@ def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]], panels: Pa
                 axes.plot(*zip(*points, strict=True), marker=".", **look)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
+        # Of one run the lines themselves, of several what their styles mean.
         if len(columns) > 1 and axes.lines:
             shown = [Line2D([], [], color="gray", ls=style, label=column) for column, style in styles.items()]
             axes.legend(handles=axes.lines if single else shown)

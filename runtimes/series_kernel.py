@@ -31,6 +31,7 @@ def series_kernel(
     x, weight, bias, out, height, width, channels, POOL: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr
 ):
     """A row's four places, as four accumulators: in one array of rows the compiler would spill."""
+    # A program's place: a row of an image, four neighbours in it, and CHANNELS channels.
     rows, columns = height // POOL, width // POOL
     line, first = tl.program_id(0), tl.program_id(1) * 4
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -39,6 +40,7 @@ def series_kernel(
     known = c < channels
     start = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
     a0, a1, a2, a3 = start, start, start, start
+    # Row by row of taps; a place of the map goes into each of the four sums that has a tap on it.
     for i in range(SIZE):
         taps = weight + i * SIZE * channels + c
         for j in tl.static_range(SIZE + 3):

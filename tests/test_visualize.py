@@ -525,12 +525,6 @@ def test_of_many_classes_the_worst_pairs_are_listed(tmp_path):
         assert image.getpixel((0, 0))[3] == 0
 
 
-@pytest.mark.parametrize(("counts", "message"), [(np.eye(3), r"2 classes .* \(3, 3\)"), (np.zeros((2, 2)), "no image")])
-def test_no_confusion_matrix(counts, message):
-    with pytest.raises(ValueError, match=message):
-        confusion_figure(counts, ["a", "b"])
-
-
 # -- bad input
 
 

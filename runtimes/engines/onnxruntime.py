@@ -36,6 +36,7 @@ def _quantize(path: Path, calibration: Calibration, *, symmetric: bool) -> None:
         def get_next(self):
             return next(inputs, None)
 
+    # Quantization wants a graph that is optimized and knows its shapes; those with names are of the batch alone.
     kind = quantization.QuantType
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"

@@ -27,6 +27,7 @@ class Engine(base.FileEngine):
     def _export(self, network, images, path, target, metadata):
         import tensorrt as trt
 
+        # The graph, from a file of ONNX that is not kept.
         logger = trt.Logger(trt.Logger.WARNING)
         builder = trt.Builder(logger)
         graph = builder.create_network(0)
@@ -48,6 +49,7 @@ class Engine(base.FileEngine):
         plan = builder.build_serialized_network(graph, config)
         if plan is None:
             raise ValueError("TensorRT could not build the network; its log says why")
+        # A plan has no place for metadata, so they stand in front of it.
         header = json.dumps(metadata.to_strings()).encode()
         path.write_bytes(struct.pack("<I", len(header)) + header + bytes(plan))
         return [path]
