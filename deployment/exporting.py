@@ -18,15 +18,6 @@ TOLERANCES = {"default": 1e-2, "fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16":
 COMPARED_IMAGES = 32
 
 
-@torch.inference_mode()
-def compare(runtime: runtimes.Runtime, network: nn.Module, images: torch.Tensor) -> tuple[float, int]:
-    """The largest difference of the logits, relative to the largest logit; how many images get the same class."""
-    expected = network(images)
-    found = runtime(images).cpu()
-    difference = (found - expected).abs().max() / expected.abs().max()
-    return difference.item(), int((found.argmax(1) == expected.argmax(1)).sum())
-
-
 def write_exported(
     network: nn.Module,
     path: Path,
@@ -57,7 +48,10 @@ def write_exported(
         with tempfile.TemporaryDirectory(prefix="writing-", dir=path.parent) as folder:
             batch = images[:1].expand(batch_size, -1, -1, -1).contiguous()
             files = engine.export(network, batch, Path(folder) / path.name, target, metadata)
-            difference, same = compare(engine.open(files[0], target), network, images)
+            with torch.inference_mode():
+                expected, found = network(images), engine.open(files[0], target)(images).cpu()  # (N, classes)
+            difference = ((found - expected).abs().max() / expected.abs().max()).item()
+            same = int((found.argmax(1) == expected.argmax(1)).sum())
             comparison = (
                 f"largest logit difference from PyTorch in float32, relative: {difference:.1e}; "
                 f"the same class for {same} of {len(images)} images"
