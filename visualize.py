@@ -11,8 +11,6 @@ from pathlib import Path
 
 from options import COUNT, FRACTION, WHOLE, Arguments, Parser, file_path, path
 
-PAPER_RESULTS = Path(__file__).parent / "docs" / "paper_results.csv"
-
 
 def _add_output(parser: Parser) -> None:
     parser.add_argument("--output", type=path, required=True, metavar="FILE.png", help="picture to write")
@@ -55,8 +53,6 @@ def build_parser() -> Parser:
     figures = commands.add_parser("figures", help="the paper's depth and latency against accuracy")
     what = "folder for depth_accuracy.png and latency_accuracy.png"
     figures.add_argument("--output_dir", type=path, required=True, help=what)
-    what = "table of the paper's results [docs/paper_results.csv]"
-    figures.add_argument("--paper", type=path, default=PAPER_RESULTS, help=what)
 
     detections = commands.add_parser("detections", help="boxes and masks that a detector finds in images")
     _add_images(detections, shown="images in the picture")
@@ -85,7 +81,7 @@ from object_detection.checkpoints import open_detector
 from object_detection.draw import draw_images
 from pictures import style
 from pictures.cam import cam_figure
-from pictures.figures import read_results, results_figures
+from pictures.figures import paper_results, results_figures
 from pictures.subjects import Photo, open_network, read_images
 from records import curves
 from records.files import mistakes_end, one_line
@@ -118,7 +114,7 @@ def draw_curves(args: Arguments) -> None:
 
 
 def draw_figures(args: Arguments) -> None:
-    for name, figure in results_figures(read_results(args.paper)).items():
+    for name, figure in results_figures(paper_results()).items():
         _save(figure, args.output_dir / name)
 
 
