@@ -8,6 +8,7 @@ n samples are the same set for any number of ranks.
 import logging
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -16,7 +17,7 @@ from loading.images import BrokenImageError
 from loading.order import EpochSampler, kept_random_states, seed_all
 from loading.processes import Loading, Sample, iterate, make_loader, mapped
 from loading.streams import StreamDataset, StreamEvalLoader, StreamTrainLoader
-from loading.views import Views
+from loading.views import finished
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,9 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Raises ValueError if no readable image is found for a place in a batch."""
+        return finished(self._batches(), getattr(self._dataset, "transform", None), self._device)
+
+    def _batches(self) -> Iterator[tuple[Any, torch.Tensor]]:
         for images, targets, _, notes in iterate(self._loader):
             _note_broken(notes, self.broken, self._dataset)
             if targets is None or len(targets) < self._batch_size:
@@ -122,8 +126,6 @@ class TrainLoader:
                     f"no readable training image in {min(len(self._dataset), MAX_TRIES)} tries, the last was "
                     f"{self._dataset.describe(index)}: {reason}; replace such files"
                 )
-            if isinstance(images, Views):
-                images = self._dataset.transform.finish(images, self._device)
             yield images, targets
 
 

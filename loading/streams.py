@@ -19,7 +19,7 @@ from loading.images import to_rgb
 from loading.order import kept_random_states, seed_all
 from loading.processes import Loading, Sample, iterate, make_loader, mapped
 from loading.transforms import Transform
-from loading.views import Views
+from loading.views import finished
 from records.files import first_line
 
 # The prefixes of timm's data set names, with the package that each needs.
@@ -207,11 +207,10 @@ class StreamTrainLoader:
         samples = _TrainStream(self._dataset, images, key=(loading.seed, self._epoch, loading.rank))
         loader = make_loader(samples, loading, batch_size=loading.batch_size, seed=words[1] + loading.rank)
         count = 0
-        for images, targets, _, _ in iterate(loader):
+        batches = ((images, targets) for images, targets, _, _ in iterate(loader))
+        for batch in finished(batches, self._dataset.transform, loading.device):
             count += 1
-            if isinstance(images, Views):
-                images = self._dataset.transform.finish(images, loading.device)
-            yield images, targets
+            yield batch
         if count < self._length:
             ended = f"--data_set {self._dataset.name} ended after {count} of {self._length} batches"
             raise ValueError(f"{ended}: it needs a shard for each loader process of each rank, lower --num_workers")

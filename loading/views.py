@@ -4,9 +4,9 @@ Loader processes send uint8, a quarter of the memory of float32; a whole batch i
 All random numbers are drawn in the first half, so the second is a function of what it is given.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -115,3 +115,28 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return self.finish(self.view(image), torch.device("cpu"))[0]
+
+
+def finished(batches: Iterator[tuple[Any, Any]], transform: Any, device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """Batches (images, targets) whose views are finished on the device; of other transforms as they are.
+
+    A GPU copies, normalizes and erases the next batch in a stream of its own while the network computes with this one.
+    """
+    if not hasattr(transform, "finish"):
+        yield from batches
+        return
+    done = ((transform.finish(views, device), targets) for views, targets in batches)
+    if device.type != "cuda":
+        yield from done
+        return
+    side = torch.cuda.Stream(device)
+    with torch.cuda.stream(side):
+        batch = next(done, None)
+    while batch is not None:
+        main = torch.cuda.current_stream(device)
+        main.wait_stream(side)  # for this batch alone: the next one is not begun yet
+        batch[0].record_stream(main)  # or its memory would be used again in the other stream
+        with torch.cuda.stream(side):
+            following = next(done, None)
+        yield batch
+        batch = following

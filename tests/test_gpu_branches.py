@@ -11,6 +11,7 @@ import sys
 import types
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -24,6 +25,11 @@ import benchmark
 import runtimes
 from benchmarking import limit, results, subjects, worker
 from benchmarking.spec import Spec
+from datasets import ArrayDataset
+from loading.loaders import TrainLoader
+from loading.processes import Loading
+from loading.transforms import Preprocessing, build_train_transform
+from loading.views import TrainTransform
 from runtimes import Target, graphs, running
 from runtimes.engines import cuda_graphs, onnxruntime, tensorrt
 
@@ -178,7 +184,7 @@ class Cuda:
     """torch.cuda's device, streams and graphs, each of which notes the device that was current when it was made."""
 
     def __init__(self, monkeypatch):
-        self.current, self.used, self.log = 0, [], []
+        self.current, self.used, self.log, self.inside = 0, [], [], "main"
         for name in ("device", "Stream", "current_stream", "stream", "CUDAGraph", "graph", "synchronize"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -193,6 +199,7 @@ class Cuda:
         index = self.current if device is None else torch.device(device).index
         self.used.append(index)
         return types.SimpleNamespace(
+            name=name,
             device=torch.device("cuda", index or 0),
             cuda_stream=handle,
             wait_stream=lambda other: self.log.append(f"{name} waits"),
@@ -211,7 +218,9 @@ class Cuda:
     @contextlib.contextmanager
     def stream(self, stream):
         self.used.append(self.current)
+        before, self.inside = self.inside, stream.name
         yield
+        self.inside = before
 
     graph = stream
 
@@ -233,6 +242,29 @@ def test_a_gpu_that_is_not_there_is_named(network, images, monkeypatch, engine):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="cuda:2: this machine has 2 CUDA devices"):
         runtimes.load(network, engine=engine, images=images, device="cuda:2")
+
+
+# -- training's batches
+
+
+def test_the_next_batch_is_made_in_a_stream_of_its_own(monkeypatch):
+    cuda, finish = Cuda(monkeypatch), TrainTransform.finish
+    transform = build_train_transform(Preprocessing(8), reprob=1.0)
+    pixels = np.random.default_rng(0).integers(256, size=(6, 8, 8, 3), dtype=np.uint8)
+    dataset = ArrayDataset(pixels, range(6), classes=list("abcdef"), transform=transform, name="six")
+    expected = list(TrainLoader(dataset, Loading(2)))
+
+    def on_the_cpu(self, views, device):
+        cuda.log.append(f"{cuda.inside} finishes for {device}")
+        return finish(self, views, torch.device("cpu"))
+
+    monkeypatch.setattr(TrainTransform, "finish", on_the_cpu)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: cuda.log.append(f"kept for {stream.name}"))
+    for batch, wanted in zip(TrainLoader(dataset, Loading(2, device=torch.device("cuda:1"))), expected, strict=True):
+        cuda.log.append("step")
+        assert all(torch.equal(*pair) for pair in zip(batch, wanted, strict=True))
+    taken, ahead = ["main waits", "kept for main"], ["side finishes for cuda:1"]
+    assert cuda.log == [*ahead, *taken, *ahead, "step", *taken, *ahead, "step", *taken, "step"]
 
 
 # -- libraries with streams of their own
