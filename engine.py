@@ -1,7 +1,6 @@
 """One epoch of training, the state that it changes, and evaluation."""
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -159,7 +158,8 @@ class FiniteGuard:
                 parameter.register_hook(self._watch)
 
     def _watch(self, gradient: torch.Tensor) -> None:
-        self.local_gradient |= ~torch.isfinite(gradient).all()
+        # By its norm, as `examine` judges a single process: one pass over the gradient, where isfinite takes several.
+        self.local_gradient |= ~torch.isfinite(torch.linalg.vector_norm(gradient))
 
     @torch.no_grad()  # else the copies would hang on to the graph of every step before
     def examine(self, loss: torch.Tensor, grad_norm: torch.Tensor, *, step: int, scaled: bool) -> None:
@@ -499,7 +499,9 @@ def train_one_epoch(
 
         # Clip the true gradients, not the scaled ones.
         scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(guard.parameters, math.inf if clip_grad is None else clip_grad)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in guard.parameters if p.grad is not None])
+        if clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(guard.parameters, clip_grad, grad_norm)
 
         # Guard and step: what is not finite on any rank must not reach the parameters.
         guard.examine(loss, grad_norm, step=progress.step, scaled=scaler.is_enabled())
