@@ -46,9 +46,9 @@ def build_parser() -> Parser:
         "--engine",
         "--runtimes",
         nargs="+",
-        choices=("all", *runtimes.ENGINES),
+        choices=("all", *dict.fromkeys((*runtimes.ENGINES, *TRAINING_ENGINES))),
         default=["all"],
-        help="engines; all: those that run on --device",
+        help=f"engines; all: those that run on --device; of training steps {', '.join(TRAINING_ENGINES)}",
     )
     what.add_argument(
         "--precision", "--precisions", nargs="+", choices=runtimes.PRECISIONS, help="precisions [all of an engine]"
@@ -120,15 +120,18 @@ def _check(args: Arguments) -> None:
         args.moot(flag, f"--profile true prints a table of its own: leave --{flag} out")
     for flag in ("data_path", "num_workers"):
         args.needs(flag, args.loading or flag not in args.given, "it is for --loading true")
-    for flag in ("engine", "twins", "int8_depthwise"):
+    for flag in ("twins", "int8_depthwise"):
         args.needs(flag, not args.training, "--training true has engines of its own")
+    if others := set(args.engine) - {"all", *(TRAINING_ENGINES if args.training else runtimes.ENGINES)}:
+        found = f"--training {str(args.training).lower()}"
+        raise ValueError(f"--engine {' '.join(sorted(others))} does not go with {found}: leave it out")
     if not args.training:
         args.moot("grad_checkpointing", "--grad_checkpointing belongs to training steps: add --training true")
     precisions = TRAINING_PRECISIONS.get(runtimes.device_type(args.device), ())
     if args.training and not set(args.precision or ()) <= set(precisions):
         raise ValueError(f"--training true computes in {' and '.join(precisions)}: name no other --precision")
     if args.quick:
-        for flag in QUICK.keys() - set(args.given):
+        for flag in QUICK.keys() - {*args.given, *(["engine"] if args.training else [])}:
             setattr(args, flag, QUICK[flag])
 
 
@@ -180,7 +183,8 @@ def _engines(args: argparse.Namespace) -> list[tuple[str, str]]:
     """(engine, precision) of all that is asked for and can run on this device."""
     kind = runtimes.device_type(args.device)
     if args.training:
-        return list(itertools.product(TRAINING_ENGINES, args.precision or TRAINING_PRECISIONS[kind]))
+        chosen = TRAINING_ENGINES if "all" in args.engine else args.engine
+        return list(itertools.product(chosen, args.precision or TRAINING_PRECISIONS[kind]))
     every = list(runtimes.ENGINES) if "all" in args.engine else args.engine
     pairs = []
     for name in every:
@@ -385,6 +389,8 @@ def run(args: argparse.Namespace) -> None:
         sections = {args.output.stem if args.output else "cpu": rows}
     for title, table in report.tables(rows):
         print(logs.table(table, title, text_columns=report.TEXT_COLUMNS))
+    if len(memory := report.memory_table(rows)) > 1:
+        print(logs.table(memory, "gradient checkpointing, and the largest batch by a GPU's memory"))
     drawn = report.write_figures(args.figures, sections) if args.figures else []
     if args.docs:
         report.write_page(args.docs, sections, figures=[path.name for path in drawn])

@@ -3,22 +3,24 @@
 import copy
 import random
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import chain
 from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.vanillanet import SeriesActivation
 
 __all__ = [
+    "alive_per_image",
     "count_layers",
     "count_macs",
     "count_params",
@@ -84,29 +86,87 @@ def _saved(model: Callable, images: torch.Tensor, precision: AbstractContextMana
     return sum(storage.nbytes() for storage in kept.values())
 
 
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators have made and that are still there.
+
+    Attributes:
+        most: there ever were.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.most, self.storages = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.storages:
+                self.storages.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.bytes)
+        return result
+
+    def _gone(self, storage: int, size: int) -> None:
+        self.storages.remove(storage)
+        self.bytes -= size
+
+
+def _alive(model: Callable, images: torch.Tensor, precision: AbstractContextManager) -> int:
+    """The most bytes that are in use at once in a forward and a backward pass."""
+    with _Alive() as alive:
+        with precision:
+            outputs = model(images.clone())
+        outputs.float().sum().backward()
+    return alive.most
+
+
+def _per_image(
+    count: Callable[..., int], batches: tuple[int, int], model: nn.Module, resolution: int, dtype: torch.dtype | None
+) -> float:
+    """What a count of bytes grows by for an image more, between two sizes of the batch.
+
+    The tensors are fake: their shapes are computed and nothing else, so the device and its memory do not matter.
+    """
+    device, model = next(model.parameters()).device, copy.deepcopy(model)
+    with FakeTensorMode() as mode:
+        model._apply(mode.from_tensor)
+        small, large = (
+            count(
+                model,
+                torch.empty(batch, 3, resolution, resolution, device=device).to(memory_format=torch.channels_last),
+                torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
+            )
+            for batch in batches
+        )
+    return (large - small) / (batches[1] - batches[0])
+
+
 def saved_per_image(model: nn.Module, resolution: int, *, dtype: torch.dtype | None = None) -> float:
     """Bytes that the forward pass of `model`, as it is, leaves for the backward pass, for each image of a batch.
 
-    Parameters and their copies in a lower precision do not count, since they do not grow with the batch. The tensors
-    are fake: their shapes are computed and nothing else, so the device and its memory do not matter.
+    Parameters and their copies in a lower precision do not count, since they do not grow with the batch.
 
     Args:
         model: in train mode, in any memory format.
         resolution: height and width of the images, px.
         dtype: of autocast; None computes in the parameters' own.
     """
-    device = next(model.parameters()).device
-    with FakeTensorMode() as mode:
-        tensors = {name: mode.from_tensor(t) for name, t in chain(model.named_parameters(), model.named_buffers())}
-        small, large = (
-            _saved(
-                partial(functional_call, model, tensors),
-                torch.empty(count, 3, resolution, resolution, device=device).to(memory_format=torch.channels_last),
-                torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
-            )
-            for count in (2, 4)
-        )
-    return (large - small) / 2
+    return _per_image(_saved, (2, 4), model, resolution, dtype)
+
+
+def alive_per_image(model: nn.Module, resolution: int, *, dtype: torch.dtype | None = None) -> float:
+    """Bytes of tensors, for each image of a batch, at the moment of a forward and backward pass that has the most.
+
+    It is more than `saved_per_image`: what the layer at work reads and writes, and with gradient checkpointing all that
+    the part at work computes again. The batches are large, so that it is not the gradients of the parameters that
+    decide on the moment. What an operator needs within itself does not count.
+
+    Args:
+        model, resolution, dtype: as of `saved_per_image`.
+    """
+    return _per_image(_alive, (512, 1024), model, resolution, dtype)
 
 
 def profile(model: nn.Module, input_size: int | tuple[int, int, int]) -> tuple[int, int, int]:

@@ -18,11 +18,25 @@ from pictures import style
 from pictures.figures import Result, accuracy_figure
 from records.logs import read_rows
 
-__all__ = ["TEXT_COLUMNS", "published", "speed_table", "statements", "tables", "write_figures", "write_page"]
+__all__ = [
+    "TEXT_COLUMNS",
+    "memory_table",
+    "published",
+    "speed_table",
+    "statements",
+    "tables",
+    "write_figures",
+    "write_page",
+]
 
 Row = Mapping[str, Any]
 TEXT_COLUMNS = 3
-SAVED = "saved for the backward pass (MiB/image)"
+SAVED, PEAK = "saved for the backward pass (MiB/image)", "at the peak of a step (MiB/image)"
+MEMORY_OF = ("channels_last", "bf16")
+CARDS = (8, 16, 24, 40, 80)  # GB of a GPU
+USABLE = 0.9  # of a GPU's memory; the rest is CUDA's, the libraries' and lost in gaps
+# In float32 a weight, its gradient, AdamW's two moments, an average and the guard's copy; a copy in bfloat16.
+BYTES_PER_PARAMETER = 6 * 4 + 2
 PAPER = Path(__file__).parents[1] / "docs" / "paper_results.csv"
 # By timm's names, the name in words, and torchvision's of the same network where it states an accuracy.
 PEERS = {
@@ -93,6 +107,7 @@ COLUMNS = (
     ("memory (MB)", "peak_mb", 0),
     ("first answer (s)", "first_s", 2),
     (SAVED, "saved_mib", 1),
+    (PEAK, "step_mib", 1),
 )
 
 
@@ -115,8 +130,34 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
 
 
 def _without_empty_end(lines: list[list[str]]) -> list[list[str]]:
-    """The table without its last column, which only training steps fill, where no line has it."""
-    return lines if any(line[-1] for line in lines[1:]) else [line[:-1] for line in lines]
+    """The table without its last columns, which only training steps fill, where no line has them."""
+    while not any(line[-1] for line in lines[1:]):
+        lines = [line[:-1] for line in lines]
+    return lines
+
+
+def memory_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Networks and ways of gradient checkpointing down: time and memory of a training step, and the batch that fits.
+
+    Of steps in bfloat16 and channels-last. For a card of so many bytes the batch is
+    (`USABLE` bytes - `BYTES_PER_PARAMETER` parameters) / bytes an image at the peak.
+    """
+    lines = [["network", "time", SAVED, PEAK, *(f"{card} GB" for card in CARDS)]]
+    chosen = [row for row in rows if row.get("step_mib") and _same(row, "engine", "precision") == MEMORY_OF]
+    times = {_same(row, "network", "resolution", "batch"): row["median_ms"] for row in chosen}
+    for row in chosen:
+        network, _, mode = row["network"].removesuffix(")").partition(" (checkpointing ")
+        fixed, each = BYTES_PER_PARAMETER * 1e6 * row["params_m"], 2**20 * row["step_mib"]
+        lines.append(
+            [
+                f"{_name(network)}, {mode or 'none'}",
+                _number(row["median_ms"] / times.get((network, row["resolution"], row["batch"]), float("nan")), 2),
+                _number(row["saved_mib"], 1),
+                _number(row["step_mib"], 1),
+                *(f"{max(0, USABLE * 1e9 * card - fixed) // each:.0f}" for card in CARDS),
+            ]
+        )
+    return lines
 
 
 # -- what a page says of one processor

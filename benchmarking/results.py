@@ -25,8 +25,8 @@ PUBLISHED_PRECISION = {"cpu": "fp32", "cuda": "default"}
 COLUMNS = (
     "kind", "network", "engine", "precision", "device", "resolution", "batch", "layers", "params_m", "macs_g",
     "calls", "median_ms", "p5_ms", "p95_ms", "mean_ms", "images_per_s", "ratio", "gflops", "limit_gflops", "share",
-    "peak_mb", "saved_mib", "first_s", "event_ms", "sm_clock_mhz", "kernels", "device_mb", "anchor_ms", "anchor",
-    "processor", "threads", "torch", "library", "date",
+    "peak_mb", "saved_mib", "step_mib", "first_s", "event_ms", "sm_clock_mhz", "kernels", "device_mb",
+    "anchor_ms", "anchor", "processor", "threads", "torch", "library", "date",
 )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def write(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[st
 
 
 NUMBERS = frozenset(COLUMNS[COLUMNS.index("resolution") : COLUMNS.index("anchor")]) | {"threads"}
-ADDED = {"saved_mib", "event_ms", "sm_clock_mhz", "kernels", "device_mb"}  # columns that older files lack
+ADDED = {"saved_mib", "step_mib", "event_ms", "sm_clock_mhz", "kernels", "device_mb"}  # columns that older files lack
 
 
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, object]]:

@@ -137,6 +137,6 @@ def costs(spec: Spec) -> dict[str, float]:
     if spec.kind == "training" and spec.engine != "compile":  # the compiler has plans of its own
         networks.set_slope(TRAINING_SLOPE, network.train())
         set_grad_checkpointing(network, spec.grad_checkpointing)
-        saved = profiling.saved_per_image(network, spec.resolution, dtype=HALF.get(spec.precision))
-        found["saved_mib"] = saved / 2**20
+        for column, counted in (("saved_mib", profiling.saved_per_image), ("step_mib", profiling.alive_per_image)):
+            found[column] = counted(network, spec.resolution, dtype=HALF.get(spec.precision)) / 2**20
     return found

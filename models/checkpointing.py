@@ -1,8 +1,12 @@
 """Gradient checkpointing: less of the forward pass is kept for the backward pass, which computes the rest again.
 
 `activations` keeps what convolutions and other matrix products return, which is what costs time, and computes
-normalizations, activations and pools again. `full` keeps the input of each part of the network, and of the products
-only those that are long, where a number that is kept saves much work.
+normalizations, activations and pools again. Pools are among these because keeping their results, with an index of 64
+bits for each, costs VanillaNet-6 13 MiB an image more and saves no time that could be measured.
+
+`full` keeps the input of each part of the network, and of the products only those that are long, where a number that is
+kept saves much work. Computing VanillaNet-6 again as a whole adds a quarter to the time of its step;
+without the long products it adds an eighth, for 3 MiB an image.
 """
 
 import inspect
@@ -18,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 __all__ = ["MODES", "checkpointed", "set_grad_checkpointing"]
 
 MODES = ("none", "activations", "full")
-LONG = 4096  # multiplications for one number of the result
+LONG = 2048  # multiplications for one number of the result
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.convolution.default, _aten.mm.default, _aten.addmm.default, _aten.bmm.default}
 _PRODUCTS |= {getattr(_aten, name).default for name in dir(_aten) if name.startswith("_scaled_dot_product")}

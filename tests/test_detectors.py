@@ -1,6 +1,7 @@
 """The detectors: what they are made of and cost, layer decay, backbones, fusing, comparison, export."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import models
 import optim_factory
 from benchmarking import profiling
+from models.checkpointing import MODES, set_grad_checkpointing
 from object_detection import benchmark, detectors
 from object_detection.comparing import largest_difference, largest_gap
 from object_detection.detectors import TRAIN_SIZES, create_detector, load_backbone
@@ -261,6 +263,23 @@ def test_layer_decay():
     assert {layer: min(scales) for layer, scales in found.items()} == pytest.approx(
         {layer: 0.6**power for layer, power in powers.items()}
     )
+
+
+@pytest.mark.parametrize("name", ["retinanet_vanillanet_6", "mask_rcnn_resnet18"])
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(name):
+    detector = tiny(name, **({} if "vanillanet" in name else {"width_mult": None, "act_num": None}))
+    images, targets = batch()
+    gradients, saved = {}, {}
+    for mode in MODES:
+        chosen = copy.deepcopy(detector)
+        set_grad_checkpointing(chosen.network, mode)
+        saved[mode] = profiling._saved(lambda images, chosen=chosen: chosen(images, targets), images, nullcontext())
+        torch.manual_seed(1)  # of the boxes that Mask R-CNN draws
+        sum(chosen(images, targets).values()).backward()
+        gradients[mode] = [p.grad for p in chosen.parameters()]
+    assert saved["none"] > saved["activations"] > saved["full"]
+    for mode in MODES[1:]:
+        assert all(torch.equal(*pair) for pair in zip(gradients[mode], gradients["none"], strict=True))
 
 
 # -- backbones
