@@ -13,7 +13,7 @@ import pytest
 import torchvision
 
 import benchmark
-from benchmarking import gpu, profiling, report, results
+from benchmarking import gpu, profiling, report, results, subjects
 from benchmarking.limit import PRODUCTS, best_product
 from benchmarking.spec import Spec
 from benchmarking.worker import Worker, WorkerError, closing, prepare
@@ -151,6 +151,28 @@ def test_training_steps(tmp_path):
     assert {row["layers"] for row in rows} == {10}  # train form: two convolutions a layer
     assert rows[0]["ratio"] == 1
     assert all(row["gflops"] == pytest.approx(6 * 4 * row["macs_g"] / row["median_ms"] * 1e3, rel=1e-3) for row in rows)
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_the_memory_in_a_row_is_that_counted_by_hand(mode):
+    """VanillaNet-5 in float32 with 16, 32, 64 and 128 channels: numbers of 4 bytes, and pools' indices of 8."""
+    stem, *stages = (channels * side**2 for channels, side in ((16, 56), (32, 28), (64, 14), (128, 7)))
+    numbers = 3 * 224**2 + 128 + 3 * 1000  # the images; what the classifier's layers take, and BatchNorm's input
+    if mode == "full":
+        numbers += stem + sum(stages[:-1])  # what the stages take
+    else:
+        # Each part's input is counted as the output of the one before, the last one's is pooled and not kept. BatchNorm
+        # and convolutions keep inputs, ReLU its output, LeakyReLU and pools their inputs; a pool's output is ReLU's
+        # input alone.
+        numbers += 7 * stem
+        for before, after in itertools.pairwise([stem, *stages]):
+            wide = 4 * after  # before the pool
+            numbers += 3 * before + 2 * wide + 3 * after + 2 * after
+        numbers -= stages[-1]
+    spec = Spec("vanillanet_5", "channels_last", "fp32", kind="training", width_mult=1 / 32, grad_checkpointing=mode)
+    costs = subjects.costs(spec)
+    assert costs["saved_mib"] * 2**20 == 4 * numbers
+    assert costs["step_mib"] > costs["saved_mib"]
 
 
 @pytest.mark.slow
@@ -386,6 +408,26 @@ def test_what_the_page_on_measuring_states_is_in_the_file():
         f"{steps['plain']:.1f} s in float32, contiguous or channels-last, and {steps['compile']:.1f} s compiled" in page
     )
     assert f"{steps['plain']:.1f}" == f"{steps['channels_last']:.1f}"
+
+
+def test_the_page_on_training_says_which_batch_fits():
+    """Against the file as it is: each batch fits its card by the formula of the page, and one image more does not."""
+    with (ROOT / "results" / "checkpointing.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    table = report._markdown(report.memory_table(results.read(ROOT / "results" / "checkpointing.csv")))
+    assert table in (ROOT / "docs" / "training.md").read_text()
+    header, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    assert len(lines) == len(rows) == 4 * 3
+    base = {}
+    for row, (label, time, saved, peak, *batches) in zip(rows, lines, strict=True):
+        network, _, mode = row["network"].partition(" (checkpointing ")
+        assert label == f"{report.published()[network][0]}, {mode.strip(')') or 'none'}"
+        base.setdefault(network, float(row["median_ms"]))
+        assert float(time) == pytest.approx(float(row["median_ms"]) / base[network], abs=0.006)
+        assert (float(saved), float(peak)) == pytest.approx((float(row["saved_mib"]), float(row["step_mib"])), abs=0.06)
+        for card, batch in zip(header[4:], map(int, batches), strict=True):
+            free = 0.9e9 * int(card.removesuffix(" GB")) - 26e6 * float(row["params_m"])
+            assert batch <= free / 2**20 / float(row["step_mib"]) < batch + 1
 
 
 def test_a_process_that_cannot_says_why(tmp_path):

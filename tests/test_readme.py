@@ -56,7 +56,7 @@ PARSERS = {
     "object_detection.benchmark": object_detection.benchmark.parse_args,
 }
 # What else a block of commands may call.
-OTHER_COMMANDS = {"curl", ".", "pip"}
+OTHER_COMMANDS = {"curl", ".", "pip", "py-spy"}
 
 
 def blocks(language: str) -> list[SimpleNamespace]:
