@@ -135,11 +135,15 @@ class Arguments(argparse.Namespace):
             self.notes.append(note)
             logger.info("%s", note)
 
-    def needs(self, flag: str, condition: object, mend: str) -> None:
-        """`moot` if the flag asks for something and `condition` does not hold; a recipe's value becomes the default."""
-        if getattr(self, flag) not in (False, None) and not condition:
-            self.moot(flag, f"--{flag} has no effect here; {mend}")
-            self._forget(flag)
+    def needs(self, flags: str, condition: object, mend: str) -> None:
+        """`moot` for each of the flags that asks for something if `condition` does not hold.
+
+        The value of a recipe becomes the default. The names of several flags stand between spaces.
+        """
+        for flag in flags.split():
+            if getattr(self, flag) not in (False, None) and not condition:
+                self.moot(flag, f"--{flag} has no effect here; {mend}")
+                self._forget(flag)
 
     def excludes(self, first: str, second: str, message: str) -> None:
         """An error if both flags ask for something. A typed one wins over one of a recipe, which gets its default.
@@ -475,21 +479,16 @@ def check_training_flags(args: Arguments, *, exports: bool = False) -> None:
     args.excludes("finetune", "resume", "--finetune and --resume exclude each other: begin with weights, or go on")
     args.excludes("switch_to_deploy", "deploy", "--switch_to_deploy fuses what --deploy true says is fused: drop one")
     args.excludes("eval", "disable_eval", "--eval true and --disable_eval true exclude each other")
-    for flag in ("model_ema_decay", "model_ema_force_cpu", "model_ema_eval"):
-        args.needs(flag, args.model_ema, "add --model_ema true")
+    args.needs("model_ema_decay model_ema_force_cpu model_ema_eval", args.model_ema, "add --model_ema true")
     args.needs("amp_dtype", args.use_amp, "add --use_amp true")
-    for flag in ("wandb_project", "wandb_name", "wandb_ckpt"):
-        args.needs(flag, args.enable_wandb, "add --enable_wandb true")
+    args.needs("wandb_project wandb_name wandb_ckpt", args.enable_wandb, "add --enable_wandb true")
     args.needs("wandb_ckpt", args.save_ckpt and args.output_dir, "it needs --save_ckpt true and --output_dir")
     args.needs("sync_bn", args.device.startswith("cuda"), "it works on GPUs only; leave it out with --device cpu")
     args.needs("resume_new_sched", args.resume or args.auto_resume, "add --resume or --auto_resume true")
-    for flag in ("auto_resume", "save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num"):
-        args.needs(flag, args.output_dir, "add --output_dir")
-    for flag in ("save_ckpt_freq", "save_ckpt_steps", "save_ckpt_num"):
-        args.needs(flag, args.save_ckpt, "--save_ckpt is false")
+    args.needs("auto_resume save_ckpt_freq save_ckpt_steps save_ckpt_num", args.output_dir, "add --output_dir")
+    args.needs("save_ckpt_freq save_ckpt_steps save_ckpt_num", args.save_ckpt, "--save_ckpt is false")
     args.needs("start_epoch", not args.resume, "a resumed run goes on where it was; leave it out")
-    for flag in ("model_key", "model_prefix"):
-        args.needs(flag, args.finetune, "add --finetune")
+    args.needs("model_key model_prefix", args.finetune, "add --finetune")
     args.needs("deploy", evaluates or exports, "a deploy form has nothing left to train; add --eval true")
     if evaluates and not (args.finetune or args.resume):
         raise ValueError("--eval and --switch_to_deploy need the weights: add --finetune FILE")
@@ -505,25 +504,20 @@ def _check(args: Arguments) -> None:
     args.needs("layer_decay_num_layers", args.layer_decay < 1, "add --layer_decay")
     args.needs("weight_decay_end", args.weight_decay > 0, "--weight_decay 0 stays 0")
     cuts = args.cutmix > 0 or args.cutmix_minmax is not None
-    for flag in ("mixup_prob", "mixup_mode"):
-        args.needs(flag, args.mixup > 0 or cuts, "--mixup and --cutmix are 0")
+    args.needs("mixup_prob mixup_mode", args.mixup > 0 or cuts, "--mixup and --cutmix are 0")
     args.needs("mixup_switch_prob", args.mixup > 0 and cuts, "it chooses between --mixup and --cutmix, and one is 0")
     args.needs("decay_linear", args.decay_epochs > 0, "--decay_epochs is 0, so there is no ramp")
     args.needs("real_labels", not args.disable_eval, "--disable_eval is true")
-    for flag in ("remode", "recount"):
-        args.needs(flag, args.reprob > 0, "--reprob is 0")
+    args.needs("remode recount", args.reprob > 0, "--reprob is 0")
     jitters = args.aa.lower() in ("", "none") or "3a" in args.aa  # timm's three-augment policies bring none
     args.needs("color_jitter", jitters, "it is replaced by --aa; add --aa none")
-    for flag in ("teacher_weights", "distill_alpha", "distill_tau"):
-        args.needs(flag, args.teacher, "add --teacher")
+    args.needs("teacher_weights distill_alpha distill_tau", args.teacher, "add --teacher")
     teacher_file = args.teacher_weights or (args.teacher and Path(args.teacher).is_file())
     args.needs("teacher_key", teacher_file, "add --teacher_weights")
-    for flag in ("restart_decay", "keep_classifier"):
-        args.needs(flag, args.finetune, "add --finetune")
+    args.needs("restart_decay keep_classifier", args.finetune, "add --finetune")
     args.needs("freeze_stages", args.finetune or args.resume or args.auto_resume, "add --finetune")
     args.needs("compile", args.switch_to_deploy is None, "--switch_to_deploy compares the forms uncompiled")
-    for flag in ("engine", "results_file", "confusion"):
-        args.needs(flag, args.eval, "add --eval true")
+    args.needs("engine results_file confusion", args.eval, "add --eval true")
     for flag, suffixes in (("results_file", (".csv", ".json")), ("confusion", (".png",))):
         value = getattr(args, flag)
         if value and not value.endswith(suffixes):

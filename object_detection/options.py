@@ -68,16 +68,14 @@ def _check(args: Arguments) -> None:
     if not args.model.startswith(FRAMEWORKS):
         raise ValueError(f"--model {args.model} is not known: it is retinanet_ or mask_rcnn_, then a model of timm")
     exports = args.export_onnx is not None
-    for flag in ("eval", "switch_to_deploy"):
-        args.needs(flag, not exports, "--export_onnx does nothing else")
+    args.needs("eval switch_to_deploy", not exports, "--export_onnx does nothing else")
     options.check_training_flags(args, exports=exports)
     args.needs("backbone_key", args.backbone_weights, "add --backbone_weights")
     args.needs("draw", args.eval and args.switch_to_deploy is None, "it is for --eval true by itself")
-    for flag in ("draw_images", "draw_threshold"):
-        args.needs(flag, args.draw, "add --draw FILE")
+    args.needs("draw_images draw_threshold", args.draw, "add --draw FILE")
     args.needs("lr_gamma", args.lr_steps, "--lr_steps is empty")
-    for flag in ("box_channels", "mask_channels", "proposals", "rois"):
-        args.needs(flag, args.model.startswith("mask_rcnn_"), f"--model {args.model} has no such thing")
+    masks = args.model.startswith("mask_rcnn_")
+    args.needs("box_channels mask_channels proposals rois", masks, f"--model {args.model} has no such thing")
     if exports and not args.finetune:
         raise ValueError("--export_onnx needs the weights: add --finetune FILE")
     if args.lr_steps != sorted(set(args.lr_steps)):
