@@ -53,7 +53,7 @@ def _check(args: Arguments) -> None:
     if args.output and Path(args.output).suffix != suffix:
         raise ValueError(f"--output {args.output}: a file of --engine {args.engine} ends in {suffix}")
     if args.precision != "int8":
-        args.excludes("int8", "precision", f"--int8 and --precision {args.precision} exclude each other")
+        args.excludes("int8", "precision")
     args.needs("device", args.device == "cpu" or engine, "--engine safetensors is for any device")
     for flag in ("precision", "int8", "batch_size", "tolerance", "calib_data", "int8_depthwise"):
         args.needs(flag, engine, "--engine safetensors writes the weights as they are")

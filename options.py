@@ -123,11 +123,7 @@ class Arguments(argparse.Namespace):
         return {flag: getattr(self, flag) for flag in flags}
 
     def moot(self, flag: str, message: str) -> None:
-        """The flag's value cannot take effect: an error if it was typed, a line in the log if a recipe set it.
-
-        Raises:
-            ValueError: `message`, a line that names the flag.
-        """
+        """The flag's value cannot take effect: ValueError if it was typed, a line in the log if a recipe set it."""
         if flag in self.typed:
             raise ValueError(message)
         note = f"--{flag} of a recipe is passed over: {message}"
@@ -145,16 +141,12 @@ class Arguments(argparse.Namespace):
                 self.moot(flag, f"--{flag} has no effect here; {mend}")
                 self._forget(flag)
 
-    def excludes(self, first: str, second: str, message: str) -> None:
-        """An error if both flags ask for something. A typed one wins over one of a recipe, which gets its default.
-
-        Raises:
-            ValueError: `message`, a line that names both flags.
-        """
+    def excludes(self, first: str, second: str) -> None:
+        """ValueError if both flags ask for something. A typed one wins over one of a recipe, which gets its default."""
         if getattr(self, first) in (False, None) or getattr(self, second) in (False, None):
             return
         if (first in self.typed) == (second in self.typed):
-            raise ValueError(message)
+            raise ValueError(f"--{first} and --{second} exclude each other: drop one")
         winner, loser = (first, second) if first in self.typed else (second, first)
         self.moot(loser, f"--{loser} has no effect beside --{winner}")
         self._forget(loser)
@@ -476,9 +468,9 @@ def check_training_flags(args: Arguments, *, exports: bool = False) -> None:
         exports: the command neither trains nor evaluates, but writes the network in another format.
     """
     evaluates = args.eval or args.switch_to_deploy is not None
-    args.excludes("finetune", "resume", "--finetune and --resume exclude each other: begin with weights, or go on")
-    args.excludes("switch_to_deploy", "deploy", "--switch_to_deploy fuses what --deploy true says is fused: drop one")
-    args.excludes("eval", "disable_eval", "--eval true and --disable_eval true exclude each other")
+    args.excludes("finetune", "resume")
+    args.excludes("switch_to_deploy", "deploy")
+    args.excludes("eval", "disable_eval")
     args.needs("model_ema_decay model_ema_force_cpu model_ema_eval", args.model_ema, "add --model_ema true")
     args.needs("amp_dtype", args.use_amp, "add --use_amp true")
     args.needs("wandb_project wandb_name wandb_ckpt", args.enable_wandb, "add --enable_wandb true")
