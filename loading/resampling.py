@@ -45,6 +45,7 @@ def move_rows(pixels: np.ndarray, *, slope: float, shift: float, fill: Any, cubi
         fill: of what comes from outside of the image, of each channel.
         cubic: interpolate between four neighbours (Keys's kernel with a = -1), or else linearly between two.
     """
+    # Each row moves by whole pixels, and by a part of one.
     height, width, _ = pixels.shape
     moved = slope * (np.arange(height) + 0.5) + shift  # (H,), px
     whole = np.floor(moved)
@@ -52,7 +53,8 @@ def move_rows(pixels: np.ndarray, *, slope: float, shift: float, fill: Any, cubi
     whole = whole.clip(-width - 1, width).astype(np.int64)  # from there on nothing of the row is left
     margin = int(np.abs(whole).max()) + 2
     padded = np.pad(pixels, ((0, 0), (margin, margin + 1), (0, 0)), mode="edge").reshape(height, -1)
-    # Of each row the pixels from x - 1 to x + 2 of every x.
+
+    # Of each row the pixels from x - 1 to x + 2 of every x, weighed by that part.
     windows = np.lib.stride_tricks.sliding_window_view(padded, 3 * (width + 3), axis=1)
     taps = windows[np.arange(height), 3 * (whole + margin - 1)].astype(np.float32)
     before, left, right, after = (taps[:, 3 * i : 3 * (i + width)] for i in range(4))
@@ -63,6 +65,8 @@ def move_rows(pixels: np.ndarray, *, slope: float, shift: float, fill: Any, cubi
         found += after * (part * part * (-1 + part))
     else:
         found = left * (1 - part) + right * part
+
+    # Bytes again, and the fill where the source is outside of the image.
     found += ROUNDING
     moved_pixels = found.clip(0, 255, out=found).astype(np.uint8).reshape(height, width, 3)
     places = np.arange(width) + 0.5 + moved[:, None]

@@ -84,6 +84,8 @@ class TrainTransform:
         """The first half, of one image; all random numbers are drawn here."""
         for transform in self.transforms:
             image = transform(image)
+
+        # timm's random erasing writes into `_Areas`, which note what it would write where.
         pixels = torch.from_numpy(np.array(image))
         areas = _Areas(*pixels.shape[:2])
         if self.erase is not None:
@@ -97,13 +99,16 @@ class TrainTransform:
         pixels, values = views.pixels.to(device, non_blocking=True), views.values.to(device, non_blocking=True)
         width = pixels.shape[2]
         mean, std = _row(self.mean, width, device), _row(self.std, width, device)
-        images = torch.empty(pixels.shape, device=device)
-        # On a CPU by a few rows: they stay in its cache, and torch starts no threads, which would wait for each other
-        # while loader processes have the cores.
+        images = torch.empty(pixels.shape, device=device)  # (B, H, W, 3)
+
+        # Normalize. On a CPU by a few rows: they stay in its cache, and torch starts no threads, which would wait for
+        # each other while loader processes have the cores.
         limit = SINGLE_THREADED if device.type == "cpu" else images.numel()
         flat = (tensor.view(-1, 3 * width).split(max(1, limit // (3 * width))) for tensor in (images, pixels))
         for floats, whole in zip(*flat, strict=True):
             floats.copy_(whole).div_(255).sub_(mean).div_(std)
+
+        # Erase.
         begin = 0
         for number, top, left, h, w, count in views.areas:
             fill = values[begin : begin + count].view(3, *((h, w) if count > 3 else (1, 1))).expand(3, h, w)

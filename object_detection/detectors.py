@@ -51,7 +51,7 @@ class Pyramid(nn.Module):
         self.body, self.levels, self.fpn, self.out_channels = body, tuple(levels), fpn, out_channels
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        maps = self.body(images)
+        maps = self.body(images)  # (N, 3, H, W) -> (N, C, H / s, W / s) for each stride s of the network
         return self.fpn(OrderedDict((str(i), maps[level]) for i, level in enumerate(self.levels)))
 
 

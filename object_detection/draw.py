@@ -37,6 +37,7 @@ def draw_detections(
 
     Returns (3, H', W'), uint8; a small image comes back enlarged by a whole factor.
     """
+    # The image as bytes, large enough to read names in.
     scale = max(1, SMALLEST_SIDE // min(image.shape[-2:]))
     size = [side * scale for side in image.shape[-2:]]
     picture = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
@@ -46,6 +47,8 @@ def draw_detections(
         return picture
     labels, scores = detection["labels"].cpu()[keep].tolist(), detection["scores"].cpu()[keep].tolist()
     colours = [colour(label) for label in labels]
+
+    # Masks, then boxes with names and scores.
     if "masks" in detection:
         masks = F.interpolate(detection["masks"].float().cpu()[keep], size, mode="bilinear", align_corners=False)
         masks = masks[:, 0] > MASK_THRESHOLD  # (n, H', W'), best first

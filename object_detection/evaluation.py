@@ -30,7 +30,7 @@ def to_results(detection: Mapping[str, torch.Tensor], *, image_id: int, category
         category_ids: of the classes 1, 2, ...
     """
     x1, y1, x2, y2 = detection["boxes"].double().cpu().unbind(1)
-    boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], 1).tolist()
+    boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], 1).tolist()  # (n, 4), corners -> corner and size
     rows = [
         {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
         for box, label, score in zip(boxes, detection["labels"].tolist(), detection["scores"].tolist(), strict=True)
@@ -76,10 +76,13 @@ def average_precision(
 
     found = {}
     for kind in ("bbox", "segm") if masks else ("bbox",):
+        # The truth, and what was found, as pycocotools wants them.
         truth = index_annotations(_ground_truth(data, kind))
         rows = [copy.copy(row) for row in results]
         if kind == "segm":  # pycocotools would take a mask's size from its box
             rows = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
+
+        # Its numbers, without its words.
         with contextlib.redirect_stdout(io.StringIO()):
             found_rows = truth.loadRes(rows) if rows else index_annotations({**truth.dataset, "annotations": []})
             evaluation = COCOeval(cocoGt=truth, cocoDt=found_rows, iouType=kind)
