@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datasets import read_idx
+from datasets import build_dataset
 from options import COUNT, WHOLE, Parser, number, path
 from records.files import mistakes_end
 
@@ -32,7 +32,7 @@ CATEGORIES = {
     8: ("bag", (8,)),
     9: ("boot", (9,)),
 }
-SPLITS = {"train": ("train", 0), "val": ("t10k", 1)}  # ours: theirs, and what sets their random numbers apart
+STREAMS = {"train": 0, "val": 1}  # what sets the random numbers of the splits apart
 CLOTH = 24  # grey value from which a pixel of the source belongs to the garment
 SMALLEST, LARGEST = 28, 64  # px, side of the square that a garment is pasted as
 MOST = 5  # garments in an image
@@ -93,12 +93,10 @@ def make_split(folder: Path, split: str, *, source: Path, images: int, side: int
 
     Raises ValueError if the source is not Fashion-MNIST.
     """
-    theirs, stream = SPLITS[split]
-    pixels = read_idx(source / f"{theirs}-images-idx3-ubyte.gz")
-    labels = read_idx(source / f"{theirs}-labels-idx1-ubyte.gz")
-    groups = {category: np.flatnonzero(np.isin(labels, theirs)) for category, (_, theirs) in CATEGORIES.items()}
     from pycocotools import mask as mask_utils
 
+    garments = build_dataset("FMNIST", source, train=split == "train", transform=None)
+    groups = {category: np.flatnonzero(np.isin(garments.targets, c)) for category, (_, c) in CATEGORIES.items()}
     (folder / split).mkdir(parents=True, exist_ok=True)
     data: dict[str, list[dict[str, Any]]] = {
         "images": [],
@@ -107,10 +105,10 @@ def make_split(folder: Path, split: str, *, source: Path, images: int, side: int
     }
     for image_id in range(1, images + 1):
         # An image has random numbers of its own, so that a larger data set begins with the images of a smaller one.
-        rng = np.random.Generator(np.random.PCG64((seed, stream, image_id)))
+        rng = np.random.Generator(np.random.PCG64((seed, STREAMS[split], image_id)))
         count = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST + 1))
         categories = rng.choice(list(CATEGORIES), count).tolist()
-        chosen = [pixels[rng.choice(groups[category])] for category in categories]
+        chosen = [garments.images[rng.choice(groups[category])] for category in categories]
         image, masks = make_image(chosen, side, rng)
         name = f"{image_id:05d}.png"
         Image.fromarray(image).save(folder / split / name)
