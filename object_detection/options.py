@@ -17,7 +17,7 @@ def build_parser() -> Parser:
     add = first.add_argument
     maps = "retinanet_ or mask_rcnn_, then a VanillaNet variant or any timm model with maps of strides 4 to 32"
     add("--model", default="mask_rcnn_vanillanet_11", help=maps)
-    add("--backbone_weights", type=file_path, help="classifier to begin with, unless --finetune or --resume is given")
+    add("--backbone_weights", type=file_path, help="classifier to start from, unless --finetune or --resume is given")
     add("--data_path", type=file_path, default=".", help="folder that all paths of data are relative to")
     options.add_training_flags(parser, first)
     parser.set_defaults(
@@ -26,17 +26,17 @@ def build_parser() -> Parser:
     )  # fmt: skip
 
     add = parser.add_argument_group("model").add_argument
-    add("--act_num", type=WHOLE, help="n of the series activation, whose kernel is 2n+1 wide [4]")
-    add("--width_mult", type=POSITIVE, help="factor on the network's channels [the variant's own]")
-    add("--fpn_channels", type=COUNT, default=256, help="channels of the pyramid and RetinaNet's head")
-    add("--box_channels", type=COUNT, help="channels of Mask R-CNN's box head [1024]")
+    add("--act_num", type=WHOLE, help="n of the series activation, whose kernel has 2n+1 x 2n+1 taps [4]")
+    add("--width_mult", type=POSITIVE, help="factor on the number of the network's channels [the variant's own]")
+    add("--fpn_channels", type=COUNT, default=256, help="number of channels of the pyramid and of RetinaNet's head")
+    add("--box_channels", type=COUNT, help="number of channels of Mask R-CNN's box head [1024]")
     add("--mask_channels", type=COUNT, nargs="+", help="channels of Mask R-CNN's mask head, by layer [256 256 256 256]")
-    add("--head_norm", type=boolean, default=False, help="BatchNorm in pyramid and heads")
-    add("--proposals", type=COUNT, nargs=2, metavar=("TRAIN", "TEST"), help="Mask R-CNN's boxes an image [2000 1000]")
-    add("--rois", type=COUNT, help="boxes of an image that Mask R-CNN's box head learns from [512]")
-    add("--anchor_sizes", type=COUNT, nargs=5, default=list(ANCHOR_SIZES), help="sides of the anchors in px, by level")
+    add("--head_norm", type=boolean, default=False, help="put BatchNorm into pyramid and heads")
+    add("--proposals", type=COUNT, nargs=2, metavar=("TRAIN", "TEST"), help="boxes of Mask R-CNN an image [2000 1000]")
+    add("--rois", type=COUNT, help="boxes of an image that Mask R-CNN's box head trains on [512]")
+    add("--anchor_sizes", type=COUNT, nargs=5, default=list(ANCHOR_SIZES), help="sides of anchors in pixels, by level")
     add("--backbone_key", default="model_ema|model|module", help="key of the weights in --backbone_weights")
-    add("--deploy", type=boolean, default=False, help="the detector in --finetune is in deploy form")
+    add("--deploy", type=boolean, default=False, help="the detector in --finetune is already in deploy form")
 
     add = parser.add_argument_group("data").add_argument
     coco = "annotations/instances_{}2017.json"
@@ -44,22 +44,22 @@ def build_parser() -> Parser:
     add("--images", type=file_path, default="train2017", help="folder of the training images")
     add("--eval_annotations", type=file_path, default=coco.format("val"), help="as --annotations, for validation")
     add("--eval_images", type=file_path, default="val2017", help="folder of the validation images")
-    sizes = "sides in px, of which the short side of a training image gets one at random"
+    sizes = "lengths in pixels, one of which the short side of a training image gets at random"
     add("--train_sizes", type=COUNT, nargs="+", default=list(TRAIN_SIZES), help=sizes)
-    add("--test_size", type=COUNT, default=800, help="px of the short side in evaluation")
-    add("--max_size", type=COUNT, default=1333, help="px of the long side at most")
+    add("--test_size", type=COUNT, default=800, help="length of the short side in evaluation, in pixels")
+    add("--max_size", type=COUNT, default=1333, help="largest length of the long side, in pixels")
     add("--flip", type=FRACTION, default=0.5, help="probability of mirroring a training image")
 
     add = parser.add_argument_group("schedule").add_argument
-    add("--lr_steps", type=WHOLE, nargs="*", default=[8, 11], help="epochs at which the learning rate is lowered")
-    add("--lr_gamma", type=FRACTION, default=0.1, help="factor by which --lr_steps lower it")
-    add("--warmup_steps", type=WHOLE, default=500, help="optimizer steps of a linear warm-up from 0")
+    add("--lr_steps", type=WHOLE, nargs="*", default=[8, 11], help="epochs at which to lower the learning rate")
+    add("--lr_gamma", type=FRACTION, default=0.1, help="factor by which --lr_steps lower the learning rate")
+    add("--warmup_steps", type=WHOLE, default=500, help="number of optimizer steps of linear warm-up from 0")
 
     add = parser.add_argument_group("further modes").add_argument
     add("--switch_to_deploy", type=file_path, help="fuse --finetune, compare both forms, and write this file")
-    add("--draw", type=file_path, help="with --eval true, draw what is found in the first images to this file")
-    add("--draw_images", type=COUNT, default=12, help="number of images in --draw")
-    add("--draw_threshold", type=FRACTION, default=0.5, help="score from which --draw shows a detection")
+    add("--draw", type=file_path, help="with --eval true, draw the detections in the first images to this file")
+    add("--draw_images", type=COUNT, default=12, help="number of images that --draw shows")
+    add("--draw_threshold", type=FRACTION, default=0.5, help="lowest score of a detection that --draw shows")
     add("--export_onnx", type=file_path, help="write --finetune to this ONNX file and compare it with PyTorch")
     return parser
 
