@@ -61,16 +61,12 @@ def draw_detections(
 
 
 def save_picture(pictures: Sequence[torch.Tensor], path: str | Path) -> None:
-    """Write pictures (3, H, W), uint8, as a grid; the smaller ones are padded. ValueError if it cannot be written."""
+    """Write pictures (3, H, W), uint8, as a grid; the smaller ones are padded."""
     height, width = (max(picture.shape[axis] for picture in pictures) for axis in (1, 2))
     padded = [F.pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1])) for picture in pictures]
     grid = make_grid(padded, nrow=min(COLUMNS, len(padded)), padding=4, pad_value=255)
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(grid).save(path)
-    except OSError as error:
-        raise ValueError(f"cannot write the picture {path}: {error.strerror or error}") from error
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    to_pil_image(grid).save(path)
 
 
 @torch.no_grad()

@@ -39,8 +39,7 @@ def export_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) ->
     Args:
         image: to trace with and to compare on.
 
-    Returns the largest difference, see `compare_onnx`. Raises ValueError if a package is missing, or the file cannot be
-    written.
+    Returns the largest difference, see `compare_onnx`. Raises ValueError if a package is missing.
     """
     try:
         import onnx  # noqa: F401  the exporter asks for it
@@ -49,22 +48,19 @@ def export_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) ->
         raise ValueError(f"--export_onnx needs the package {error.name}: pip install onnx onnxruntime") from None
     detector, image = detector.cpu().float(), image.cpu()
     names = list(output_names(detector))
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of what tracing fixes, which torchvision has seen to
-            torch.onnx.export(
-                _OneImage(detector).eval(),
-                (image,),
-                str(path),
-                dynamo=False,
-                opset_version=OPSET,
-                input_names=["image"],
-                output_names=names,
-                dynamic_axes={"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in names}},
-            )
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of what tracing fixes, which torchvision has seen to
+        torch.onnx.export(
+            _OneImage(detector).eval(),
+            (image,),
+            str(path),
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=names,
+            dynamic_axes={"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in names}},
+        )
     return compare_onnx(detector, path, image=image)
 
 
