@@ -15,7 +15,7 @@ from runs import ROOT
 
 # What each command of this repository is given to read the file.
 COMMANDS = {
-    "export.py": ["FILE", "--to", "onnx", "--output", "OUT"],
+    "export.py": ["FILE", "--to", "onnx", "--output", "OUT.onnx"],
     "predict.py": ["FILE", "IMAGE"],
     "benchmark.py": ["--models", "FILE", "--runtimes", "eager", "--calls", "1"],
     "visualize.py cam": ["IMAGE", "--network", "vanillanet_5=FILE", "--output", "OUT.png"],
@@ -73,7 +73,13 @@ def test_every_command_refuses(server, data, garments, tmp_path, thorough, repor
     evil, left = tmp_path / "evil.pth", tmp_path / "left-behind"
     write(evil, left, zipped=zipped)
     image = ROOT / "data" / "fashion-mnist" / "t10k-images-idx3-ubyte.gz"
-    names = {"FILE": str(evil), "OUT": str(tmp_path / "out"), "OUT.png": str(tmp_path / "out.png"), "IMAGE": str(image)}
+    names = {
+        "FILE": str(evil),
+        "OUT": str(tmp_path / "out"),
+        "OUT.png": str(tmp_path / "out.png"),
+        "OUT.onnx": str(tmp_path / "out.onnx"),
+        "IMAGE": str(image),
+    }
 
     detection = shlex.split(DETECTION.format(data=garments))
 
