@@ -38,6 +38,9 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration)
         network: in eval mode, in deploy form.
         images: (N, C, H, W); the graph takes batches of N.
         calibration: the ranges of the activations come from all of its images.
+
+    Raises:
+        ValueError: nothing of the network can be quantized.
     """
     with quiet():
         require("torchao", "int8 in PyTorch")
@@ -57,13 +60,17 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration)
                 quantizer.set_module_name_qconfig(f"network.{name}", None)
         # Observers see the calibration images in batches of the graph's size, and give the scales.
         form = Form(network, layout=torch.channels_last)
-        graph = exported(form, images, dynamic_batch=False).module()
+        # Strict, since torchao 0.18 finds layers by their `source_fn_stack`, which torch.export notes only then: else
+        # torch 2.11 quantizes nothing. torch 2.14 finds them in another way; once that is required, this may go.
+        graph = exported(form, images, dynamic_batch=False, strict=True).module()
         with torch.no_grad():
             graph = prepare_pt2e(graph, quantizer)
             for batch in calibration.batches:
                 for part in batch.split(len(images)):
                     graph(part[torch.arange(len(images)) % len(part)])  # the last one filled up from its beginning
             graph = convert_pt2e(graph)
+    if not any("quantize_per_tensor" in str(node.target) for node in graph.graph.nodes):
+        raise ValueError("int8 in PyTorch found no layer to quantize in this network: use another precision or engine")
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             # Export's note that a tensor was float32, which under autocast it no longer is (torch 2.14).

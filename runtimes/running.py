@@ -200,12 +200,18 @@ class Form(nn.Module):
         return self.network(images.to(self.dtype, memory_format=self.layout)).float()
 
 
-def exported(network: nn.Module, images: torch.Tensor, *, dynamic_batch: bool) -> torch.export.ExportedProgram:
-    """`network` as a graph, for the size of `images`, and with `dynamic_batch` for batches of any size."""
+def exported(
+    network: nn.Module, images: torch.Tensor, *, dynamic_batch: bool, strict: bool = False
+) -> torch.export.ExportedProgram:
+    """`network` as a graph, for the size of `images`, and with `dynamic_batch` for batches of any size.
+
+    Args:
+        strict: by torch.compile's tracer, which also notes the module that each operation comes from.
+    """
     shapes: Any = None
     if dynamic_batch:
         shapes = ({0: torch.export.Dim("batch")},)
         if len(images) < 2:  # torch.export takes a size of one for a constant
             images = images.expand(2, -1, -1, -1).contiguous()
     with torch.no_grad():
-        return torch.export.export(network, (images,), dynamic_shapes=shapes)
+        return torch.export.export(network, (images,), dynamic_shapes=shapes, strict=strict)

@@ -302,6 +302,12 @@ def test_what_int8_leaves_is_in_bfloat16_where_the_processor_has_it(network, ima
     assert difference(logits, network(images).detach()) < TOLERANCE["int8"]
 
 
+def test_int8_that_quantizes_nothing_is_refused(images):
+    skip_without("torchao")
+    with pytest.raises(ValueError, match="no layer to quantize"):
+        pt2e.quantize(torch.nn.Flatten().eval(), images, runtimes.Calibration([images]))
+
+
 def openvino_bits(node):
     """The bits of the numbers that a convolution's weights are stored in."""
     while node.get_type_name() != "Constant":
