@@ -104,6 +104,7 @@ def build_parser() -> Parser:
 
 
 def _check(args: Arguments) -> None:
+    # What is done at all: --report and --loading have few flags in common with the rest.
     if args.report:
         for flag in sorted({*args.given} - {"report", "docs", "figures"}):
             args.moot(flag, f"--report measures nothing: leave --{flag} out")
@@ -118,6 +119,7 @@ def _check(args: Arguments) -> None:
         raise ValueError("name --model, or add --quick true")
     for flag in ("calls", "docs", "figures", "output", "together", "training") if args.profile else ():
         args.moot(flag, f"--profile true prints a table of its own: leave --{flag} out")
+    # Flags that belong to one kind of measurement.
     for flag in ("data_path", "num_workers"):
         args.needs(flag, args.loading or flag not in args.given, "it is for --loading true")
     for flag in ("twins", "int8_depthwise"):
@@ -130,6 +132,7 @@ def _check(args: Arguments) -> None:
     precisions = TRAINING_PRECISIONS.get(runtimes.device_type(args.device), ())
     if args.training and not set(args.precision or ()) <= set(precisions):
         raise ValueError(f"--training true computes in {' and '.join(precisions)}: name no other --precision")
+    # --quick fills in what was not given.
     if args.quick:
         for flag in QUICK.keys() - {*args.given, *(["engine"] if args.training else [])}:
             setattr(args, flag, QUICK[flag])
@@ -265,10 +268,12 @@ def _measure_group(
     """Rows of the networks whose processes are alive, measured by turns, without what needs the whole run."""
     turn = CALLS_PER_TURN[runtimes.device_type(args.device)]
     rounds = -(-args.calls // turn)
+    # Times of all by turns, and the limit of each precision beside them, since the machine's clock moves.
     takes = [partial(worker.times, turn) for worker in (anchor, *workers)]
     anchor_seconds, *seconds = profiling.interleave(takes, rounds=rounds, warm_up=1)
     for precision in {worker.spec.precision for worker in workers}:
         limits[precision] = max(limits.get(precision, 0.0), limit.ask(precision))
+    # What does not depend on the engine is counted once a network.
     costs: dict[tuple, dict[str, float]] = {}
     for worker, times in zip(workers, seconds, strict=True):
         spec = worker.spec
@@ -294,20 +299,24 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     One process, the anchor, is measured in every round from the first to the last: how its median moves says how much
     the machine drifted between networks.
     """
+    # What cannot be is said at once, before anything is measured.
     names = _networks(args)
+    for name in names:
+        _specs(args, name)
     rows: list[dict[str, Any]] = []
     limits: dict[str, float] = {}
     groups = [names[i : i + args.together] for i in range(0, len(names), args.together)]
-    for name in names:
-        _specs(args, name)  # says at once what cannot be
     with tempfile.TemporaryDirectory() as temporary, closing([]) as lasting:
         folder = Path(temporary)
+        # The anchor, and the process that measures the machine's limit, live through the whole run.
         published = results.PUBLISHED_PRECISION[runtimes.device_type(args.device)]
         first = Spec(names[0], "eager", published, args.input_size[0], device=args.device, width_mult=args.width_mult)
         for spec in (first, Spec("", "limit", "fp32", device=args.device)):
             lasting.append(Worker(spec, folder, threads=args.threads))
             lasting[-1].ready()
         anchor, limit = lasting
+
+        # Group by group, each with processes of its own.
         for group in groups:
             with closing([]) as workers:
                 facts = _start([spec for name in group for spec in _specs(args, name)], folder, args, workers)
@@ -378,6 +387,7 @@ def run(args: argparse.Namespace) -> None:
         return measure_loading(args)
     if args.profile:
         return print_profiles(args)
+    # The rows: of files, or measured now.
     if args.report:
         sections = {path.stem: [row for row in results.read(path) if row["kind"] != "machine"] for path in args.report}
         rows = [row for found in sections.values() for row in found]
@@ -387,6 +397,7 @@ def run(args: argparse.Namespace) -> None:
             if args.output:  # each time, so that an interrupted run keeps what it has
                 results.write(args.output, [*kept, *rows])
         sections = {args.output.stem if args.output else "cpu": rows}
+    # The report: on the terminal, as figures, as a page.
     for title, table in report.tables(rows):
         print(logs.table(table, title, text_columns=report.TEXT_COLUMNS))
     if len(memory := report.memory_table(rows)) > 1:

@@ -103,7 +103,7 @@ class Distiller:
 
     def __call__(self, images: torch.Tensor, logits: torch.Tensor, hard: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), self.precision.autocast():
-            wanted = self.teacher(images)
+            wanted = self.teacher(images)  # (N, classes)
         soft = F.kl_div(
             F.log_softmax(logits / self.tau, dim=1),
             F.log_softmax(at_least_float32(wanted) / self.tau, dim=1),
@@ -170,10 +170,12 @@ class FiniteGuard:
             grad_norm: of the averaged gradients.
             scaled: a gradient scaler is on and skips steps of non-finite gradients itself, so only the loss counts.
         """
+        # This rank's verdict; a loss that is not finite explains a gradient that is not.
         code = torch.where(torch.isfinite(loss), 0, self.LOSS).to(torch.int32)
         if not scaled:
             bad_gradient = self.local_gradient if self.world_size > 1 else ~torch.isfinite(grad_norm)
             code = torch.where(bad_gradient & (code == 0), self.GRADIENT, code).to(torch.int32)
+        # All ranks' verdicts, of which the first bad one stays.
         codes = torch.zeros_like(self.verdict)
         codes[self.rank] = code
         if self.world_size > 1:
@@ -182,6 +184,8 @@ class FiniteGuard:
         self.verdict = torch.where(first, codes, self.verdict)
         self.bad_step = torch.where(first, step, self.bad_step)
         self.local_gradient.zero_()
+
+        # Stop here, or make ready for an optimizer step that may have to be undone or skipped.
         if not self.deferred:
             self.check()
         elif self.fused is None:
@@ -430,7 +434,7 @@ class Classification:
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
         with self.precision.autocast():
-            logits = model(images)
+            logits = model(images)  # (N, 3, H, W) -> (N, classes)
         logits = at_least_float32(logits)
         loss = self.criterion(logits, targets)
         if self.distiller is not None:
@@ -590,6 +594,7 @@ def evaluate(
     Raises:
         ValueError: there was no image.
     """
+    # Sums stay on the device: nothing is read before the last batch.
     training = model.training
     model.eval()
     meter = SumMeter(("loss", "correct1", "correct5", "count"), precision.device)
@@ -614,6 +619,8 @@ def evaluate(
             predictions.append(top[:, 0])
             indices.append(index)
     model.train(training)
+
+    # ReaL's labels, of which an image may have several or none; then all sums over the ranks.
     real = torch.zeros(2, dtype=torch.float64)
     if predictions:
         for index, prediction in zip(torch.cat(indices).tolist(), torch.cat(predictions).tolist(), strict=True):

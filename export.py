@@ -98,11 +98,14 @@ def run(args: Arguments) -> None:
         config = write_safetensors(network, path)
         print(f"{metadata.model}, {metadata.input_size} px: {path}, {config}")
         return
+
     # Real images: to calibrate int8, and to compare the file with the network.
     quantizes = args.precision == "int8"
     count = args.calib_count if quantizes else COMPARED_IMAGES
     images = real_images(transform(metadata), count, path=args.calib_data, data_set=args.data_set)
     calibration = runtimes.Calibration(images.split(16), args.int8_depthwise) if quantizes else None
+
+    # Write, compare with the network, and keep the file only if they agree.
     path = Path(args.output or Path("exports") / f"{name}-{args.precision}{runtimes.find(args.engine).suffix}")
     comparison = write_exported(
         network.module,

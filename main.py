@@ -191,6 +191,7 @@ def build_teacher(
 
     It is a checkpoint's (--teacher FILE, or --teacher MODEL --teacher_weights FILE), or a model of timm's.
     """
+    # A file, a name, or a name with a file.
     source, name = args.teacher, None
     if args.teacher_weights:
         if networks.is_file(args.teacher):
@@ -204,6 +205,7 @@ def build_teacher(
         flag="--teacher MODEL --teacher_weights FILE" if networks.is_file(source) else "--teacher",
         mend="add --teacher_weights",
     )
+    # Its logits must mean what the student's do.
     found = teacher.module.num_classes
     if found != num_classes:
         raise ValueError(f"--teacher {args.teacher} knows {found} classes, the data have {num_classes}")
@@ -335,8 +337,11 @@ def open_deployed(args: Arguments, world: utils.World, network: networks.Network
 
 def evaluate_checkpoint(args: Arguments, world: utils.World) -> None:
     """Evaluate a network as it is or, with --engine, fused; or an exported file in its engine."""
+    # What would end the command is looked for before the network is opened, which takes time.
     for wanted in filter(None, (args.results_file, args.confusion)):
         check_writable(wanted)
+
+    # The network: an exported file in its engine, one that is fused and built for --engine, or as it is.
     path, runtime = args.finetune or args.resume, None
     if args.engine and runtimes.of_file(path):
         loader, real, runtime = open_exported(args, world, path)
@@ -353,6 +358,7 @@ def evaluate_checkpoint(args: Arguments, world: utils.World) -> None:
         name = f"{args.model} ({network.source})"
     if args.compile:
         model.compile()
+
     confusion = len(classes) if args.results_file or args.confusion else None
     result = run_eval(args, world, model, loader, real, precision, name, confusion=confusion)
     broken = training.broken_count(world, loader)
@@ -483,6 +489,7 @@ def open_network(
     args: Arguments, world: utils.World, data: Data, source: networks.Network | None
 ) -> tuple[nn.Module, float]:
     """The network to train on its device, and lambda to begin with: that of `source`, of --finetune, else 0."""
+    # A new network, or that of --finetune with a classifier for these classes.
     utils.seed_everything(args.seed)  # the same on all ranks, so that the initial weights are
     start_slope = 0.0
     if source:
@@ -492,12 +499,16 @@ def open_network(
         model, start_slope = source.module.train(), 0.0 if args.restart_decay else source.slope
     else:
         model = build_model(args, data.num_classes)
+
+    # Flags that the network decides about.
     asked, layers = args.layer_decay_num_layers, len(getattr(model, "stages", ()))
     if layers and asked != layers:
         args.moot("layer_decay_num_layers", f"--layer_decay_num_layers {asked}, but {args.model} has {layers}")
     if start_slope < 1 and hasattr(model, "change_act") and args.epochs <= args.decay_epochs:
         ends = f"--epochs {args.epochs} ends before --decay_epochs {args.decay_epochs}"
         logger.warning(f"{ends}: lambda will not reach 1, so the network cannot be deployed")
+
+    # In its place; what is frozen must be so before the optimizer takes its parameters.
     model = training.place(args, model, world.device)
     if args.freeze_stages is not None:
         freeze(model, args.freeze_stages)

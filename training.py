@@ -238,6 +238,7 @@ def fit(args: Arguments, state: TrainState, task: Task, stop: utils.StopRequest)
 
 def _train_epoch(args: Arguments, state: TrainState, task: Task, run: "RunFolder", stop: utils.StopRequest) -> bool:
     """Train to the end of the epoch or to a signal. Returns whether it was the end."""
+    # The batches that are left of the epoch, all of them unless the run goes on in its middle.
     progress, world, loader = state.progress, state.world, task.loader
     loader.set_epoch(progress.epoch, start_sample=progress.samples)
     remaining = loader.remaining_batches
@@ -250,6 +251,7 @@ def _train_epoch(args: Arguments, state: TrainState, task: Task, run: "RunFolder
     )
     first_step = progress.epoch * state.steps_per_epoch
 
+    # Between steps: a signal ends the epoch, and --save_ckpt_steps saves in its middle.
     def after_step() -> bool:
         if world.any(stop.received is not None):
             return True
@@ -377,6 +379,7 @@ class RunFolder:
         self.step_sinks, self.epoch_sinks, self.wandb = logs.Sinks(), logs.Sinks(), None
         if not self.state.world.is_main:
             return
+        # The console and the folder. CSV and JSON lines are cut to the place where the run goes on.
         labels = ("step", "epoch")
         sinks: dict[str, list[logs.Sink]] = {label: [logs.ConsoleSink(label)] for label in labels}
         if args.output_dir:
@@ -388,6 +391,7 @@ class RunFolder:
             sinks["step"].append(logs.JsonLinesSink(folder / "log.jsonl", "step", next_step))
         else:
             logger.warning("without --output_dir nothing of this run is kept: no checkpoint, no curve, no log")
+        # Where others look: TensorBoard and Weights & Biases.
         events = args.log_dir or (Path(args.output_dir) / "tensorboard" if args.output_dir else None)
         if events:
             for label in labels:

@@ -167,6 +167,7 @@ def memory_table(rows: Sequence[Row]) -> list[list[str]]:
 def published() -> dict[str, tuple[str, float | None]]:
     """By timm's names, a network's name in words and its top-1 accuracy on ImageNet in percent, as published."""
     found = {}
+    # The paper's table says VanillaNet-11-1.5x, timm's registry vanillanet_11_x1_5.
     for row in read_rows(PAPER):
         if row["top1"]:
             key = row["network"].lower().replace("-1.5x, adaptive pooling", "_x1_5_ada_pool").replace("-1.5x", "_x1_5")
@@ -224,9 +225,11 @@ def speed_table(rows: Sequence[Row]) -> list[list[str]]:
 
     The fastest of each row is bold.
     """
+    # Columns in the order of the tables above, engines that those lack at the end.
     order = [(engine, precision) for precision in PRECISIONS for engine in ENGINES]
     present = {_same(row, "engine", "precision") for row in rows}
     columns = [one for one in order if one in present] + sorted(present - set(order))
+    # Lines from the smallest network to the largest; the published way has no ratio to itself.
     cells = {_same(row, "network", "engine", "precision"): row for row in rows}
     networks = {row["network"]: (not is_vanillanet(row["network"]), row["macs_g"]) for row in rows}
     lines = [["network", *(f"{_engine(engine)}<br>{PRECISIONS[precision]}" for engine, precision in columns)]]
@@ -480,7 +483,7 @@ def write_page(path: Path, sections: Mapping[str, Sequence[Row]], *, figures: Co
         "# Benchmark",
         "How long VanillaNets and other networks take for an image, in each engine that runs here. Written by "
         "`benchmark.py --report`: do not edit. The rows behind the page, with spread, memory and further sizes, are "
-        "in the CSV files that its sections name, and [DEPLOY.md](measuring.md) says how they were measured.",
+        "in the CSV files that its sections name, and [measuring.md](measuring.md) says how they were measured.",
         "In the tables a cell is the median in ms, and under it how many times as fast that is as the published way, "
         "PyTorch in float32 with contiguous tensors. The fastest of each row is bold. Networks are in deploy form.",
     ]

@@ -89,6 +89,7 @@ def training_step(spec: Spec) -> Callable[[], None]:
 
     The engine is `plain` (contiguous memory format), `channels_last`, or `compile`, which is channels-last, too.
     """
+    # The process, then the network with lambda in the middle of its ramp, where both layers of a pair are computed.
     if torch.device(spec.device).type == "cpu":
         keep_freed_memory()
     runtimes.set_tf32(spec.precision, spec.device)
@@ -99,6 +100,7 @@ def training_step(spec: Spec) -> Callable[[], None]:
     set_grad_checkpointing(network, spec.grad_checkpointing)
     if spec.engine == "compile":
         network.compile()
+    # What a step takes, the same batch each time.
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     images = torch.randn(spec.batch, 3, spec.resolution, spec.resolution, device=spec.device)
     images = images.to(memory_format=layout)

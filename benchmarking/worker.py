@@ -139,6 +139,7 @@ def _answers(job: dict[str, Any]) -> Iterator[Any]:
     if job["task"] == "prepare":
         yield _prepare_all(specs, folder)
         return
+    # The machine's limit: a request names a precision.
     (spec,) = specs
     if spec.engine == "limit":
         from benchmarking.limit import best_product
@@ -146,6 +147,7 @@ def _answers(job: dict[str, Any]) -> Iterator[Any]:
         request = yield {}
         while True:
             request = yield best_product(request, spec.device)
+    # A network in its engine. Its peak of memory counts from after the first call, which may have compiled.
     before = _device_mb(spec.device) if spec.device != "cpu" else 0.0
     call, first, layers = _open(spec, folder, profile=job["profile"])
     _times(call, 1, spec.device)

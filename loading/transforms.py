@@ -138,6 +138,7 @@ def build_train_transform(
     Raises:
         ValueError: timm does not know the policy, the interpolation or the mode.
     """
+    # timm's own transform, whose errors are of many kinds.
     policy = None if aa in (None, "", "none") else aa
     try:
         unknown = [part for part in (policy or "").split("-")[1:] if not re.search(r"\d|^t", part)]

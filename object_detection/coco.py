@@ -128,6 +128,7 @@ def encode_segment(segment: Any, height: int, width: int) -> dict[str, Any] | No
     """
     from pycocotools import mask as mask_utils
 
+    # Polygons, or RLE, whose counts are a list or compressed.
     if isinstance(segment, list):
         if segment and _is(segment[0], NUMBER):  # one polygon that is not in a list of them
             segment = [segment]

@@ -95,6 +95,7 @@ def make_split(folder: Path, split: str, *, source: Path, images: int, side: int
     """
     from pycocotools import mask as mask_utils
 
+    # Fashion-MNIST's images by the garment they show, and an empty data set.
     garments = build_dataset("FMNIST", source, train=split == "train", transform=None)
     groups = {category: np.flatnonzero(np.isin(garments.targets, c)) for category, (_, c) in CATEGORIES.items()}
     (folder / split).mkdir(parents=True, exist_ok=True)
@@ -107,6 +108,7 @@ def make_split(folder: Path, split: str, *, source: Path, images: int, side: int
         # An image has random numbers of its own, so that a larger data set begins with the images of a smaller one.
         rng = np.random.Generator(np.random.PCG64((seed, STREAMS[split], image_id)))
         count = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST + 1))
+        # How many garments, which, and where: the last ones lie on top and may hide others.
         categories = rng.choice(list(CATEGORIES), count).tolist()
         chosen = [garments.images[rng.choice(groups[category])] for category in categories]
         image, masks = make_image(chosen, side, rng)
