@@ -46,7 +46,7 @@ gpu: $(if $(DRY),setup)
 	$(GPU_PYTHON) -m benchmarking.gpu $(if $(DRY),--dry true)
 
 # A process a core, each with the tests of whole files, which share what they train; one thread each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --durations 10
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 10
 
 test: setup
 	$(PYTEST) -m "not slow"

@@ -14,6 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import utils
 from runs import cut_fmnist
 
+# Files of which a test takes long, from the longest on. They are begun first, since a long one that is begun last runs
+# alone while the other processes have nothing left to do.
+LONGEST = (
+    "test_checkpointing.py", "test_benchmark.py", "test_main.py", "test_runtimes.py", "test_timm.py", "test_predict.py",
+    "test_signals.py", "test_detection_runs.py", "test_kills.py", "test_saves.py", "test_ablation.py", "test_resume.py",
+    "test_detectors.py", "test_loaders.py", "test_distributed.py", "test_own_data.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
