@@ -286,14 +286,21 @@ def comparisons() -> str:
 
 
 def decay_table() -> str:
-    """The claims with the fault and without it."""
+    """The claims with the fault and without it, under what follows from that."""
     earlier, now = (EXPERIMENTS["claims"].scores(folder) for folder in (DECAYED, RECORDS))
-    rows = []
+    rows, changed = [], []
     for name, top1 in earlier.items():
         found = difference(now[name], top1)
         rows.append([name, *_scores(top1), *_scores(now[name]), _points(found), verdict(found)])
+        if verdict(found) in ("gain", "loss"):
+            changed.append(name)
     header = ["trained with", "with the fault (%)", "std", "without (%)", "std", "difference (points)", "verdict"]
-    return _table(header, *rows)
+    said = "The fault changed none of these accuracies by more than the seeds do."
+    if changed:
+        said = f"The fault changed these accuracies by more than the seeds do: {', '.join(changed)}."
+    elif any(len(top1) < SEEDS for top1 in now.values()):
+        said = "Of some of these trainings, seeds are not measured yet."
+    return f"{said}\n\n{_table(header, *rows)}"
 
 
 def write_page(text: str) -> str:

@@ -100,7 +100,9 @@ def test_what_the_page_says_follows_from_the_runs(tmp_path, monkeypatch):
     assert missing.startswith("Not measured yet: series activation, with deep training, on CIFAR-10;")
     assert "| deep training, without series activation | -1.00 ± 0.23 | loss | +0.95 |" in table
     assert "| n of 1 instead of 0 |  | not measured yet |  |" in table
-    assert ablation.decay_table().splitlines()[2].startswith("| neither | 78.16 | 0.14 | 78.10 | 0.10 | -0.06 ± ")
+    said, _, *table = ablation.decay_table().splitlines()
+    assert said == "The fault changed these accuracies by more than the seeds do: deep training."
+    assert table[2].startswith("| neither | 78.16 | 0.14 | 78.10 | 0.10 | -0.06 ± ")
 
 
 def test_the_committed_page_is_made_from_the_committed_files():
