@@ -12,13 +12,13 @@ Panel = tuple[str, str, Mapping[str, Sequence[float]]]
 
 @style.styled
 def seeds_figure(rows: Sequence[Sequence[Panel]], *, title: str, conditions: str, ylabel: str) -> Figure:
-    """Rows of at most two panels; those of a row are to be compared, and have the same range.
+    """Rows of panels, as wide together as the figure; those of a row are to be compared, and have the same range.
 
     Args:
         rows: of each panel, its title, the name of what is varied, and the scores of the runs by its value.
     """
     figure = style.new_figure(9, 3.2 * len(rows) + 0.8)
-    grid = figure.subplots(len(rows), 2, sharey="row", squeeze=False)
+    grid = figure.subplots(len(rows), max(map(len, rows)), sharey="row", squeeze=False)
     for line, panels in zip(grid, rows, strict=True):
         for axes, (heading, varied, scores) in zip(line, panels, strict=False):
             for position, runs in enumerate(scores.values()):
