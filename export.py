@@ -58,6 +58,7 @@ def _check(args: Arguments) -> None:
     for flag in ("precision", "int8", "batch_size", "tolerance", "calib_data", "int8_depthwise"):
         args.needs(flag, engine, "--engine safetensors writes the weights as they are")
     args.precision = "int8" if args.int8 else args.precision or "fp32"
+    # Real images are compared on in any precision, and int8 cannot do without them.
     quantizes = args.precision == "int8"
     if quantizes and not args.calib_data:
         raise ValueError("int8 needs real images to calibrate on: add --calib_data DIR")

@@ -375,6 +375,7 @@ def accuracy_panels(rows: Sequence[Row]) -> dict[str, list[Result]]:
             for row in sorted(found, key=lambda row: row["macs_g"])
         ]
 
+    # Beside the fastest engines in float32, the published way shows what an engine brings.
     plain = [row for row in chosen if row["precision"] == "fp32"]
     eager = [row for row in plain if row["engine"] == "eager" and is_vanillanet(row["network"])]
     return {
@@ -487,6 +488,7 @@ def write_page(path: Path, sections: Mapping[str, Sequence[Row]], *, figures: Co
         "In the tables a cell is the median in ms, and under it how many times as fast that is as the published way, "
         "PyTorch in float32 with contiguous tensors. The fastest of each row is bold. Networks are in deploy form.",
     ]
+    # A section a file: sentences, figure and table of single images, then other sizes, then training steps.
     for label, rows in sections.items():
         chosen, training = single(rows), [row for row in rows if row["kind"] == "training"]
         images = {
