@@ -24,6 +24,7 @@ from options import COUNT, Arguments, Parser, boolean, file_path, parse_args, pa
 ROOT = Path(__file__).resolve().parent
 RECORDS = ROOT / "results" / "ablation"
 DECAYED = ROOT / "results" / "ablation_decayed"  # of trainings that decayed biases and BatchNorms
+LATENCIES = ROOT / "results" / "equal_latency.csv"  # of the networks compared at equal latency, by benchmark.py
 PAGE = ROOT / "docs" / "RESULTS.md"
 FIGURE = ROOT / "docs" / "ablation.png"
 SEEDS = 3
@@ -42,6 +43,7 @@ class Trial:
         act_num: n of the series activation; 0 is none.
         decay_epochs: length of lambda's ramp; 0 is no deep training.
         epochs: None leaves the recipe's.
+        model: a network by timm's name, with which the recipe decides on all of that.
     """
 
     recipe: str = "ablation"
@@ -50,17 +52,20 @@ class Trial:
     decay_epochs: int = 4
     seed: int = 0
     epochs: int | None = None
+    model: str | None = None
 
     @property
     def name(self) -> str:
         epochs = f"-epochs{self.epochs}" if self.epochs else ""
-        return f"{self.recipe}-depth{self.depth}-n{self.act_num}-ramp{self.decay_epochs}{epochs}-seed{self.seed}"
+        varied = self.model or f"depth{self.depth}-n{self.act_num}-ramp{self.decay_epochs}{epochs}"
+        return f"{self.recipe}-{varied}-seed{self.seed}"
 
     @property
     def flags(self) -> list[str]:
         own = f"--model vanillanet_{self.depth} --act_num {self.act_num} --decay_epochs {self.decay_epochs}"
-        epochs = ["--epochs", str(self.epochs)] if self.epochs else []
-        return [f"@{ROOT}/recipes/{self.recipe}.args", *own.split(), "--seed", str(self.seed), *epochs]
+        epochs = f" --epochs {self.epochs}" if self.epochs else ""
+        varied = f"--model {self.model}" if self.model else own + epochs
+        return [f"@{ROOT}/recipes/{self.recipe}.args", *varied.split(), "--seed", str(self.seed)]
 
     def record(self, folder: Path) -> Path:
         return folder / f"{self.name}.csv"
@@ -106,6 +111,12 @@ class Experiment:
 SHORT = Trial(recipe="ablation_short", decay_epochs=2)
 PHOTOGRAPHS = Trial(recipe="cifar10")
 LONG = Trial(epochs=20, decay_epochs=8)
+PEERS = {  # timm's names of networks that take as long as ResNet-18, see `LATENCIES`
+    "VanillaNet-6": "vanillanet_6",
+    "ResNet-18": "resnet18",
+    "ConvNeXt-Atto": "convnext_atto",
+    "EfficientNet-Lite0": "efficientnet_lite0",
+}
 
 PAPER = {"neither": 59.58, "deep training": 60.53, "series activation": 75.23, "both": 76.36}
 
@@ -124,6 +135,7 @@ def four(both: Trial) -> dict[str, Trial]:
 # (VanillaNet-6) and of its main table.
 EXPERIMENTS = {
     "claims": Experiment("The paper's two ideas, 10 epochs", "trained with", four(Trial()), paper=PAPER),
+    "photographs": Experiment("The two ideas on CIFAR-10, 10 epochs", "trained with", four(PHOTOGRAPHS), paper=PAPER),
     "act_num": Experiment(
         "Reach of the series activation, 5 epochs", "n", {str(n): replace(SHORT, act_num=n) for n in range(5)}
     ),
@@ -133,7 +145,11 @@ EXPERIMENTS = {
         {str(depth): replace(SHORT, depth=depth) for depth in (5, 6, 9, 13)},
         paper={"5": 72.49, "6": 76.36, "9": 79.87, "13": 82.05},
     ),
-    "photographs": Experiment("The two ideas on CIFAR-10, 10 epochs", "trained with", four(PHOTOGRAPHS), paper=PAPER),
+    "peers": Experiment(
+        "Networks of equal latency, 5 epochs",
+        "network",
+        {name: Trial(recipe="equal_latency", model=model) for name, model in PEERS.items()},
+    ),
     "long": Experiment(
         "Deep training, 20 epochs", "trained with", {"series activation": replace(LONG, decay_epochs=0), "both": LONG}
     ),
@@ -148,6 +164,7 @@ COMPARISONS = (
     ("series activation, with deep training, on CIFAR-10", "photographs", "both", "deep training"),
     ("deep training, with series activation, on CIFAR-10", "photographs", "both", "series activation"),
     ("deep training, with series activation, 20 epochs", "long", "both", "series activation"),
+    *((f"VanillaNet-6 instead of {peer}", "peers", "VanillaNet-6", peer) for peer in PEERS if peer != "VanillaNet-6"),
     *((f"n of {n} instead of {n - 1}", "act_num", str(n), str(n - 1)) for n in range(1, 5)),
     *(
         (f"{more} layers instead of {less}", "depth", more, less)
@@ -262,6 +279,19 @@ def scores_table(experiment: Experiment) -> str:
     return _table(header, *rows)
 
 
+def peers_table() -> str:
+    """Accuracy beside what `LATENCIES` say of the fastest engine of each network."""
+    from benchmarking import report, results  # with torch, which takes seconds
+
+    fastest = report.fastest(results.read(LATENCIES), "network")
+    rows = []
+    for name, top1 in EXPERIMENTS["peers"].scores(RECORDS).items():
+        row = fastest[PEERS[name],]
+        costs = f"{row['layers']:.0f}", f"{row['params_m']:.1f}", f"{row['median_ms']:.2f}"
+        rows.append([name, *costs, *_scores(top1)])
+    return _table(["network", "layers", "parameters (M)", "latency (ms)", "top-1 (%)", "std"], *rows)
+
+
 def comparisons() -> str:
     """The table of what each part brings, under the sentences that follow from it."""
     sentences = {
@@ -310,7 +340,7 @@ def write_page(text: str) -> str:
         ValueError: the page lacks the marks of a part.
     """
     parts = {name: scores_table(experiment) for name, experiment in EXPERIMENTS.items()}
-    parts |= {"comparisons": comparisons(), "decay": decay_table()}
+    parts |= {"peers": peers_table(), "comparisons": comparisons(), "decay": decay_table()}
     parts["figure"] = (
         f"![The tables below]({FIGURE.name})" if measured() else "The figure follows with the first table."
     )
@@ -343,7 +373,7 @@ def report() -> None:
     panels = {name: (EXPERIMENTS[name].title, EXPERIMENTS[name].varied, scores) for name, scores in found.items()}
     rows = [
         [panels[name] for name in row if name in panels]
-        for row in (("claims", "long"), ("photographs",), ("act_num", "depth"))
+        for row in (("claims", "long"), ("photographs",), ("act_num", "depth"), ("peers",))
     ]
     figure = seeds_figure(
         [row for row in rows if row],
