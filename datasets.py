@@ -325,7 +325,7 @@ def match_classes(
     So their order need not be the same, and some may be missing, which the log says. `of` is whose `names` they are.
 
     Returns:
-        `class_indices` of `build_eval_loader`. None where the classes are the same, or one side does not say its own.
+        `class_indices` of `Loading`. None where the classes are the same, or one side does not say its own.
 
     Raises:
         ValueError: the data set has a class that is not among `names`, or is there twice.

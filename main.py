@@ -88,7 +88,7 @@ def build_eval_loader(
     if found != num_classes and not indices:
         raise ValueError(f"{of} knows {num_classes} classes, the data have {found}")
     loading = training.loading_of(args, world if args.dist_eval else utils.World(0, 1, world.device))
-    loader = loaders.build_eval_loader(dataset, loading, skip_broken=args.skip_broken_eval, class_indices=indices)
+    loader = loaders.build_eval_loader(dataset, replace(loading, class_indices=indices))
     real = None
     if args.real_labels:
         real = datasets.real_targets(datasets.load_real_labels(args.real_labels), dataset, num_classes)

@@ -112,6 +112,7 @@ def loading_of(args: Arguments, world: utils.World) -> Loading:
         world_size=world.size,
         pin_memory=args.pin_mem and world.device.type == "cuda",
         device=world.device,
+        skip_broken=args.skip_broken_eval,
         **args.pick("batch_size", "seed", "num_workers"),
     )
 

@@ -7,7 +7,7 @@ n samples are the same set for any number of ranks.
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -89,9 +89,7 @@ class TrainLoader:
 
     def __init__(self, dataset: Dataset, loading: Loading):
         self.broken: set[int] = set()
-        self._dataset = dataset
-        self._batch_size = loading.batch_size
-        self._device = loading.device
+        self._dataset, self._loading = dataset, loading
         self._sampler = EpochSampler(len(dataset), loading)
         self._loader = make_loader(
             _TrainSamples(dataset, loading.seed),
@@ -115,12 +113,12 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Raises ValueError if no readable image is found for a place in a batch."""
-        return finished(self._batches(), getattr(self._dataset, "transform", None), self._device)
+        return finished(self._batches(), getattr(self._dataset, "transform", None), self._loading.device)
 
     def _batches(self) -> Iterator[tuple[Any, torch.Tensor]]:
         for images, targets, _, notes in iterate(self._loader):
             _note_broken(notes, self.broken, self._dataset)
-            if targets is None or len(targets) < self._batch_size:
+            if targets is None or len(targets) < self._loading.batch_size:
                 index, reason = notes[-1]
                 raise ValueError(
                     f"no readable training image in {min(len(self._dataset), MAX_TRIES)} tries, the last was "
@@ -145,18 +143,9 @@ class EvalLoader:
         broken: indices of the images that this rank found broken and left out. Each is logged once.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        loading: Loading,
-        *,
-        skip_broken: bool = False,
-        class_indices: Sequence[int] | None = None,
-    ):
+    def __init__(self, dataset: Dataset, loading: Loading):
         self.broken: set[int] = set()
-        self._dataset = dataset
-        self._class_indices = class_indices
-        self._skip_broken = skip_broken
+        self._dataset, self._loading = dataset, loading
         # The loader processes end with each evaluation, to leave their memory to training.
         self._loader = make_loader(
             _EvalSamples(dataset),
@@ -172,7 +161,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Raises ValueError for a broken image, unless it may be left out."""
         for images, targets, indices, notes in iterate(self._loader):
-            if notes and not self._skip_broken:
+            if notes and not self._loading.skip_broken:
                 index, reason = notes[0]
                 raise ValueError(
                     f"cannot read the validation image {self._dataset.describe(index)}: {reason}; replace it, or leave "
@@ -180,7 +169,7 @@ class EvalLoader:
                 )
             _note_broken(notes, self.broken, self._dataset)
             if images is not None:
-                yield images, mapped(targets, self._class_indices), indices
+                yield images, mapped(targets, self._loading.class_indices), indices
 
 
 def build_train_loader(dataset: Dataset | StreamDataset, loading: Loading) -> TrainLoader | StreamTrainLoader:
@@ -188,20 +177,9 @@ def build_train_loader(dataset: Dataset | StreamDataset, loading: Loading) -> Tr
     return (StreamTrainLoader if isinstance(dataset, StreamDataset) else TrainLoader)(dataset, loading)
 
 
-def build_eval_loader(
-    dataset: Dataset | StreamDataset,
-    loading: Loading,
-    *,
-    skip_broken: bool = False,
-    class_indices: Sequence[int] | None = None,
-) -> EvalLoader | StreamEvalLoader:
+def build_eval_loader(dataset: Dataset | StreamDataset, loading: Loading) -> EvalLoader | StreamEvalLoader:
     """The validation batches of one rank: images rank, rank + world_size, ...
 
     Its loader processes live for the time of an iteration.
-
-    Args:
-        skip_broken: leave broken images out and count them, instead of raising ValueError.
-        class_indices: what the network calls each class of the data set, from `datasets.match_classes`; None: the same.
     """
-    kind = StreamEvalLoader if isinstance(dataset, StreamDataset) else EvalLoader
-    return kind(dataset, loading, skip_broken=skip_broken, class_indices=class_indices)
+    return (StreamEvalLoader if isinstance(dataset, StreamDataset) else EvalLoader)(dataset, loading)

@@ -42,6 +42,9 @@ class Loading:
         pin_memory: put batches in page-locked memory, for a GPU.
         collate: batches (image, target, index).
         device: where training's views are finished, and so where its images are.
+        skip_broken: leave broken validation images out and count them, instead of raising ValueError.
+        class_indices: what the network calls each class of the validation data, from `datasets.match_classes`; None:
+            the same.
     """
 
     batch_size: int
@@ -52,6 +55,8 @@ class Loading:
     pin_memory: bool = False
     collate: Collate = default_collate
     device: torch.device = CPU
+    skip_broken: bool = False
+    class_indices: Sequence[int] | None = None
 
 
 def _collate(samples: list[Sample], batch: Collate) -> tuple[Any, Any, Any, list]:

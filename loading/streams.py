@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -224,17 +224,9 @@ class StreamEvalLoader:
             known, since timm leaves them out (and logs them) before we see them.
     """
 
-    def __init__(
-        self,
-        dataset: StreamDataset,
-        loading: Loading,
-        *,
-        skip_broken: bool = False,
-        class_indices: Sequence[int] | None = None,
-    ):
+    def __init__(self, dataset: StreamDataset, loading: Loading):
         self.broken: set[int] = set()
         self._dataset, self._loading = dataset, loading
-        self._class_indices, self._skip_broken = class_indices, skip_broken
 
     def __len__(self) -> int:
         """Batches, if the data set's description is right and each loader process has as many images."""
@@ -249,9 +241,9 @@ class StreamEvalLoader:
         for images, targets, indices, notes in iterate(make_loader(samples, loading, batch_size=loading.batch_size)):
             count += sum(notes)
             if images is not None:
-                yield images, mapped(targets, self._class_indices), indices
+                yield images, mapped(targets, loading.class_indices), indices
         promised = len(self._dataset)
-        if count < promised and not self._skip_broken:
+        if count < promised and not loading.skip_broken:
             lost = f"{promised - count} of the {promised} validation images of --data_set {self._dataset.name}"
             raise ValueError(f"{lost} are broken or missing; replace them, or add --skip_broken_eval true")
         self.broken = set(range(count, promised))

@@ -68,7 +68,7 @@ def build_eval_loader(args: Arguments, dataset: CocoDataset, world: utils.World)
     """Image by image: in a batch, what is found in an image would depend a little on the others, which pad it, and so
     AP on the number of processes."""
     loading = replace(training.loading_of(args, world), batch_size=1, collate=collate)
-    return loaders.build_eval_loader(dataset, loading, skip_broken=args.skip_broken_eval)
+    return loaders.build_eval_loader(dataset, loading)
 
 
 def first_images(dataset: CocoDataset, count: int) -> list[torch.Tensor]:

@@ -66,7 +66,7 @@ def train_loader(dataset, batch_size=4, rank=0, world_size=1, seed=0, num_worker
 
 
 def eval_loader(dataset, batch_size=4, rank=0, world_size=1, num_workers=0, **kwargs):
-    return loaders.build_eval_loader(dataset, Loading(batch_size, rank, world_size, num_workers=num_workers), **kwargs)
+    return loaders.build_eval_loader(dataset, Loading(batch_size, rank, world_size, num_workers=num_workers, **kwargs))
 
 
 def save(path, color=(10, 20, 30), size=(8, 6), **kwargs):
