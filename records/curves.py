@@ -1,8 +1,7 @@
 """The curves of runs: `curves.png`, and several runs over each other."""
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,7 @@ def curve(rows: Iterable[Mapping[str, object]], column: str) -> list[tuple[int, 
     return [(int(row["epoch"]), float(row[column])) for row in rows if row.get(column) not in (None, "")]
 
 
-def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]], panels: Panels = CURVES) -> "Figure":
+def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]], panels: Panels) -> "Figure":
     """The curves of one or several runs over each other.
 
     One run has a colour for each column. Of several, each run has a colour and each column of a panel a line style; a
@@ -46,12 +45,10 @@ def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]], panels: Pa
         ValueError: a cell is no number.
     """
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(10, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     single = len(runs) == 1
     # The usual colours are ten; more runs than that share a rainbow out among them.
     colors = [f"C{i}" if len(runs) <= 10 else colormaps["turbo"](i / (len(runs) - 1)) for i in range(len(runs))]
@@ -105,26 +102,19 @@ def _read_run(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-@contextmanager
-def _knots_undone() -> Iterator[None]:
-    """Free what the block leaves behind. A figure is a knot of 5 MB, which Python would come to undo many epochs later.
-
-    Without collections in between, all of it is young, and looking at young objects takes no time.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.collect(0)
-        gc.enable()
-
-
 class CurvesSink(Sink):
     """`curves.png`: the columns of `panels` by epoch, drawn anew from the CSV."""
 
-    def __init__(self, path: Path, table: CsvSink, panels: Panels = CURVES):
+    def __init__(self, path: Path, table: CsvSink, panels: Panels):
         self.path, self.table, self.panels = path, table, panels
 
     def log(self, metrics: Metrics, step: int) -> None:
-        with writing(self.path), _knots_undone():
-            curves_figure({"": self.table.rows}, self.panels).savefig(self.path, dpi=100)
+        # A figure is a knot of 5 MB, which Python would come to undo many epochs later. Without collections in between,
+        # all of it is young, and looking at young objects takes no time.
+        gc.disable()
+        try:
+            with writing(self.path):
+                curves_figure({"": self.table.rows}, self.panels).savefig(self.path, dpi=100)
+        finally:
+            gc.collect(0)
+            gc.enable()
