@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from ctypes import c_bool
 from dataclasses import dataclass
 from functools import cache, partial
@@ -16,10 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from loading.views import Views, stack_views
-from utils import keep_freed_memory
-
-# Signals that reach a whole group of processes, and that the main process answers.
-GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from utils import StopRequest, keep_freed_memory
 
 # What a loader process sends for each image: (image or None, class, index, notes), the notes for the main process.
 Sample = tuple[torch.Tensor | Views | None, Any, int, Sequence]
@@ -80,16 +76,6 @@ def _exiting() -> Any:
     return flag
 
 
-@contextmanager
-def _held_signals() -> Iterator[None]:
-    """Hold signals back, here and in processes that are started in the block, until the latter are ready for them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start_worker(exiting: Any, worker_id: int) -> None:
     """Leave signals to the main process, which needs its loader processes to end the step that is running.
 
@@ -102,9 +88,9 @@ def _start_worker(exiting: Any, worker_id: int) -> None:
             os._exit(0)
 
     keep_freed_memory()
-    for number in GROUP_SIGNALS:
+    for number in StopRequest.signals:
         signal.signal(number, terminate if number == signal.SIGTERM else signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, StopRequest.signals)
 
 
 def make_loader(dataset: Dataset, loading: Loading, *, seed: int = 0, **options) -> DataLoader:
@@ -122,18 +108,18 @@ def make_loader(dataset: Dataset, loading: Loading, *, seed: int = 0, **options)
 
 def iterate(loader: DataLoader) -> Iterator[tuple]:
     """The batches of the loader. Raises RuntimeError, by torch's handler of SIGCHLD, if a loader process dies."""
-    with _held_signals():
-        iterator = iter(loader)  # starts the loader processes
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except (ConnectionError, EOFError) as error:
-            # It died while it was sending. The signal that names it is on its way, and its handler raises here.
-            time.sleep(5)
-            raise RuntimeError("DataLoader worker (pid unknown) has ended while it was sending a batch") from error
-        yield batch
+    # Signals are held back, here and in the loader processes that this starts, until the latter are ready for them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.signals)
+    try:
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield from iterator
+    except (ConnectionError, EOFError) as error:
+        # It died while it was sending. The signal that names it is on its way, and its handler raises here.
+        time.sleep(5)
+        raise RuntimeError("DataLoader worker (pid unknown) has ended while it was sending a batch") from error
 
 
 def mapped(targets: Any, class_indices: Sequence[int] | None) -> Any:
