@@ -15,8 +15,7 @@ import numpy as np
 
 PER_CLASS = {"train": 1000, "t10k": 200}
 IMAGE_HEADER, LABEL_HEADER = 16, 8  # bytes before the pixels and labels in the idx format
-IMAGE_MAGIC, LABEL_MAGIC = 0x803, 0x801
-CLASSES, SIDE = 10, 28
+CLASSES = 10
 
 
 def select(labels: np.ndarray, per_class: int) -> np.ndarray:
@@ -30,24 +29,22 @@ def select(labels: np.ndarray, per_class: int) -> np.ndarray:
     return np.sort(np.concatenate(groups))
 
 
-def write_gzip(path: Path, payload: bytes) -> None:
-    """Write `payload` gzipped. Neither a time nor a name goes into the header, so equal content gives equal files."""
-    with open(path, "wb") as file, gzip.GzipFile("", "wb", compresslevel=9, fileobj=file, mtime=0) as archive:
-        archive.write(payload)
-
-
 def cut(source: Path, target: Path, split: str) -> int:
     """Cut one split ("train" or "t10k") of the set in folder `source` into folder `target`; returns its image count."""
     image_name, label_name = f"{split}-images-idx3-ubyte.gz", f"{split}-labels-idx1-ubyte.gz"
-    labels = np.frombuffer(gzip.decompress((source / label_name).read_bytes()), np.uint8, offset=LABEL_HEADER)
-    pixels = np.frombuffer(gzip.decompress((source / image_name).read_bytes()), np.uint8, offset=IMAGE_HEADER)
-    images = pixels.reshape(len(labels), SIDE, SIDE)
-    chosen = select(labels, PER_CLASS[split])
-    image_header = np.array([IMAGE_MAGIC, len(chosen), SIDE, SIDE], ">u4").tobytes()
-    label_header = np.array([LABEL_MAGIC, len(chosen)], ">u4").tobytes()
+    images, labels = (gzip.decompress((source / name).read_bytes()) for name in (image_name, label_name))
+    classes = np.frombuffer(labels, np.uint8, offset=LABEL_HEADER)
+    chosen = select(classes, PER_CLASS[split])
     target.mkdir(parents=True, exist_ok=True)
-    write_gzip(target / image_name, image_header + images[chosen].tobytes())
-    write_gzip(target / label_name, label_header + labels[chosen].tobytes())
+    for name, content, header in ((image_name, images, IMAGE_HEADER), (label_name, labels, LABEL_HEADER)):
+        values = np.frombuffer(content, np.uint8, offset=header).reshape(len(classes), -1)
+        count = len(chosen).to_bytes(4, "big")  # the first dimension, behind the magic number
+        # Neither a time nor a name goes into the header of the archive, so equal content gives equal files.
+        with (
+            open(target / name, "wb") as file,
+            gzip.GzipFile("", "wb", compresslevel=9, fileobj=file, mtime=0) as archive,
+        ):
+            archive.write(content[:4] + count + content[8:header] + values[chosen].tobytes())
     return len(chosen)
 
 
