@@ -389,7 +389,7 @@ class RunFolder:
             csv = logs.CsvSink(folder / "summary.csv", progress.epoch)
             sinks["epoch"] += [csv, curves.CurvesSink(folder / "curves.png", csv, self.task.panels)]
             next_step = progress.epoch * self.state.steps_per_epoch + progress.step + 1
-            sinks["step"].append(logs.JsonLinesSink(folder / "log.jsonl", "step", next_step))
+            sinks["step"].append(logs.JsonLinesSink(folder / "log.jsonl", next_step))
         else:
             logger.warning("without --output_dir nothing of this run is kept: no checkpoint, no curve, no log")
         # Where others look: TensorBoard and Weights & Biases.

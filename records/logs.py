@@ -30,10 +30,6 @@ class SumMeter:
         for position, name in enumerate(self.names):
             self.sums[position] += values[name]  # a Python number is passed to the kernel, a tensor read on the device
 
-    def values(self) -> dict[str, float]:
-        """The sums as numbers; waits for the device."""
-        return dict(zip(self.names, self.sums.tolist(), strict=True))
-
 
 def table(rows: Iterable[Iterable[object]], title: str | None = None, text_columns: int = 1) -> str:
     """Rows, the first being the header, as text; columns after the first `text_columns` are right-aligned."""
@@ -102,7 +98,7 @@ class CsvSink(Sink):
     Rows from the step `start` on are of a part of the run that is being repeated, and are dropped.
     """
 
-    def __init__(self, path: Path, start: int = 0):
+    def __init__(self, path: Path, start: int):
         self.path = path
         rows = read_rows(path) if path.exists() else []
         self.rows: list[dict[str, object]] = [row for row in rows if int(row["epoch"]) < start]
@@ -113,10 +109,10 @@ class CsvSink(Sink):
 
 
 class JsonLinesSink(Sink):
-    """`log.jsonl`, an object a call; `start` as in `CsvSink`, `key` names the step."""
+    """`log.jsonl`, an object a call; `start` as in `CsvSink`."""
 
-    def __init__(self, path: Path, key: str, start: int = 0):
-        self.key, self.path = key, path
+    def __init__(self, path: Path, start: int):
+        self.path = path
         with writing(path):
             if path.exists():
                 lines = path.read_text().splitlines(keepends=True)
@@ -126,13 +122,13 @@ class JsonLinesSink(Sink):
 
     def _before(self, line: str, start: int) -> bool:
         try:
-            return json.loads(line)[self.key] < start
+            return json.loads(line)["step"] < start
         except (ValueError, KeyError):  # the last line of a killed run may be cut
             return False
 
     def log(self, metrics: Metrics, step: int) -> None:
         with writing(self.path):
-            self.file.write(f"{json.dumps({self.key: step, **metrics})}\n".encode())
+            self.file.write(f"{json.dumps({'step': step, **metrics})}\n".encode())
 
     def close(self) -> None:
         self.file.close()

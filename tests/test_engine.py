@@ -59,7 +59,8 @@ def train(model, data, *, precision=None, criterion=None, mixup=None, lr=0.1, gu
         return lr, 0.0
 
     finished = train_one_epoch(state, data, objective=objective, schedule=schedule, num_batches=len(data), **kwargs)
-    return finished, state.progress, state.meter.values(), seen
+    sums = dict(zip(state.meter.names, state.meter.sums.tolist(), strict=True))
+    return finished, state.progress, sums, seen
 
 
 def parameters(model):
