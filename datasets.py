@@ -291,10 +291,8 @@ def build_dataset(
         return build(root, train=train, transform=transform, download=download)
     dataset = FolderDataset(_class_folders(root, split, train=train, own_path=eval_data_path is not None), transform)
     if train and len(dataset.classes) == 1:
-        single = (
-            f"{dataset.root} holds a single class folder, {dataset.classes[0]}, and with one class there is nothing"
-        )
-        logger.warning(f"{single} to learn: is --data_path a level too high?")
+        single = f"{dataset.root} holds a single class folder, {dataset.classes[0]}"
+        logger.warning(f"{single}, and with one class there is nothing to learn: is --data_path a level too high?")
     return dataset
 
 
@@ -371,12 +369,12 @@ def load_real_labels(path: str | os.PathLike) -> dict[str, list[int]]:
 
 
 def real_targets(
-    real: Mapping[str, Sequence[int]], dataset: ImageDataset | StreamDataset, num_classes: int | None = None
+    real: Mapping[str, Sequence[int]], dataset: ImageDataset | StreamDataset, num_classes: int
 ) -> list[list[int]]:
     """ReaL's labels by the index of the data set, matched by file name; [] for an image that has none.
 
     Args:
-        num_classes: how many the network knows; None is as many as the data set has.
+        num_classes: how many the network knows.
 
     Raises:
         ValueError: the data set has no file names or two alike, one has no entry, or a label is no class of it.
@@ -391,7 +389,6 @@ def real_targets(
     if missing is not None:
         raise ValueError(f"--real_labels has no entry for the validation image {missing}")
     targets = [list(real[name]) for name in names]
-    num_classes = num_classes or len(dataset.classes)
     foreign = next((label for labels in targets for label in labels if not 0 <= label < num_classes), None)
     if foreign is not None:
         raise ValueError(f"--real_labels names class {foreign}, but there are only {num_classes} classes")

@@ -888,7 +888,7 @@ def test_real_labels_are_matched_by_name(tmp_path):
     reordered = dict(sorted(expected.items(), reverse=True))
     (tmp_path / "dict.json").write_text(json.dumps(reordered))
     for file in ("list.json", "dict.json"):
-        found = datasets.real_targets(datasets.load_real_labels(tmp_path / file), dataset)
+        found = datasets.real_targets(datasets.load_real_labels(tmp_path / file), dataset, 2)
         assert found == [expected[dataset.filename(i)] for i in range(5)]
 
 
@@ -901,17 +901,17 @@ def test_real_labels_of_timm(tmp_path):
 def test_real_labels_that_do_not_fit(tmp_path):
     dataset = imagenet_like(tmp_path, ["x1.JPEG", "x2.JPEG", "x3.JPEG"])
     good = {"x1.JPEG": [0], "x2.JPEG": [1], "x3.JPEG": []}
-    assert datasets.real_targets(good, dataset) == [[1], [0], []]
+    assert datasets.real_targets(good, dataset, 2) == [[1], [0], []]
     assert datasets.real_targets({**good, "x1.JPEG": [8]}, dataset, 9)[1] == [8]  # of a network that knows more classes
     with pytest.raises(ValueError, match=r"no entry for the validation image x2\.JPEG$"):
-        datasets.real_targets({"x1.JPEG": [0]}, dataset)
+        datasets.real_targets({"x1.JPEG": [0]}, dataset, 2)
     with pytest.raises(ValueError, match="names class 2, but there are only 2 classes"):
-        datasets.real_targets({**good, "x1.JPEG": [2]}, dataset)
+        datasets.real_targets({**good, "x1.JPEG": [2]}, dataset, 2)
     with pytest.raises(ValueError, match="needs image files"):
-        datasets.real_targets(good, fmnist(False))
+        datasets.real_targets(good, fmnist(False), 10)
     save(tmp_path / "val/n00/x1.JPEG")
     with pytest.raises(ValueError, match=r"2 validation images are called x1\.JPEG"):
-        datasets.real_targets(good, open_folder(tmp_path, train=False))
+        datasets.real_targets(good, open_folder(tmp_path, train=False), 2)
 
 
 @pytest.mark.parametrize(
