@@ -87,11 +87,8 @@ def timm_classes(source: Any) -> tuple[str, ...] | None:
 class StreamDataset:
     """A data set of timm's that can only be read from its beginning: wds/, tfds/ and hfids/.
 
-    It has no index: there are no file names, and training cannot be resumed in the middle of an epoch.
-
-    Attributes:
-        classes: names by class index; None where the data set does not say.
-        transform: from an RGB image to (3, H, W).
+    It has no index: there are no file names, and training cannot be resumed in the middle of an epoch. `classes` and
+    `transform` are as those of `datasets.ImageDataset`.
     """
 
     def __init__(self, source: TimmSource, transform: Transform, *, download: bool = False):
@@ -180,7 +177,8 @@ class StreamTrainLoader:
     def __init__(self, dataset: StreamDataset, loading: Loading):
         self.broken: set[int] = set()
         self._dataset, self._loading, self._epoch = dataset, loading, 0
-        self._length = len(dataset.open(loading)) // loading.batch_size
+        # Batches that the next iteration gives: those of a whole epoch, the same on all ranks.
+        self.remaining_batches = len(dataset.open(loading)) // loading.batch_size
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
         """Choose the epoch. Raises ValueError if it is to begin elsewhere than at its start."""
@@ -190,13 +188,7 @@ class StreamTrainLoader:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, the same on all ranks."""
-        return self._length
-
-    @property
-    def remaining_batches(self) -> int:
-        """Batches that the next iteration gives."""
-        return self._length
+        return self.remaining_batches
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Raises ValueError if the stream ends before the epoch."""
@@ -211,8 +203,8 @@ class StreamTrainLoader:
         for batch in finished(batches, self._dataset.transform, loading.device):
             count += 1
             yield batch
-        if count < self._length:
-            ended = f"--data_set {self._dataset.name} ended after {count} of {self._length} batches"
+        if count < len(self):
+            ended = f"--data_set {self._dataset.name} ended after {count} of {len(self)} batches"
             raise ValueError(f"{ended}: it needs a shard for each loader process of each rank, lower --num_workers")
 
 
