@@ -36,10 +36,6 @@ class EpochSampler:
     The order is a function of (seed, epoch) and the same on all ranks. A global batch is the next `batch_size *
     world_size` samples of it, and rank r takes its r-th part, so that the samples up to any position are one set for
     any number of ranks. The last global batch is filled up from the start of the same order, several times if need be.
-
-    Args:
-        length: samples in the data set, 1 or more.
-        loading: of which batch size, rank, ranks and seed count.
     """
 
     def __init__(self, length: int, loading: Loading):

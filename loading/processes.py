@@ -21,37 +21,23 @@ from utils import StopRequest, keep_freed_memory
 Sample = tuple[torch.Tensor | Views | None, Any, int, Sequence]
 # Batches (image, target, index): by default (B, 3, H, W), (B,), (B,).
 Collate = Callable[[list[tuple]], Sequence]
-
-
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How the batches of one rank are loaded.
+    """How the batches of one rank are loaded."""
 
-    Attributes:
-        batch_size: of one rank.
-        rank, world_size: 0 <= rank < world_size.
-        seed: of training's order and transforms; not negative.
-        num_workers: loader processes; 0 loads in this process.
-        pin_memory: put batches in page-locked memory, for a GPU.
-        collate: batches (image, target, index).
-        device: where training's views are finished, and so where its images are.
-        skip_broken: leave broken validation images out and count them, instead of raising ValueError.
-        class_indices: what the network calls each class of the validation data, from `datasets.match_classes`; None:
-            the same.
-    """
-
-    batch_size: int
-    rank: int = 0
+    batch_size: int  # of one rank
+    rank: int = 0  # 0 <= rank < world_size
     world_size: int = 1
-    seed: int = 0
-    num_workers: int = 0
-    pin_memory: bool = False
+    seed: int = 0  # of training's order and transforms; not negative
+    num_workers: int = 0  # loader processes; 0 loads in this process
+    pin_memory: bool = False  # put batches in page-locked memory, for a GPU
     collate: Collate = default_collate
-    device: torch.device = CPU
-    skip_broken: bool = False
+    device: torch.device = CPU  # where training's views are finished, and so where its images are
+    skip_broken: bool = False  # leave broken validation images out and count them, instead of raising ValueError
+    # What the network calls each class of the validation data, from `datasets.match_classes`; None: the same.
     class_indices: Sequence[int] | None = None
 
 

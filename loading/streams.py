@@ -35,19 +35,12 @@ EVAL_SPLITS = ("validation", "val", "test")  # by the first name that a data set
 
 @dataclass(frozen=True)
 class TimmSource:
-    """One split of a data set of timm's, and how it is opened.
+    """One split of a data set of timm's, and how it is opened."""
 
-    Attributes:
-        name: as `create_dataset` of timm knows it.
-        root: its folder; None where the name is enough.
-        train: whether it is the training split.
-        split: timm's name of it; None takes "train", or the first of `EVAL_SPLITS` that there is.
-    """
-
-    name: str
-    root: Path | None
+    name: str  # as `create_dataset` of timm knows it
+    root: Path | None  # its folder; None where the name is enough
     train: bool
-    split: str | None = None
+    split: str | None = None  # timm's name of it; None takes "train", or the first of `EVAL_SPLITS` that there is
 
     @property
     def prefix(self) -> str:

@@ -56,27 +56,18 @@ class Preprocessing:
 
     For evaluation, the shorter side is resized to int(input_size / crop_pct) and the centre cropped.
 
-    Attributes:
-        input_size: px.
-        mean, std: of each channel, of pixels in [0, 1]; subtracted and divided by.
-        crop_pct: in (0, 1]; None becomes `default_crop_pct`, but stays None for native images.
-        interpolation: of evaluation's resizing, by timm's name.
-        crop_mode: timm's. "center"; "squash" resizes both sides; "border" resizes the longer one and fills the rest.
-        native: images are not resized: evaluation crops or pads them, training crops from 4 px of padding.
-        exif_transpose: turn images upright by their EXIF orientation first.
-
     Raises:
         ValueError: crop_pct is out of range, or given with `native`, or interpolation or crop_mode are unknown.
     """
 
-    input_size: int
-    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
-    crop_pct: float | None = None
-    interpolation: str = "bicubic"
-    crop_mode: str = "center"
-    native: bool = False
-    exif_transpose: bool = False
+    input_size: int  # px
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN  # of each channel of pixels in [0, 1], subtracted
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD  # likewise, divided by
+    crop_pct: float | None = None  # in (0, 1]; None becomes `default_crop_pct`, but stays None for native images
+    interpolation: str = "bicubic"  # of evaluation's resizing, by timm's name
+    crop_mode: str = "center"  # timm's; "squash" resizes both sides, "border" the longer one and fills the rest
+    native: bool = False  # not resized: evaluation crops or pads images, training crops from 4 px of padding
+    exif_transpose: bool = False  # turn images upright by their EXIF orientation first
 
     def __post_init__(self):
         if self.native and self.crop_pct is not None:

@@ -17,17 +17,11 @@ SINGLE_THREADED = 32_767  # the most values that an elementwise operation of tor
 
 
 class Views(NamedTuple):
-    """Views of one or several images before normalizing.
+    """Views of one or several images before normalizing."""
 
-    Attributes:
-        pixels: uint8, (B, H, W, 3).
-        areas: to be erased: (image, top, left, height, width, number of values).
-        values: float32, what fills the areas one after the other: (3, height, width) or (3, 1, 1) each, flattened.
-    """
-
-    pixels: torch.Tensor
-    areas: list[tuple[int, int, int, int, int, int]]
-    values: torch.Tensor
+    pixels: torch.Tensor  # uint8, (B, H, W, 3)
+    areas: list[tuple[int, int, int, int, int, int]]  # to erase: (image, top, left, height, width, number of values)
+    values: torch.Tensor  # float32, what fills the areas in turn: (3, height, width) or (3, 1, 1) each, flattened
 
 
 def stack_views(pixels: torch.Tensor, views: Sequence[Views]) -> Views:
