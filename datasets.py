@@ -373,11 +373,9 @@ def real_targets(
 ) -> list[list[int]]:
     """ReaL's labels by the index of the data set, matched by file name; [] for an image that has none.
 
-    Args:
-        num_classes: how many the network knows.
-
     Raises:
-        ValueError: the data set has no file names or two alike, one has no entry, or a label is no class of it.
+        ValueError: the data set has no file names or two alike, one has no entry, or a label is none of the network's
+            `num_classes`.
     """
     if not isinstance(dataset, FolderDataset):
         raise ValueError("--real_labels needs image files, it goes with --data_set IMNET or image_folder")
