@@ -45,15 +45,10 @@ STREAMS = ("hfids", "tfds", "wds")
 
 
 class ImageDataset(Dataset, ABC):
-    """Images with a class each; an item is (transformed image, class).
+    """Images with a class each; an item is (transformed image, class)."""
 
-    Attributes:
-        classes: names by class index; None where the data set does not say.
-        transform: from an RGB image to (3, H, W).
-    """
-
-    classes: tuple[str, ...] | None
-    transform: Transform
+    classes: tuple[str, ...] | None  # names by class index; None where the data set does not say
+    transform: Transform  # from an RGB image to (3, H, W)
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -79,16 +79,12 @@ class TrainLoader:
     """Batches of one rank: images (B, 3, H, W), float32, and classes (B,), int64; all of the same size.
 
     The images are on `loading.device` if the transform has two halves, as that of `build_train_transform` has.
-
-    Attributes:
-        broken: indices of the images that this rank found broken so far. Each is logged once.
-        resumable: whether an epoch can begin elsewhere than at its start.
     """
 
-    resumable = True
+    resumable = True  # an epoch can begin elsewhere than at its start
 
     def __init__(self, dataset: Dataset, loading: Loading):
-        self.broken: set[int] = set()
+        self.broken: set[int] = set()  # indices of the images that this rank found broken; each is logged once
         self._dataset, self._loading = dataset, loading
         self._sampler = EpochSampler(len(dataset), loading)
         self._loader = make_loader(
@@ -138,13 +134,10 @@ class EvalLoader:
     """Validation batches of one rank: images (B, 3, H, W), float32, classes (B,) and indices (B,), int64.
 
     Over all ranks each image comes exactly once; the last batch may be smaller, and so is one with broken images.
-
-    Attributes:
-        broken: indices of the images that this rank found broken and left out. Each is logged once.
     """
 
     def __init__(self, dataset: Dataset, loading: Loading):
-        self.broken: set[int] = set()
+        self.broken: set[int] = set()  # indices of the images that this rank left out; each is logged once
         self._dataset, self._loading = dataset, loading
         # The loader processes end with each evaluation, to leave their memory to training.
         self._loader = make_loader(
