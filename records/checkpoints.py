@@ -64,15 +64,6 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             raise
 
 
-def link_checkpoint(source: Path, path: Path) -> None:
-    """Give the file `source` a second name, atomically; a copy where the file system has no hard links."""
-    with writing(path, CheckpointError), replacing(path) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-
-
 def is_intact(path: str | Path) -> bool:
     """Whether the file is whole: every record of torch's zip format matches its CRC-32."""
     try:
@@ -277,7 +268,12 @@ class CheckpointFolder:
         path = self.folder / (f"checkpoint-{epoch}-{step}.pth" if step else f"checkpoint-{epoch - 1}.pth")
         save_checkpoint(checkpoint, path)
         for name in ("last", *names):
-            link_checkpoint(path, self.folder / f"checkpoint-{name}.pth")
+            further = self.folder / f"checkpoint-{name}.pth"
+            with writing(further, CheckpointError), replacing(further) as temporary:
+                try:
+                    os.link(path, temporary)
+                except OSError:  # a copy where the file system has no hard links
+                    shutil.copyfile(path, temporary)
         self.delete_old()
         return path
 
