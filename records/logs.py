@@ -108,6 +108,13 @@ class CsvSink(Sink):
         write_rows(self.path, self.rows)  # as a whole, because a later row may bring a column that the header lacks
 
 
+def _is_before(line: str, start: int) -> bool:
+    try:
+        return json.loads(line)["step"] < start
+    except (ValueError, KeyError):  # the last line of a killed run may be cut
+        return False
+
+
 class JsonLinesSink(Sink):
     """`log.jsonl`, an object a call; `start` as in `CsvSink`."""
 
@@ -117,14 +124,8 @@ class JsonLinesSink(Sink):
             if path.exists():
                 lines = path.read_text().splitlines(keepends=True)
                 with replacing(path) as temporary:
-                    temporary.write_text("".join(line for line in lines if self._before(line, start)))
+                    temporary.write_text("".join(line for line in lines if _is_before(line, start)))
             self.file = path.open("ab", buffering=0)  # what a failed write leaves in a buffer would be written again
-
-    def _before(self, line: str, start: int) -> bool:
-        try:
-            return json.loads(line)["step"] < start
-        except (ValueError, KeyError):  # the last line of a killed run may be cut
-            return False
 
     def log(self, metrics: Metrics, step: int) -> None:
         with writing(self.path):
