@@ -10,8 +10,6 @@ What the format leaves open, and files in the wild make use of:
   object, is left out of training, since its objects are not background.
 """
 
-import contextlib
-import io
 import json
 import logging
 import os
@@ -19,7 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +28,6 @@ from torchvision.transforms.v2.functional import horizontal_flip
 
 from datasets import ImageDataset
 from loading.images import BrokenImageError, decode_image
-
-if TYPE_CHECKING:
-    from pycocotools.coco import COCO
 
 logger = logging.getLogger(__name__)
 
@@ -108,17 +103,6 @@ def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]
 def _is(value: Any, kinds: tuple[type, ...]) -> bool:
     """Whether a value of a JSON file is of one of the types. True, false, NaN and infinity are no numbers."""
     return type(value) in kinds and (type(value) not in NUMBER or -LARGEST < value < LARGEST)
-
-
-def index_annotations(data: Mapping[str, Any]) -> "COCO":
-    """pycocotools' index of annotations."""
-    from pycocotools.coco import COCO
-
-    coco = COCO()
-    coco.dataset = dict(data)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        coco.createIndex()
-    return coco
 
 
 def encode_segment(segment: Any, height: int, width: int) -> dict[str, Any] | None:

@@ -1,7 +1,6 @@
 """Detections in COCO's result format, and average precision (AP) by pycocotools."""
 
 import contextlib
-import copy
 import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from engine import Precision
-from object_detection.coco import CocoDataset, encode_segment, index_annotations
+from object_detection.coco import CocoDataset, encode_segment
 from object_detection.detectors import Detector
 
 logger = logging.getLogger(__name__)
@@ -72,20 +71,21 @@ def average_precision(
 
     Returns the numbers that have a ground truth: without a small object there is no `box_APs`.
     """
+    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     found = {}
     for kind in ("bbox", "segm") if masks else ("bbox",):
-        # The truth, and what was found, as pycocotools wants them.
-        truth = index_annotations(_ground_truth(data, kind))
-        rows = [copy.copy(row) for row in results]
-        if kind == "segm":  # pycocotools would take a mask's size from its box
-            rows = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
+        # Copies, since pycocotools writes into them. It would take a mask's size from its box.
+        truth = COCO()
+        truth.dataset = _ground_truth(data, kind)
+        rows = [{key: value for key, value in row.items() if kind == "bbox" or key != "bbox"} for row in results]
 
         # Its numbers, without its words.
         with contextlib.redirect_stdout(io.StringIO()):
-            found_rows = truth.loadRes(rows) if rows else index_annotations({**truth.dataset, "annotations": []})
-            evaluation = COCOeval(cocoGt=truth, cocoDt=found_rows, iouType=kind)
+            truth.createIndex()
+            detections = truth.loadRes(rows) if rows else COCO()
+            evaluation = COCOeval(cocoGt=truth, cocoDt=detections, iouType=kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
