@@ -21,30 +21,14 @@ def _unpasted(detector: Detector) -> Iterator[None]:
         del detector.transform.postprocess
 
 
-def _gap(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], *, side: float, cut: float) -> float:
-    """The largest difference of a detection in `one` from the nearest of its class in `other`.
-
-    One that `other` lacks differs by what its score is above `cut`, since it may have fallen below that.
-    """
-    largest = 0.0
-    for position, label in enumerate(one["labels"].tolist()):
-        same = other["labels"] == label
-        gaps = (other["boxes"][same] - one["boxes"][position]).abs().amax(1) / side
-        gaps = torch.maximum(gaps, (other["scores"][same] - one["scores"][position]).abs())
-        if "masks" in one:
-            gaps = torch.maximum(gaps, (other["masks"][same] - one["masks"][position]).abs().flatten(1).amax(1))
-        lacking = max(one["scores"][position].item() - cut, 0.0)
-        largest = max(largest, min([lacking, *gaps.tolist()]))
-    return largest
-
-
 def largest_gap(
     one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], *, detector: Detector, side: float
 ) -> float:
     """The largest difference between two detectors' detections in an image, in either direction.
 
     It is the largest of the differences of boxes, as a part of the image's long side, of scores, and of mask
-    probabilities. Detections are paired by class and nearness, since the order of near ties is a matter of rounding.
+    probabilities. A detection is compared with the nearest of its class, since the order of near ties is a matter of
+    rounding. One that is lacking differs by what its score is above the lowest that can be detected.
 
     Args:
         one, other: what the detectors return for the image.
@@ -55,7 +39,14 @@ def largest_gap(
     for a, b in ((one, other), (other, one)):
         full = len(b["scores"]) == detector.selection.detections_per_img
         cut = max(detector.selection.score_thresh, b["scores"].min().item() if full else 0.0)
-        largest = max(largest, _gap(a, b, side=side, cut=cut))
+        for position, label in enumerate(a["labels"].tolist()):
+            same = b["labels"] == label
+            gaps = (b["boxes"][same] - a["boxes"][position]).abs().amax(1) / side
+            gaps = torch.maximum(gaps, (b["scores"][same] - a["scores"][position]).abs())
+            if "masks" in a:
+                gaps = torch.maximum(gaps, (b["masks"][same] - a["masks"][position]).abs().flatten(1).amax(1))
+            lacking = max(a["scores"][position].item() - cut, 0.0)  # it may have fallen below that
+            largest = max(largest, min([lacking, *gaps.tolist()]))
     return largest
 
 
