@@ -76,14 +76,13 @@ def make_image(
         top, left = rng.integers(0, side - size + 1, 2)
         mask = np.zeros((side, side), bool)
         mask[top : top + size, left : left + size] = cloth
-        hidden = any(
-            (m & ~mask).sum() < LEAST_VISIBLE * area for m, area in zip(masks, whole, strict=True) if m is not None
-        )
+        visible = [None if m is None else m & ~mask for m in masks]
+        hidden = any(m is not None and m.sum() < LEAST_VISIBLE * area for m, area in zip(visible, whole, strict=True))
         whole.append(int(mask.sum()))
         if hidden or not mask.any():
             masks.append(None)
             continue
-        masks = [None if m is None else m & ~mask for m in masks] + [mask]
+        masks = [*visible, mask]
         image[mask] = pixels[cloth]
     return np.clip(image, 0, 255).round().astype(np.uint8), masks
 
