@@ -16,12 +16,13 @@ SMALLEST_SIDE = 384  # px, to which a small image is enlarged, so that the names
 FONT = str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf")  # the same on all machines
 FONT_SIZE = 14
 COLUMNS = 4  # of a grid of pictures
-COLOURS = colormaps["tab20"].colors
+TAB20 = colormaps["tab20"].colors  # ten pairs of a dark and a light one
+COLOURS = [*TAB20[::2], *TAB20[1::2]]
 
 
 def colour(label: int) -> tuple[int, int, int]:
     """Of a class, the same in all pictures."""
-    return tuple(round(255 * value) for value in COLOURS[2 * label % len(COLOURS) + 2 * label // len(COLOURS) % 2])
+    return tuple(round(255 * value) for value in COLOURS[label % len(COLOURS)])
 
 
 def draw_detections(
@@ -42,22 +43,22 @@ def draw_detections(
     size = [side * scale for side in image.shape[-2:]]
     picture = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
     picture = (picture.clamp(0, 1) * 255).round().byte().cpu()
-    keep = (detection["scores"] >= threshold).cpu()
+    keep = detection["scores"] >= threshold
     if not keep.any():
         return picture
-    labels, scores = detection["labels"].cpu()[keep].tolist(), detection["scores"].cpu()[keep].tolist()
+    found = {name: values[keep].cpu() for name, values in detection.items()}
+    labels, scores = found["labels"].tolist(), found["scores"].tolist()
     colours = [colour(label) for label in labels]
 
     # Masks, then boxes with names and scores.
-    if "masks" in detection:
-        masks = F.interpolate(detection["masks"].float().cpu()[keep], size, mode="bilinear", align_corners=False)
+    if "masks" in found:
+        masks = F.interpolate(found["masks"].float(), size, mode="bilinear", align_corners=False)
         masks = masks[:, 0] > MASK_THRESHOLD  # (n, H', W'), best first
         masks &= masks.cumsum(0) == 1  # a pixel belongs to the best; torchvision would make it black
         picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colours)
     texts = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
-    boxes = detection["boxes"].float().cpu()[keep] * scale
     style = {"width": 2, "font": FONT, "font_size": FONT_SIZE, "label_colors": "black", "fill_labels": True}
-    return draw_bounding_boxes(picture, boxes, labels=texts, colors=colours, **style)
+    return draw_bounding_boxes(picture, found["boxes"].float() * scale, labels=texts, colors=colours, **style)
 
 
 def save_picture(pictures: Sequence[torch.Tensor], path: str | Path) -> None:
