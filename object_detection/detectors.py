@@ -141,22 +141,19 @@ class MaskRCNN(Detector, detection.MaskRCNN):
     heads = ("rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor")
 
 
-def _build_body(name: str, **kwargs: Any) -> nn.Module:
+def _build_body(name: str, strides: Sequence[int], **kwargs: Any) -> tuple[nn.Module, list[int]]:
+    """timm's features of a network, and for each stride the position of its last map."""
     networks.check_name(name, "the backbone", family="vanillanet*")
     if name.startswith("swin"):
         kwargs["strict_img_size"] = False  # or it takes images of one size only
     try:
-        return timm.create_model(name, features_only=True, feature_cls="getter", **kwargs)
+        body = timm.create_model(name, features_only=True, feature_cls="getter", **kwargs)
     except (AttributeError, RuntimeError, TypeError) as error:
         raise ValueError(f"the backbone {name} gives no pyramid of feature maps ({error})") from None
-
-
-def _find_levels(name: str, body: nn.Module, strides: Sequence[int]) -> list[int]:
-    """For each stride the position of its last map."""
     positions = {stride: i for i, stride in enumerate(body.feature_info.reduction())}
     if not set(strides) <= set(positions):
         raise ValueError(f"the backbone {name} has maps of strides {sorted(positions)}, {list(strides)} are needed")
-    return [positions[stride] for stride in strides]
+    return body, [positions[stride] for stride in strides]
 
 
 def create_detector(
@@ -211,12 +208,11 @@ def create_detector(
         own = {"act_num": 4, **own}
     elif own:
         raise ValueError(f"act_num, width_mult and deploy belong to VanillaNet, {backbone} has no such thing")
-    body = _build_body(backbone, **own)
+    retinanet = prefix == "retinanet_"  # which needs no map of stride 4
+    body, levels = _build_body(backbone, STRIDES[1:] if retinanet else STRIDES, **own)
 
     # The pyramid on its maps, and the anchors at each of its levels.
     norm = nn.BatchNorm2d if head_norm else None
-    retinanet = prefix == "retinanet_"  # which needs no map of stride 4
-    levels = _find_levels(backbone, body, STRIDES[1:] if retinanet else STRIDES)
     channels = [body.feature_info.channels()[level] for level in levels]
     coarser = LastLevelP6P7(channels[-1], fpn_channels) if retinanet else LastLevelMaxPool()
     fpn = FeaturePyramidNetwork(channels, fpn_channels, extra_blocks=coarser, norm_layer=norm)
