@@ -20,7 +20,7 @@ def build_detector(flags: Mapping[str, Any], num_classes: int) -> Detector:
         flags: of the command, or as a checkpoint records them, which may lack newer ones.
         num_classes: with the background.
     """
-    names = {*inspect.signature(create_detector).parameters, "box_channels", "mask_channels"} - {"name", "num_classes"}
+    names = inspect.signature(create_detector).parameters.keys() - {"name", "num_classes"}
     given = {name: flags[name] for name in names if flags.get(name) is not None}
     if flags.get("rois"):
         given["box_batch_size_per_image"] = flags["rois"]

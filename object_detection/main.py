@@ -42,6 +42,7 @@ from object_detection.comparing import largest_difference
 from object_detection.detectors import Detector
 from object_detection.draw import draw_images
 from object_detection.evaluation import KINDS, STATISTICS, average_precision, detect
+from object_detection.export import export_onnx
 from optim_factory import step_schedule
 from records import curves, logs
 
@@ -181,8 +182,6 @@ def deploy_checkpoint(args: Arguments, world: utils.World) -> None:
 
 
 def export_checkpoint(args: Arguments, world: utils.World) -> None:
-    from object_detection.export import export_onnx
-
     _, dataset, detector = prepare_eval(args, world)
     if world.is_main:
         difference = export_onnx(detector, args.export_onnx, image=first_images(dataset, 1)[0])
