@@ -1,13 +1,6 @@
 """Data sets in COCO's format: a JSON file of images, annotations and categories, and a folder of images.
 
-What the format leaves open, and files in the wild make use of:
-
-- Category ids may have gaps. Classes are numbered 1, 2, ... in the order of the ids; 0 is the background.
-- A segment is a list of polygons, or RLE, compressed or not. RLE marks crowds, but not only these.
-- A crowd region is no object to learn. Evaluation ignores detections in it, as pycocotools does.
-- Boxes without area, and with masks segments without a pixel, are not learned from.
-- An image without annotations is one to learn the background from. An image that has annotations, but none of a single
-  object, is left out of training, since its objects are not background.
+README.md here tells how each case is treated that the format leaves open.
 """
 
 import json
@@ -112,7 +105,7 @@ def encode_segment(segment: Any, height: int, width: int) -> dict[str, Any] | No
     """
     from pycocotools import mask as mask_utils
 
-    # Polygons, or RLE, whose counts are a list or compressed.
+    # Polygons, or RLE, whose counts are a list or compressed. RLE marks crowds, but not only these.
     if isinstance(segment, list):
         if segment and _is(segment[0], NUMBER):  # one polygon that is not in a list of them
             segment = [segment]
@@ -165,7 +158,7 @@ class CocoDataset(ImageDataset):
         data = read_annotations(annotations)
         self.data = None if train else data
 
-        # Categories become the classes 1, 2, ...
+        # Categories become the classes 1, 2, ... in the order of their ids, which may have gaps; 0 is the background.
         categories = sorted(data["categories"], key=lambda category: category["id"])
         self.category_ids = [category["id"] for category in categories]
         self.classes = tuple(str(category["name"]) for category in categories)
@@ -181,7 +174,7 @@ class CocoDataset(ImageDataset):
         if masks and data["annotations"] and not any("segmentation" in a for a in data["annotations"]):
             raise ValueError(f"{annotations} has boxes without segments, which train no masks: use a RetinaNet")
 
-        # An image with annotations, but without an object, is no background to learn.
+        # An image without annotations is background to learn; one with annotations, but without an object, is not.
         if train:
             single = sum(not annotation["iscrowd"] for annotation in data["annotations"])
             degenerate = single - sum(map(len, self.objects.values()))
