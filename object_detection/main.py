@@ -56,13 +56,8 @@ COMPARED_IMAGES = 8
 
 def build_dataset(args: Arguments, *, train: bool) -> CocoDataset:
     annotations, images = (args.annotations, args.images) if train else (args.eval_annotations, args.eval_images)
-    return CocoDataset(
-        Path(args.data_path) / annotations,
-        Path(args.data_path) / images,
-        train=train,
-        masks=args.model.startswith("mask_rcnn_"),
-        flip=args.flip,
-    )
+    folder, masks = Path(args.data_path), args.model.startswith("mask_rcnn_")
+    return CocoDataset(folder / annotations, folder / images, train=train, masks=masks, flip=args.flip)
 
 
 def build_eval_loader(args: Arguments, dataset: CocoDataset, world: utils.World) -> loaders.EvalLoader:
@@ -231,9 +226,8 @@ def open_detector(args: Arguments, world: utils.World, dataset: CocoDataset) -> 
 
 def open_schedule(args: Arguments, steps_per_epoch: int) -> Schedule:
     """The learning rate falls at --lr_steps; the weight decay stays."""
-    total_steps = args.epochs * steps_per_epoch
     warmup_steps = training.checked_warmup(
-        args, "warmup_steps", warmup_steps=args.warmup_steps, total_steps=total_steps
+        args, "warmup_steps", warmup_steps=args.warmup_steps, total_steps=args.epochs * steps_per_epoch
     )
     milestones = [epoch * steps_per_epoch for epoch in args.lr_steps]
 
