@@ -14,7 +14,6 @@ from object_detection.comparing import largest_gap
 from object_detection.detectors import Detector
 
 OPSET = 18
-OUTPUTS = ("boxes", "labels", "scores", "masks")  # the last of Mask R-CNN only
 
 
 class _OneImage(nn.Module):
@@ -29,8 +28,8 @@ class _OneImage(nn.Module):
         return tuple(detection[name] for name in output_names(self.detector))
 
 
-def output_names(detector: Detector) -> tuple[str, ...]:
-    return OUTPUTS if detector.has_masks else OUTPUTS[:3]
+def output_names(detector: Detector) -> list[str]:
+    return ["boxes", "labels", "scores"] + (["masks"] if detector.has_masks else [])
 
 
 def export_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) -> float:
@@ -47,7 +46,7 @@ def export_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) ->
     except ImportError as error:
         raise ValueError(f"--export_onnx needs the package {error.name}: pip install onnx onnxruntime") from None
     detector, image = detector.cpu().float(), image.cpu()
-    names = list(output_names(detector))
+    names = output_names(detector)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of what tracing fixes, which torchvision has seen to
@@ -71,6 +70,6 @@ def compare_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) -
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = output_names(detector)
-    found = dict(zip(names, map(torch.from_numpy, session.run(list(names), {"image": image.numpy()})), strict=True))
+    found = dict(zip(names, map(torch.from_numpy, session.run(names, {"image": image.numpy()})), strict=True))
     [wanted] = detector([image])
     return largest_gap(wanted, found, detector=detector, side=max(image.shape[-2:]))
