@@ -36,23 +36,15 @@ STUDENT = 2.776  # t of a 95 % interval for the difference of two means, over th
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: what it changes in recipes/`recipe`.args.
-
-    Attributes:
-        depth: layers of the deployed network.
-        act_num: n of the series activation; 0 is none.
-        decay_epochs: length of lambda's ramp; 0 is no deep training.
-        epochs: None leaves the recipe's.
-        model: a network by timm's name, with which the recipe decides on all of that.
-    """
+    """One run: what it changes in recipes/`recipe`.args."""
 
     recipe: str = "ablation"
-    depth: int = 6
-    act_num: int = 3
-    decay_epochs: int = 4
+    depth: int = 6  # layers of the deployed network
+    act_num: int = 3  # n of the series activation; 0 is none
+    decay_epochs: int = 4  # length of lambda's ramp; 0 is no deep training
     seed: int = 0
-    epochs: int | None = None
-    model: str | None = None
+    epochs: int | None = None  # None leaves the recipe's
+    model: str | None = None  # a network by timm's name, with which the recipe decides on all of that
 
     @property
     def name(self) -> str:
@@ -78,19 +70,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One thing varied, all else equal.
+    """One thing varied, all else equal."""
 
-    Attributes:
-        title: of its panel in the figure.
-        varied: heading of the table's first column.
-        variants: by name, the trial of seed 0.
-        paper: the paper's ImageNet top-1 by variant, in percent, where it has the comparison.
-    """
-
-    title: str
-    varied: str
-    variants: dict[str, Trial]
-    paper: dict[str, float] = field(default_factory=dict)
+    title: str  # of its panel in the figure
+    varied: str  # heading of the table's first column
+    variants: dict[str, Trial]  # by name, the trial of seed 0
+    paper: dict[str, float] = field(
+        default_factory=dict
+    )  # the paper's ImageNet top-1 (%) by variant, where it has them
 
     def trials(self) -> list[Trial]:
         """All runs: every variant with one seed before any with the next."""
@@ -98,14 +85,13 @@ class Experiment:
 
     def scores(self, folder: Path) -> dict[str, list[float]]:
         """Top-1 of the finished runs of each variant, in percent."""
-        return {
-            name: [
-                trial.top1(folder)
-                for seed in range(SEEDS)
-                if (trial := replace(first, seed=seed)).record(folder).exists()
-            ]
-            for name, first in self.variants.items()
-        }
+        found = {name: [] for name in self.variants}
+        for seed in range(SEEDS):
+            for name, first in self.variants.items():
+                trial = replace(first, seed=seed)
+                if trial.record(folder).exists():
+                    found[name].append(trial.top1(folder))
+        return found
 
 
 SHORT = Trial(recipe="ablation_short", decay_epochs=2)
