@@ -327,9 +327,6 @@ def write_page(text: str) -> str:
     """
     parts = {name: scores_table(experiment) for name, experiment in EXPERIMENTS.items()}
     parts |= {"peers": peers_table(), "comparisons": comparisons(), "decay": decay_table()}
-    parts["figure"] = (
-        f"![The tables below]({FIGURE.name})" if measured() else "The figure follows with the first table."
-    )
     for name, part in parts.items():
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
@@ -339,24 +336,18 @@ def write_page(text: str) -> str:
     return text
 
 
-def measured() -> dict[str, dict[str, list[float]]]:
-    """By experiment and variant, the top-1 of those that have all seeds."""
-    found = {
-        name: {variant: top1 for variant, top1 in experiment.scores(RECORDS).items() if len(top1) == SEEDS}
-        for name, experiment in EXPERIMENTS.items()
-    }
-    return {name: variants for name, variants in found.items() if variants}
-
-
 def report() -> None:
     from pictures import style
     from pictures.seeds import seeds_figure
 
-    found = measured()
-    if not found:  # the page would lose what it has
+    panels = {}
+    for name, experiment in EXPERIMENTS.items():
+        complete = {variant: top1 for variant, top1 in experiment.scores(RECORDS).items() if len(top1) == SEEDS}
+        if complete:
+            panels[name] = experiment.title, experiment.varied, complete
+    if not panels:  # the page would lose what it has
         raise ValueError(f"no row has its {SEEDS} seeds in {RECORDS}: run without --report")
     PAGE.write_text(write_page(PAGE.read_text()))
-    panels = {name: (EXPERIMENTS[name].title, EXPERIMENTS[name].varied, scores) for name, scores in found.items()}
     rows = [
         [panels[name] for name in row if name in panels]
         for row in (("claims", "long"), ("photographs",), ("act_num", "depth"), ("peers",))
