@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev, variance
 from textwrap import fill
@@ -28,7 +29,6 @@ LATENCIES = ROOT / "results" / "equal_latency.csv"  # of the networks compared a
 PAGE = ROOT / "docs" / "RESULTS.md"
 FIGURE = ROOT / "docs" / "ablation.png"
 SEEDS = 3
-STUDENT = 2.776  # t of a 95 % interval for the difference of two means, over three seeds each: 4 degrees of freedom
 
 
 # -- what is run
@@ -152,10 +152,7 @@ COMPARISONS = (
     ("deep training, with series activation, 20 epochs", "long", "both", "series activation"),
     *((f"VanillaNet-6 instead of {peer}", "peers", "VanillaNet-6", peer) for peer in PEERS if peer != "VanillaNet-6"),
     *((f"n of {n} instead of {n - 1}", "act_num", str(n), str(n - 1)) for n in range(1, 5)),
-    *(
-        (f"{more} layers instead of {less}", "depth", more, less)
-        for less, more in (("5", "6"), ("6", "9"), ("9", "13"))
-    ),
+    *((f"{more} layers instead of {less}", "depth", more, less) for less, more in pairwise(("5", "6", "9", "13"))),
 )
 
 
@@ -173,14 +170,9 @@ def run(trial: Trial, data: Sequence[str], output_dir: Path, threads: int) -> No
     """
     folder = output_dir / trial.name
     own = ["--auto_resume", "true", "--save_ckpt_num", "1", "--output_dir", str(folder)]
+    command = [sys.executable, "main.py", *trial.flags, *data, *own]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, "main.py", *trial.flags, *data, *own],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{trial.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     RECORDS.mkdir(parents=True, exist_ok=True)
@@ -204,13 +196,11 @@ def run_all(names: Iterable[str], data_path: Path | None, cifar10: Path, output_
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # Opened once beforehand: runs beside each other would all download the images, into the same files.
     for trial in {trial.recipe: trial for trial in missing}.values():
-        import datasets
+        from datasets import build_dataset  # with torch, which takes seconds
 
         args = parse_args([*trial.flags, *missing[trial]])
         for train, split in ((True, args.train_split), (False, args.val_split)):
-            datasets.build_dataset(
-                args.data_set, args.data_path, train=train, split=split, transform=None, download=True
-            )
+            build_dataset(args.data_set, args.data_path, train=train, split=split, transform=None, download=True)
     print(f"{len(missing)} of {len(wanted)} runs to do, {jobs} at a time, {threads} thread(s) each", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(run, trial, data, output_dir, threads) for trial, data in missing.items()]
@@ -228,7 +218,8 @@ def difference(on: Sequence[float], off: Sequence[float]) -> tuple[float, float]
     """Of two means, in points, and half its 95 % interval by Student's t; None while seeds are missing."""
     if len(on) < SEEDS or len(off) < SEEDS:
         return None
-    return mean(on) - mean(off), STUDENT * math.sqrt((variance(on) + variance(off)) / SEEDS)
+    student = 2.776  # t of the interval, over three seeds each: 4 degrees of freedom
+    return mean(on) - mean(off), student * math.sqrt((variance(on) + variance(off)) / SEEDS)
 
 
 def verdict(found: tuple[float, float] | None) -> str:
@@ -367,29 +358,16 @@ def report() -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="ablation.py", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--data_path", type=file_path, help="folder with Fashion-MNIST's four idx files, or to download them to"
+    add, names = parser.add_argument, list(EXPERIMENTS)
+    add("--data_path", type=file_path, help="folder with Fashion-MNIST's four idx files, or to download them to")
+    what = (
+        "folder of CIFAR-10, which is downloaded if it is missing, or that has its images in train/CLASS and test/CLASS"
     )
-    parser.add_argument(
-        "--cifar10",
-        type=path,
-        default=Path("outputs/cifar10"),
-        help="folder of CIFAR-10, which is downloaded if it is missing, or that has its images in train/CLASS and "
-        "test/CLASS",
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=list(EXPERIMENTS),
-        default=list(EXPERIMENTS),
-        metavar="NAME",
-        help="experiments to run",
-    )
-    parser.add_argument("--jobs", type=COUNT, default=os.cpu_count() or 1, help="runs at a time [one a core]")
-    parser.add_argument("--output_dir", type=path, default=Path("outputs/ablation"), help="folder of the runs")
-    parser.add_argument(
-        "--report", type=boolean, default=False, help="run nothing; write docs/RESULTS.md and the figure"
-    )
+    add("--cifar10", type=path, default=Path("outputs/cifar10"), help=what)
+    add("--only", nargs="+", choices=names, default=names, metavar="NAME", help="experiments to run")
+    add("--jobs", type=COUNT, default=os.cpu_count() or 1, help="runs at a time [one a core]")
+    add("--output_dir", type=path, default=Path("outputs/ablation"), help="folder of the runs")
+    add("--report", type=boolean, default=False, help="run nothing; write docs/RESULTS.md and the figure")
     return parser
 
 
