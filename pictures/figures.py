@@ -53,11 +53,9 @@ def _name_networks(axes: Axes, results: Sequence[Result], quantity: str) -> None
     """Every point's name; those of a series of VanillaNets are shortened to what follows the first one's."""
     names, colours, begun = [], [], set()
     for result in results:
-        own = result.series.startswith("VanillaNet")
-        short = result.network.removeprefix("VanillaNet-") if result.series in begun else result.network
-        begun |= {result.series} if own else set()
-        names.append(short)
-        colours.append(style.ACCENT if own else style.INK)
+        names.append(result.network.removeprefix("VanillaNet-") if result.series in begun else result.network)
+        colours.append(style.ACCENT if result.series.startswith("VanillaNet") else style.INK)
+        begun.add(result.series)
     style.name_points(axes, [(getattr(result, quantity), result.top1) for result in results], names, colours=colours)
 
 
@@ -65,14 +63,8 @@ def _draw_latencies_alone(axes: Axes, results: Sequence[Result]) -> None:
     """Below the axis of latency, the networks whose accuracy the source does not give."""
     for position, result in enumerate(sorted(results, key=lambda result: result.latency_ms)):
         axes.plot([result.latency_ms], [-position], marker="o", markersize=4, color=style.PEER, label=result.network)
-        axes.annotate(
-            f"{result.network}, {result.latency_ms:g} ms",
-            (result.latency_ms, -position),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
+        text, place = f"{result.network}, {result.latency_ms:g} ms", (result.latency_ms, -position)
+        axes.annotate(text, place, (6, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set(yticks=[], ylabel="latency alone")
     axes.margins(y=0.08)
 
@@ -109,18 +101,14 @@ def accuracy_figure(panels: Mapping[str, Sequence[Result]], quantity: str, *, ti
     return figure
 
 
-# Quantity: the figure's file, its axis, and what it should be seen for: what the most accurate VanillaNet reaches.
-FIGURES = {
-    "layers": ("depth_accuracy.png", "depth (layers)", "{:g} layers reach {:g} % top-1"),
-    "latency_ms": ("latency_accuracy.png", "latency of one image (ms)", "VanillaNet needs {:g} ms for {:g} % top-1"),
-}
-
-
 def results_figures(results: Sequence[Result]) -> dict[str, Figure]:
     """The paper's two figures by the name of their file: depth and latency against accuracy."""
-    figures = {}
-    for quantity, (file, xlabel, words) in FIGURES.items():
-        best = max((one for one in results if one.series.startswith("VanillaNet")), key=lambda one: one.top1)
-        title = words.format(getattr(best, quantity), best.top1)
-        figures[file] = accuracy_figure({"": results}, quantity, title=title, xlabel=xlabel)
-    return figures
+    # What each should be seen for: what the most accurate VanillaNet reaches.
+    best = max((one for one in results if one.series.startswith("VanillaNet")), key=lambda one: one.top1)
+    depth = f"{best.layers:g} layers reach {best.top1:g} % top-1"
+    speed = f"VanillaNet needs {best.latency_ms:g} ms for {best.top1:g} % top-1"
+    panels, latency = {"": results}, "latency of one image (ms)"
+    return {
+        "depth_accuracy.png": accuracy_figure(panels, "layers", title=depth, xlabel="depth (layers)"),
+        "latency_accuracy.png": accuracy_figure(panels, "latency_ms", title=speed, xlabel=latency),
+    }
