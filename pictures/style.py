@@ -5,6 +5,7 @@ Figures have no background, and their inks are chosen so that white pages and da
 
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from textwrap import fill
 
@@ -78,7 +79,7 @@ def plain_log(axis: Axis) -> None:
 
 
 def name_points(
-    axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], *, colours: Sequence[str], size: float = 8
+    axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], *, colours: Sequence[str]
 ) -> None:
     """Write each point's name beside it, where it covers no point, line or other name, and stays inside the axes.
 
@@ -101,27 +102,25 @@ def name_points(
                 taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in steps]
     # Each name in the place of the least cost: overlap in pixels, then distance, and dearest what leaves the axes.
     for name, point, (x, y), colour in zip(names, points, dots, colours, strict=True):
-        text = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize=size, color=colour, va="center")
+        text = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize=8, color=colour, va="center")
         extent = text.get_window_extent(renderer)
-        best = None
+        places = []
         for distance in (8, 16, 26, 38):
             for dx, dy in ((1, 0), (-1, 0), (0.7, -0.7), (-0.7, 0.7), (0.7, 0.7), (-0.7, -0.7), (0, 1), (0, -1)):
                 # A horizontal text hangs on its left edge right of the point, on its middle above it.
-                align = 0.5 - 0.5 * (dx > 0) + 0.5 * (dx < 0)
-                left, bottom = x + dx * distance - align * extent.width, y + dy * distance - extent.height / 2
+                align = "left" if dx > 0 else "right" if dx < 0 else "center"
+                left = x + dx * distance - {"left": 0, "center": 0.5, "right": 1}[align] * extent.width
+                bottom = y + dy * distance - extent.height / 2
                 box = (left, bottom, left + extent.width, bottom + extent.height)
                 cost = sum(_overlap(box, other) for other in taken) + distance / 100
                 cost += 10 * (extent.width * extent.height - _overlap(box, frame.extents))
-                if best is None or cost < best[0]:
-                    best = cost, box, (dx * distance, dy * distance), align, distance
-        _, box, shift, align, distance = best
+                places.append((cost, box, (dx * distance, dy * distance), align, distance))
+        _, box, shift, align, distance = min(places, key=itemgetter(0))
         taken.append(box)
-        text.set(
-            position=[value * 72 / figure.dpi for value in shift], ha=("left", "center", "right")[round(2 * align)]
-        )
+        text.set(position=[value * 72 / figure.dpi for value in shift], ha=align)
         if distance > 16:
-            axes.plot(*zip(point, axes.transData.inverted().transform((x + shift[0], y + shift[1])), strict=True),
-                      color=colour, linewidth=0.6, alpha=0.6, zorder=1)  # fmt: skip
+            end = axes.transData.inverted().transform((x + shift[0], y + shift[1]))
+            axes.plot(*zip(point, end, strict=True), color=colour, linewidth=0.6, alpha=0.6, zorder=1)
 
 
 def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
