@@ -60,18 +60,16 @@ def read_images(paths: Sequence[str], limit: int) -> tuple[list[Photo], int, lis
     sources = []
     for path in paths:
         if path.removesuffix(".gz").endswith("idx3-ubyte"):
-            sources += [(f"image {index}", array) for index, array in enumerate(datasets.read_idx(path))]
+            sources += [(f"image {index}", "", array) for index, array in enumerate(datasets.read_idx(path))]
         else:
-            sources += [(name, None) for name in list_images([path])]
+            sources += [(name, Path(name).absolute().parent.name, None) for name in list_images([path])]
     photos, broken = [], []
-    for name, array in sources:
+    for name, folder, array in sources:
         if len(photos) == limit:
             break
-        if array is not None:
-            photos.append(Photo(name, "", Image.fromarray(array).convert("RGB")))
-            continue
         try:
-            photos.append(Photo(name, Path(name).absolute().parent.name, read_image(name)))
+            image = read_image(name) if array is None else Image.fromarray(array).convert("RGB")
+            photos.append(Photo(name, folder, image))
         except ValueError as error:
             broken.append(str(error))
     if not photos:
