@@ -60,12 +60,13 @@ def write(path, left_behind, *, zipped):
 
 
 def test_the_payload_is_one(tmp_path):
-    for zipped in (True, False):
-        write(tmp_path / "evil.pth", tmp_path / f"left-{zipped}", zipped=zipped)
-    torch.load(tmp_path / "evil.pth", weights_only=False) if zipped else pickle.loads(
-        (tmp_path / "evil.pth").read_bytes()
-    )
-    assert (tmp_path / "left-False").exists()
+    evil, zipped, pickled = tmp_path / "evil.pth", tmp_path / "zipped", tmp_path / "pickled"
+    write(evil, zipped, zipped=True)
+    torch.load(evil, weights_only=False)
+    write(evil, pickled, zipped=False)
+    pickle.loads(evil.read_bytes())
+    assert zipped.exists()
+    assert pickled.exists()
 
 
 @pytest.mark.parametrize("zipped", [True, False])
