@@ -46,7 +46,11 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(server, data, tmp_path_factory) -> Callable[..., Path]:
-    """A function that gives the folder of a run to the end on so many ranks; the same one for the same flags."""
+    """A function that gives the folder of a run to the end on so many ranks; the same one for the same flags.
+
+    Saves in between and loader processes change nothing of the end, so that runs with them are compared with one
+    without.
+    """
     folders: dict[tuple, Path] = {}
 
     def run(size: int, *arguments: object) -> Path:

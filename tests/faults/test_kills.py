@@ -66,7 +66,7 @@ def steps_of(line: str) -> int:
 
 def test_a_rank_killed(server, data, undisturbed, tmp_path, thorough, report):
     times = 10 if thorough else 1
-    straight = undisturbed(2, *SAVING)
+    straight = undisturbed(2)
     slowest, message = 0.0, ""
     for i in range(times):
         folder = tmp_path / str(i)
@@ -92,7 +92,7 @@ def test_a_rank_killed(server, data, undisturbed, tmp_path, thorough, report):
 
 def test_a_rank_killed_under_a_launcher_that_restarts(data, undisturbed, tmp_path, thorough, report):
     times = 3 if thorough else 1
-    straight = undisturbed(2, *SAVING)
+    straight = undisturbed(2)
     for i in range(times):
         folder = tmp_path / str(i)
         launcher = torchrun_command("--nproc_per_node=2", "--max-restarts=1", f"--master_port={free_port()}")

@@ -13,7 +13,7 @@ SAVING = ("--save_ckpt_steps", 5, "--num_workers", 2)
 
 def test_a_second_run_is_refused(server, data, undisturbed, tmp_path, thorough, report):
     times = 10 if thorough else 1
-    straight = undisturbed(1, *SAVING)
+    straight = undisturbed(1)
     slowest = 0.0
     for i in range(times):
         folder = tmp_path / str(i)

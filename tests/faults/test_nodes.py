@@ -72,7 +72,7 @@ def test_a_node_cut_off(server, data, undisturbed, nodes, tmp_path, report):
         assert "another process of the run has ended or cannot be reached" in process.error()
     for process in start():
         assert process.wait() == 0, process.output
-    assert_same_run(undisturbed(2, *SAVING), folder)
+    assert_same_run(undisturbed(2), folder)
     report(
         f"2 ranks in networks of their own, the link between them down, `--dist_timeout {timeout}`",
         injected=1,
@@ -104,7 +104,7 @@ def test_a_node_of_torchrun_cut_off(data, undisturbed, nodes, tmp_path, thorough
         assert first.alive() == second.alive() == []
     with node(0, "second-0") as first, node(1, "second-1") as second:
         assert [first.wait(), second.wait()] == [0, 0], first.output + second.output
-    assert_same_run(undisturbed(2, *SAVING), folder)
+    assert_same_run(undisturbed(2), folder)
     report(
         f"`torchrun --nnodes=2`, a network namespace for each node, the link down, `--dist_timeout {timeout}`",
         injected=1,
