@@ -81,8 +81,7 @@ def confusion_figure(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     _draw_matrix(matrix, counts, classes)
     # What one should see: the share of right answers, and the worst of the wrong ones.
     title = f"Right for {100 * np.trace(counts) / counts.sum():.2f} % of {counts.sum():,} images"
-    if worst := worst_pairs(counts, 1):
-        ((true, predicted),) = worst
+    for true, predicted in worst_pairs(counts, 1):
         title += f"; {100 * _shares(counts)[true, predicted]:.0f} % of {classes[true]} taken for {classes[predicted]}"
     style.caption(figure, title, "Colour: share of the true class's images.")
     return figure
