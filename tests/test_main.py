@@ -408,9 +408,10 @@ def test_fine_tuning_keeps_lambda(tiny_fmnist, finished, tmp_path, extra, slopes
 
 def test_distillation_from_a_run_of_ours(tiny_fmnist, finished, tmp_path):
     teacher = ["--teacher", "vanillanet_6", "--teacher_weights", finished / "checkpoint-last.pth"]
-    run(tiny_fmnist, "--output_dir", tmp_path / "a", "--epochs", 2, *teacher, "--distill_tau", 3)
-    run(tiny_fmnist, "--output_dir", tmp_path / "b", "--epochs", 2, *teacher, "--distill_alpha", 0)
-    run(tiny_fmnist, "--output_dir", tmp_path / "c", "--epochs", 2)
+    short = ["--epochs", 1, "--warmup_epochs", 0]
+    run(tiny_fmnist, "--output_dir", tmp_path / "a", *short, *teacher, "--distill_tau", 3)
+    run(tiny_fmnist, "--output_dir", tmp_path / "b", *short, *teacher, "--distill_alpha", 0)
+    run(tiny_fmnist, "--output_dir", tmp_path / "c", *short)
     loss = {name: float(rows(tmp_path / name)[0][-1]["train_loss"]) for name in "abc"}
     assert loss["b"] == loss["c"]  # without its share the teacher changes no bit
     assert loss["a"] != loss["c"]
