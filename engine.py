@@ -535,11 +535,9 @@ def train_one_epoch(
 
 def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
     """Step, or let the scaler skip it. Returns whether it was skipped."""
-    scale = scaler.get_scale() if scaler.is_enabled() else 1.0
+    scale = scaler.get_scale()  # 1 for one that is off
     scaler.step(optimizer)
     scaler.update()
-    if not scaler.is_enabled():
-        return False
     skipped = scaler.get_scale() < scale
     if skipped and scale <= 2.0**-14:
         raise NonFiniteError("float16 gradients overflow at every loss scale; use --amp_dtype bf16 or lower --lr")
