@@ -147,9 +147,9 @@ class FiniteGuard:
         self.deferred = self.device.type != "cpu" if deferred is None else deferred
         self.fused = fused if self.deferred else None
         undone = self.parameters if self.deferred and fused is None else []
-        self.backup = [torch.empty_like(p, requires_grad=False) for p in undone]
+        # Copies of the bits: those of the parameters themselves would hang on to the graph of every step before.
         self.bits = [p.detach().view(BITS[p.element_size()]) for p in undone]
-        self.backup_bits = [copied.view(BITS[copied.element_size()]) for copied in self.backup]
+        self.backup = [torch.empty_like(bits) for bits in self.bits]
         self.verdict = torch.zeros(world_size, dtype=torch.int32, device=self.device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.local_gradient = torch.zeros((), dtype=torch.bool, device=self.device)
@@ -161,7 +161,6 @@ class FiniteGuard:
         # By its norm, as `examine` judges a single process: one pass over the gradient, where isfinite takes several.
         self.local_gradient |= ~torch.isfinite(torch.linalg.vector_norm(gradient))
 
-    @torch.no_grad()  # else the copies would hang on to the graph of every step before
     def examine(self, loss: torch.Tensor, grad_norm: torch.Tensor, *, step: int, scaled: bool) -> None:
         """Judge this step. Raises NonFiniteError at once on the CPU.
 
@@ -189,19 +188,18 @@ class FiniteGuard:
         if not self.deferred:
             self.check()
         elif self.fused is None:
-            torch._foreach_copy_(self.backup, self.parameters)
+            torch._foreach_copy_(self.backup, self.bits)
         else:
             self.fused.grad_scale, self.fused.found_inf = None, (self.bad_step >= 0).float()
 
-    @torch.no_grad()
     def undo_if_bad(self) -> None:
         """After the optimizer's step on a GPU: put the parameters back if the verdict on it, or one before, was bad."""
         if self.backup:
             # As integers, in which a NaN times 0 is 0: three kernels over many tensors instead of two for each tensor.
             good = (self.bad_step < 0).to(torch.int32)
             torch._foreach_mul_(self.bits, good)
-            torch._foreach_mul_(self.backup_bits, 1 - good)
-            torch._foreach_add_(self.bits, self.backup_bits)
+            torch._foreach_mul_(self.backup, 1 - good)
+            torch._foreach_add_(self.bits, self.backup)
 
     def check(self) -> None:
         """Read the verdict; raises NonFiniteError, on all ranks alike."""
