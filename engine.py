@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -125,7 +124,7 @@ class FiniteGuard:
 
     Args:
         model: the network that the optimizer changes, unwrapped.
-        rank, world_size: of this process.
+        world: the processes that stop together.
         deferred: read the verdict late; None does so wherever the network is not on the CPU.
         fused: the optimizer if it is one of torch's fused ones, and no gradient scaler has its `found_inf` already.
     """
@@ -135,25 +134,24 @@ class FiniteGuard:
     def __init__(
         self,
         model: nn.Module,
+        world: World,
         *,
-        rank: int,
-        world_size: int,
         deferred: bool | None = None,
         fused: torch.optim.Optimizer | None = None,
     ):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
-        self.rank, self.world_size = rank, world_size
+        self.world = world
         self.deferred = self.device.type != "cpu" if deferred is None else deferred
         self.fused = fused if self.deferred else None
         undone = self.parameters if self.deferred and fused is None else []
         # Copies of the bits: those of the parameters themselves would hang on to the graph of every step before.
         self.bits = [p.detach().view(BITS[p.element_size()]) for p in undone]
         self.backup = [torch.empty_like(bits) for bits in self.bits]
-        self.verdict = torch.zeros(world_size, dtype=torch.int32, device=self.device)
+        self.verdict = torch.zeros(world.size, dtype=torch.int32, device=self.device)
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.local_gradient = torch.zeros((), dtype=torch.bool, device=self.device)
-        if world_size > 1:
+        if world.distributed:
             for parameter in self.parameters:
                 parameter.register_hook(self._watch)
 
@@ -172,13 +170,12 @@ class FiniteGuard:
         # This rank's verdict; a loss that is not finite explains a gradient that is not.
         code = torch.where(torch.isfinite(loss), 0, self.LOSS).to(torch.int32)
         if not scaled:
-            bad_gradient = self.local_gradient if self.world_size > 1 else ~torch.isfinite(grad_norm)
+            bad_gradient = self.local_gradient if self.world.distributed else ~torch.isfinite(grad_norm)
             code = torch.where(bad_gradient & (code == 0), self.GRADIENT, code).to(torch.int32)
         # All ranks' verdicts, of which the first bad one stays.
         codes = torch.zeros_like(self.verdict)
-        codes[self.rank] = code
-        if self.world_size > 1:
-            dist.all_reduce(codes)
+        codes[self.world.rank] = code
+        codes = self.world.sum(codes)
         first = (self.bad_step < 0) & codes.any()
         self.verdict = torch.where(first, codes, self.verdict)
         self.bad_step = torch.where(first, step, self.bad_step)
@@ -280,9 +277,7 @@ class TrainState:
         self.best: dict[str, float] = {}
         self.start_slope = 1.0
         skips = optimizer.defaults.get("fused") and not self.scaler.is_enabled()
-        self.guard = FiniteGuard(
-            model, rank=self.world.rank, world_size=self.world.size, fused=optimizer if skips else None
-        )
+        self.guard = FiniteGuard(model, self.world, fused=optimizer if skips else None)
         self.network = model
         if self.world.distributed:
             self.network = nn.parallel.DistributedDataParallel(

@@ -17,7 +17,7 @@ from deployment.fusing import open_deployed
 from engine import FiniteGuard
 from models.checkpointing import set_grad_checkpointing
 from networks import is_vanillanet
-from utils import keep_freed_memory
+from utils import World, keep_freed_memory
 
 # The networks beside which the paper puts its own, by their names in timm.
 PAPER_PEERS = (
@@ -107,7 +107,7 @@ def training_step(spec: Spec) -> Callable[[], None]:
     targets = torch.randint(network.num_classes, (spec.batch,), device=spec.device)
     kind, dtype = images.device.type, HALF.get(spec.precision)
     scaler = torch.amp.GradScaler(kind, enabled=spec.precision == "fp16")
-    guard = FiniteGuard(network, rank=0, world_size=1, deferred=True) if spec.guard else None
+    guard = FiniteGuard(network, World(0, 1, images.device), deferred=True) if spec.guard else None
     numbers = count()
 
     def step() -> None:

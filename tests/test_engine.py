@@ -24,6 +24,7 @@ from engine import (
     train_one_epoch,
 )
 from records.logs import StepLog, SumMeter
+from utils import World
 
 CPU = torch.device("cpu")
 
@@ -143,7 +144,7 @@ def test_non_finite_stops_before_the_parameters_change(where):
 def test_deferred_guard_undoes_the_bad_step_and_all_after_it(dtype):
     """What a GPU does, step by step on the CPU: the verdict is read late, and the parameters are still the old ones."""
     model = tiny().to(dtype)
-    guard = FiniteGuard(model, rank=0, world_size=1, deferred=True)
+    guard = FiniteGuard(model, World(0, 1, CPU), deferred=True)
     history = []
     for step, loss in enumerate([1.0, math.nan, math.nan]):
         history.append(parameters(model))
@@ -164,7 +165,7 @@ def test_a_fused_optimizer_skips_the_bad_step_and_all_after_it(optimizer):
     model, reference = tiny(), tiny()
     reference.load_state_dict(model.state_dict())
     fused = [optimizer(one.parameters(), lr=0.1, fused=True) for one in (model, reference)]
-    guard = FiniteGuard(model, rank=0, world_size=1, deferred=True, fused=fused[0])
+    guard = FiniteGuard(model, World(0, 1, CPU), deferred=True, fused=fused[0])
     assert guard.backup == []
     for step, loss in enumerate([1.0, 2.0, math.nan, 3.0]):
         for one, steps in ((model, fused[0]), (reference, fused[1])):
@@ -214,7 +215,7 @@ def test_a_resumed_optimizer_stays_fused_or_not(fused):
 def test_deferred_guard_holds_on_to_no_graph():
     """Its copies once kept the graph of every step before: gigabytes of the host's memory in a long run."""
     model = tiny()
-    guard = FiniteGuard(model, rank=0, world_size=1, deferred=True)
+    guard = FiniteGuard(model, World(0, 1, CPU), deferred=True)
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -243,7 +244,7 @@ def test_the_host_reads_the_device_at_logging_steps_only(monkeypatch):
             torch.Tensor, name, lambda self, *a, _o=original, _n=name, **k: reads.append(_n) or _o(self, *a, **k)
         )
     model = tiny()
-    guard = FiniteGuard(model, rank=0, world_size=1, deferred=True)
+    guard = FiniteGuard(model, World(0, 1, CPU), deferred=True)
     counts = []
     train(
         model,
