@@ -446,10 +446,10 @@ def train_one_epoch(
     objective: Objective,
     schedule: Schedule,
     num_batches: int,
+    log: StepLog,
     update_freq: int = 1,
     clip_grad: float | None = None,
-    log: StepLog | None = None,
-    after_step: Callable[[], bool] | None = None,
+    after_step: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Train over `batches` to the end of the epoch, or until `after_step` asks to stop.
 
@@ -459,12 +459,10 @@ def train_one_epoch(
     Args:
         state: changed in place.
         batches: what is left of the epoch.
-        objective: the loss of a batch.
-        schedule: learning rate and weight decay by the number of optimizer steps taken.
         num_batches: how many `batches` holds.
+        log: takes the numbers of a step.
         update_freq: batches accumulated for one optimizer step.
         clip_grad: largest norm of the gradients, in any precision.
-        log: takes the numbers of a step.
         after_step: called after every step; True ends the epoch early.
 
     Returns:
@@ -515,13 +513,11 @@ def train_one_epoch(
                 average.update(state.model)
 
         # Log: the one place where the numbers of a step are read.
-        if log is not None:
-            log.images += images * state.world.size
-        if remaining == 0 or (log is not None and progress.step % log.every == 0):
+        log.images += images * state.world.size
+        if remaining == 0 or progress.step % log.every == 0:
             guard.check()
-            if log is not None:
-                log(progress.step, loss=loss.item(), grad_norm=grad_norm.item(), lr=lr, weight_decay=weight_decay)
-        if after_step is not None and after_step():
+            log(progress.step, loss=loss.item(), grad_norm=grad_norm.item(), lr=lr, weight_decay=weight_decay)
+        if after_step():
             return remaining == 0
     return True
 

@@ -27,6 +27,7 @@ from records.logs import StepLog, SumMeter
 from utils import World
 
 CPU = torch.device("cpu")
+SILENT = StepLog(10, lambda step, values: None)
 
 
 def tiny():
@@ -59,6 +60,7 @@ def train(model, data, *, precision=None, criterion=None, mixup=None, lr=0.1, gu
         seen.append(updates)
         return lr, 0.0
 
+    kwargs.setdefault("log", SILENT)
     finished = train_one_epoch(state, data, objective=objective, schedule=schedule, num_batches=len(data), **kwargs)
     sums = dict(zip(state.meter.names, state.meter.sums.tolist(), strict=True))
     return finished, state.progress, sums, seen
@@ -368,7 +370,9 @@ def test_the_loop_does_not_synchronize_on_a_gpu():
     torch.cuda.set_sync_debug_mode("error")
     try:
         # One batch more than there are, so that no step is the last, which reads the verdict.
-        train_one_epoch(state, data, objective=objective, schedule=lambda updates: (0.1, 0.0), num_batches=9)
+        train_one_epoch(
+            state, data, objective=objective, schedule=lambda updates: (0.1, 0.0), num_batches=9, log=SILENT
+        )
     except StopIteration:
         pass
     finally:

@@ -12,7 +12,7 @@ from torch import nn
 from engine import Classification, Precision, TrainState, train_one_epoch
 from harness import flags
 from records.checkpoints import load_checkpoint
-from records.logs import SumMeter
+from records.logs import StepLog, SumMeter
 from runs import differences
 from workers import small_network
 
@@ -95,6 +95,7 @@ def test_a_step_that_float16_skips(thorough, report):
             objective=objective,
             schedule=lambda taken: updates.append(taken) or (1e-3, 0.0),
             num_batches=1,
+            log=StepLog(10, lambda step, values: None),
         )
         assert math.isfinite(sum(p.sum().item() for p in model.parameters()))
         changed = differences(before, snapshot())

@@ -17,7 +17,7 @@ import utils
 from engine import Classification, NonFiniteError, Precision, TrainState, train_one_epoch
 from loading import loaders, transforms
 from loading.processes import Loading
-from records.logs import SumMeter
+from records.logs import StepLog, SumMeter
 
 STEPS, WINDOW = 3, 2  # of batches
 
@@ -85,6 +85,7 @@ def train_badly(arguments: list[str]) -> None:
             schedule=lambda updates: (0.1, 0.0),
             num_batches=len(data),
             update_freq=WINDOW,
+            log=StepLog(10, lambda step, values: None),
             after_step=after_step,
         )
     except NonFiniteError as found:
