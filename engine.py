@@ -62,12 +62,12 @@ class Precision:
     Args:
         device: of the network.
         dtype: of autocast; None computes in float32.
-        channels_last: the memory format of images.
+        layout: the memory format of images.
     """
 
     device: torch.device
     dtype: torch.dtype | None = None
-    channels_last: bool = False
+    layout: torch.memory_format = torch.contiguous_format
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
@@ -77,8 +77,7 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def images(self, images: torch.Tensor) -> torch.Tensor:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return images.to(self.device, non_blocking=True, memory_format=layout)
+        return images.to(self.device, non_blocking=True, memory_format=self.layout)
 
 
 @dataclass(frozen=True)

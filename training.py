@@ -39,7 +39,7 @@ def build_precision(args: Arguments, device: torch.device) -> Precision:
     names = {"bf16": torch.bfloat16, "fp16": torch.float16}
     default = "fp16" if device.type == "cuda" else "bf16"
     dtype = names[args.amp_dtype or default] if args.use_amp else None
-    return Precision(device, dtype, args.channels_last)
+    return Precision(device, dtype, layout_of(args))
 
 
 def layout_of(args: Arguments) -> torch.memory_format:
