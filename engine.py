@@ -585,7 +585,7 @@ def evaluate(
     model.eval()
     meter = SumMeter(("loss", "correct1", "correct5", "count"), precision.device)
     taken_for = torch.zeros(confusion or 0, confusion or 0, dtype=torch.int64, device=precision.device)
-    predictions, indices = [], []
+    predictions: list[tuple[torch.Tensor, torch.Tensor]] = []
     for images, targets, index in batches:
         targets = targets.to(precision.device, non_blocking=True)
         with precision.autocast():
@@ -602,17 +602,17 @@ def evaluate(
         if confusion is not None:
             taken_for.index_put_((targets, top[:, 0]), torch.ones_like(targets), accumulate=True)
         if real_targets is not None:
-            predictions.append(top[:, 0])
-            indices.append(index)
+            predictions.append((index, top[:, 0]))
     model.train(training)
 
     # ReaL's labels, of which an image may have several or none; then all sums over the ranks.
-    real = torch.zeros(2, dtype=torch.float64)
-    if predictions:
-        for index, prediction in zip(torch.cat(indices).tolist(), torch.cat(predictions).tolist(), strict=True):
-            labels = real_targets[index]
-            real += torch.tensor([prediction in labels, len(labels) > 0], dtype=torch.float64)
-    sums = reduce(torch.cat([meter.sums, real.to(meter.sums)]))
+    real_correct = real_count = 0
+    for places, taken in predictions:
+        for place, prediction in zip(places.tolist(), taken.tolist(), strict=True):
+            labels = real_targets[place]
+            real_correct += prediction in labels
+            real_count += len(labels) > 0
+    sums = reduce(torch.cat([meter.sums, meter.sums.new_tensor([real_correct, real_count])]))
     loss, correct1, correct5, count, real_correct, real_count = sums.tolist()
     if not count:
         raise ValueError("there is no image to evaluate: the validation data are empty, or all of them are broken")
