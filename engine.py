@@ -22,10 +22,7 @@ from utils import World
 
 logger = logging.getLogger(__name__)
 
-GROUP_SETTINGS = ("betas", "eps", "momentum", "weight_decay", "lr_scale")  # of an optimizer's parameter group
-
 Schedule = Callable[[int], tuple[float, float]]  # of the optimizer steps taken: learning rate and weight decay
-
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
@@ -235,7 +232,6 @@ class TrainState:
 
     Args:
         model: the network on its device, as checkpoints, averages and evaluation take it.
-        optimizer: of its parameters.
         meter: the epoch's sums on this rank, of the objective's names.
         scaler: see `Precision.scaler`; None scales nothing.
         averages: moving averages of the weights, by their key in a checkpoint.
@@ -246,8 +242,6 @@ class TrainState:
 
     Attributes:
         network: what batches go through: the model, or DistributedDataParallel around it.
-        guard: see `FiniteGuard`.
-        progress: see `Progress`.
         best: the best score so far, by the name of the checkpoint that has it.
         start_slope: lambda of the network that the run began with.
     """
@@ -372,9 +366,10 @@ class TrainState:
             raise CheckpointError(
                 f"cannot resume from {path}: its optimizer differs ({error}): begin anew with --finetune"
             ) from None
+        renewed = ("betas", "eps", "momentum", "weight_decay", "lr_scale") if new_settings else ()
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             for key, value in settings.items():
-                if key not in group or (new_settings and key in GROUP_SETTINGS):  # older versions had fewer settings
+                if key not in group or key in renewed:  # older versions had fewer settings
                     group[key] = value
 
 
