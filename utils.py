@@ -17,14 +17,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from records.files import cannot_write, first_line, one_line
+from records.files import first_line, one_line, writing
 
 logger = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -208,8 +208,8 @@ def lost_contact(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or re.search(signs, str(error), re.IGNORECASE) is not None
 
 
-class FolderLock:
-    """Keeps other runs out of an output folder until `release`, or the end of this process.
+def lock_folder(folder: str | Path) -> TextIO:
+    """Keep other runs out of an output folder until the file that is returned is closed, or this process ends.
 
     It is the kernel's lock on the file `run.lock`, which names its holder. The kernel frees it when the process ends in
     whatever way, so what a killed run leaves behind does not block; the file stays.
@@ -217,34 +217,27 @@ class FolderLock:
     Raises:
         ValueError: another process holds the folder, or it cannot be written.
     """
-
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        path = folder / "run.lock"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+")
-        except OSError as error:
-            raise ValueError(cannot_write(path, error)) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            mend = "stop that run or wait for its end, or choose another --output_dir"
-            raise ValueError(f"{folder} is in use by {holder}: {mend}") from None
-        except OSError as error:  # not every network file system has locks
-            logger.warning("cannot lock %s (%s): take care that no other run uses it", path, first_line(error))
-        # A loader process has the same lock and may outlive a killed run for some seconds.
-        inherited = weakref.ref(self._file)
-        os.register_at_fork(after_in_child=lambda: (file := inherited()) and file.close())
-        with contextlib.suppress(OSError):  # on a full disk it has no name, and the first save says why
-            os.ftruncate(self._file.fileno(), 0)
-            os.write(self._file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-
-    def release(self) -> None:
-        self._file.close()
+    path = Path(folder) / "run.lock"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        mend = "stop that run or wait for its end, or choose another --output_dir"
+        raise ValueError(f"{path.parent} is in use by {holder}: {mend}") from None
+    except OSError as error:  # not every network file system has locks
+        logger.warning("cannot lock %s (%s): take care that no other run uses it", path, first_line(error))
+    # A loader process has the same lock and may outlive a killed run for some seconds.
+    inherited = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: (file := inherited()) and file.close())
+    with contextlib.suppress(OSError):  # on a full disk it has no name, and the first save says why
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return file
 
 
 class StopRequest:
@@ -377,7 +370,7 @@ def launch(
     held = contextlib.ExitStack()
 
     def lock() -> None:
-        held.callback(FolderLock(output_dir).release)
+        held.enter_context(lock_folder(output_dir))
 
     # Meet the others, lock the folder, work.
     try:
