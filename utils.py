@@ -126,25 +126,25 @@ def init_world(
     device: str,
     *,
     dist_url: str = "env://",
-    on_itp: bool = False,
+    dist_on_itp: bool = False,
+    dist_timeout: float = 1800,
     world_size: int | None = None,
     local_rank: int | None = None,
-    timeout: timedelta = timedelta(minutes=30),
 ) -> World:
     """Join the other processes, if there are any: gloo for the CPU, and NCCL besides on GPUs.
 
     Args:
         device: `cuda` (the local rank picks the card), `cuda:1`, `mps`, `cpu`.
         dist_url: `env://` or `tcp://host:port`; under SLURM without MASTER_ADDR, the job's first node.
-        on_itp: take the ranks from OpenMPI.
+        dist_on_itp: take the ranks from OpenMPI.
+        dist_timeout: how long a collective waits for a rank that does not come, in seconds.
         world_size, local_rank: what the user asked for; checked against, or completing, what the launcher says.
-        timeout: how long a collective waits for a rank that does not come.
 
     Raises:
         ValueError: no such device, or a world size that the launcher does not know of.
     """
     # Who am I among the others?
-    launch = _launched_as(os.environ, on_itp)
+    launch = _launched_as(os.environ, dist_on_itp)
     rank, size, launched_local_rank = launch or (0, 1, 0)
     if world_size is not None and world_size > 1 and world_size != size:
         started = f"--world_size {world_size}, but {size} process(es) were started"
@@ -178,6 +178,7 @@ def init_world(
         if hosts:
             os.environ.setdefault("MASTER_ADDR", _first_slurm_host(hosts))
             os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+        timeout = timedelta(seconds=dist_timeout)
         store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=timeout))
         store.set_timeout(timeout)
         # torchrun with a --master_port keeps one store through its restarts, in which a rank may still find the address
@@ -374,14 +375,7 @@ def launch(
 
     # Meet the others, lock the folder, work.
     try:
-        world = init_world(
-            args.device,
-            dist_url=args.dist_url,
-            on_itp=args.dist_on_itp,
-            world_size=args.world_size,
-            local_rank=args.local_rank,
-            timeout=timedelta(seconds=args.dist_timeout),
-        )
+        world = init_world(**args.pick("device", "dist_url", "dist_on_itp", "dist_timeout", "world_size", "local_rank"))
         setup_logging(world.rank)
         for note in args.notes:
             logger.info("%s", note)

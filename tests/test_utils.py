@@ -218,7 +218,7 @@ def test_wrong_world_is_one_clear_line(monkeypatch):
     with pytest.raises(ValueError, match="torchrun --nproc_per_node=4"):
         utils.init_world("cpu", world_size=4)
     with pytest.raises(ValueError, match="mpirun"):
-        utils.init_world("cpu", on_itp=True)
+        utils.init_world("cpu", dist_on_itp=True)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="--device cpu"):
             utils.init_world("cuda")
