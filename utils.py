@@ -70,9 +70,8 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """The plain Python `value` of every rank, in the order of ranks."""
-        values = [value]
+        values = [value] * self.size
         if self.distributed:
-            values = [None] * self.size
             dist.all_gather_object(values, value)
         return values
 
@@ -90,8 +89,7 @@ class World:
         return value
 
     def barrier(self) -> None:
-        if self.distributed:
-            self.any(False)  # gloo, so that it neither waits for the device nor needs one
+        self.any(False)  # gloo, so that it neither waits for the device nor needs one
 
     def sync_buffers(self, *modules: nn.Module) -> None:
         """Copy every buffer (BatchNorm statistics) of rank 0 to the other ranks."""
@@ -203,12 +201,6 @@ def close_world(world: World) -> None:
         dist.destroy_process_group()
 
 
-def lost_contact(error: BaseException) -> bool:
-    """Whether the error says that another process has gone, or did not come in time."""
-    signs = r"gloo|nccl|pair closure|connection (?:reset|closed|refused)|timed out waiting|broken pipe"
-    return isinstance(error, dist.DistError) or re.search(signs, str(error), re.IGNORECASE) is not None
-
-
 def lock_folder(folder: str | Path) -> TextIO:
     """Keep other runs out of an output folder until the file that is returned is closed, or this process ends.
 
@@ -282,8 +274,6 @@ def keep_freed_memory() -> bool:
 
     Returns whether it was done, which it is not where the C library is another one than glibc.
     """
-    if not sys.platform.startswith("linux"):
-        return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
@@ -340,7 +330,9 @@ def _explained(error: BaseException) -> str | None:
         )
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory: lower --batch_size (and raise --update_freq by as much), the image size or --num_workers"
-    if lost_contact(error):
+    # What says that another process has gone, or did not come in time.
+    lost = r"gloo|nccl|pair closure|connection (?:reset|closed|refused)|timed out waiting|broken pipe"
+    if isinstance(error, dist.DistError) or re.search(lost, str(error), re.IGNORECASE):
         first = first_line(error).split(". ")[0]
         cause = re.sub(r"^\[\S+:\d+\] ", "", first)  # without the line of gloo's source
         return (
