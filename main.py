@@ -37,7 +37,7 @@ from loading.streams import StreamDataset
 from loading.transforms import Preprocessing
 from optim_factory import activation_slope, cosine_schedule, freeze
 from records import logs, scores
-from records.checkpoints import load_weights
+from records.checkpoints import checkpoint_weights, is_state_dict, load_weights
 from records.files import check_writable
 
 logger = logging.getLogger("main")
@@ -374,9 +374,11 @@ def other_forms(network: networks.Network) -> Iterator[tuple[str, nn.Module]]:
     """The network with each of the other weights that its file holds, its average for instance."""
     weights = network.weights
     for key in weights.checkpoint if weights and weights.key else ():
-        if key != weights.key and key.startswith(("model", "state_dict")) and weights.holds(key):
+        named = key != weights.key and key.startswith(("model", "state_dict"))
+        if named and is_state_dict(weights.checkpoint[key]):
             other = copy.deepcopy(network.module)
-            load_weights(other, weights.under(key), path=weights.path)
+            tensors = checkpoint_weights(weights.checkpoint, key=key, path=weights.path)
+            load_weights(other, tensors, path=weights.path)
             yield key, other
 
 

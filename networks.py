@@ -179,14 +179,6 @@ class Weights:
     checkpoint: Mapping[str, Any]  # all that the file holds
     choice: str = ""  # a line for the user on which weights these are, where the file holds several
 
-    def holds(self, key: str) -> bool:
-        """Whether there is another state dict under `key`."""
-        return is_state_dict(self.checkpoint[key])
-
-    def under(self, key: str) -> dict[str, torch.Tensor]:
-        """The tensors under another key."""
-        return checkpoint_weights(self.checkpoint, key=key, path=self.path)
-
 
 def read(path: str | Path, *, key: str | None = None, order: str = AVERAGE_FIRST, prefix: str = "") -> Weights:
     """The weights in a file, onto the CPU; the log says which ones, where it holds several.
