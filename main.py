@@ -212,11 +212,9 @@ def build_teacher(
     if classes and teacher.weights and tuple(classes) != (teacher.classes or tuple(classes)):
         raise ValueError(f"--teacher {args.teacher} was trained on other classes, or on them in another order")
     networks.check_input_size(teacher.module, preprocessing.input_size, f"--teacher {args.teacher}")
-    return networks.renormalized(
-        teacher.module.requires_grad_(False),
-        given=(preprocessing.mean, preprocessing.std),
-        wanted=(teacher.preprocessing.mean, teacher.preprocessing.std),
-    )
+    given, wanted = ((images.mean, images.std) for images in (preprocessing, teacher.preprocessing))
+    module = teacher.module.requires_grad_(False)
+    return module if given == wanted else networks.Renormalized(module, given=given, wanted=wanted).eval()
 
 
 # -- evaluation

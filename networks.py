@@ -59,8 +59,7 @@ class Record:
     arguments: Mapping[str, Any] = field(default_factory=dict)  # the flags of the run that wrote it
 
 
-# Each of these returns a valid value in the form that is used here, and else raises one of these errors.
-INVALID = (ValueError, TypeError, KeyError, AttributeError)
+# Each of these returns a valid value in the form that is used here, and else raises an error, see `read_record`.
 
 
 def _ensure(value: Any, valid: bool) -> Any:
@@ -132,7 +131,7 @@ def read_record(checkpoint: Mapping[str, Any], path: str | Path = "the checkpoin
             return None
         try:
             return valid(value, *limits)
-        except INVALID:
+        except (ValueError, TypeError, KeyError, AttributeError):
             passed_over[name] = None
             return None
 
@@ -408,23 +407,20 @@ def set_slope(slope: float, *modules: nn.Module) -> None:
             module.change_act(slope)
 
 
-class _Renormalized(nn.Module):
-    def __init__(self, network: nn.Module, scale: torch.Tensor, shift: torch.Tensor):
+class Renormalized(nn.Module):
+    """The network for images (N, 3, H, W) that are normalized with `given` mean and std, where it wants others."""
+
+    def __init__(self, network: nn.Module, *, given: Normalization, wanted: Normalization):
         super().__init__()
         self.network = network
-        self.register_buffer("scale", scale.view(3, 1, 1))
-        self.register_buffer("shift", shift.view(3, 1, 1))
+        (mean, std), (own_mean, own_std) = (
+            torch.tensor(pair, dtype=torch.float64).view(2, 3, 1, 1) for pair in (given, wanted)
+        )
+        self.register_buffer("scale", (std / own_std).float())
+        self.register_buffer("shift", ((mean - own_mean) / own_std).float())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(torch.addcmul(self.shift, images, self.scale))
-
-
-def renormalized(module: nn.Module, *, given: Normalization, wanted: Normalization) -> nn.Module:
-    """The network for images (N, 3, H, W) that are normalized with `given` mean and std, where it wants others."""
-    if given == wanted:
-        return module
-    (mean, std), (own_mean, own_std) = (torch.tensor(pair, dtype=torch.float64) for pair in (given, wanted))
-    return _Renormalized(module, (std / own_std).float(), ((mean - own_mean) / own_std).float()).eval()
 
 
 # -- the door
