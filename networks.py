@@ -426,23 +426,6 @@ class Renormalized(nn.Module):
 # -- the door
 
 
-def _vanillanet_arguments(variant: str, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    deploy = "stem.0.weight" in weights
-    stem, act, conv, head = (
-        ("stem.0", "stem.1", "conv", "cls.2") if deploy else ("stem1.0", "stem2.2", "conv2.0", "cls2.0")
-    )
-    stages = takewhile(lambda name: name in weights, (f"stages.{i}.{conv}.weight" for i in count()))
-    found: dict[str, Any] = {"deploy": deploy}
-    if f"{head}.weight" in weights:
-        found["num_classes"] = len(weights[f"{head}.weight"])
-    if f"{act}.weight" in weights:
-        found["act_num"] = weights[f"{act}.weight"].shape[-1] // 2  # a kernel of 2n + 1
-    dims = [len(weights[name]) for name in (f"{stem}.weight", *stages) if name in weights]
-    if len(dims) == len(VARIANTS[variant]["dims"]):
-        found.update(dims=dims, width_mult=1.0)
-    return found
-
-
 def is_vanillanet(name: str) -> bool:
     return name.split(".")[0] in VARIANTS
 
@@ -454,11 +437,24 @@ def shape_arguments(name: str, weights: Mapping[str, torch.Tensor]) -> dict[str,
     activation. Its strides and adaptive pools are in no tensor: they are the variant's. What a state dict of something
     else does not tell is left out, and loading it then says what does not fit.
     """
-    if is_vanillanet(name):
-        return _vanillanet_arguments(name.split(".")[0], weights)
-    classifier = timm.get_pretrained_cfg_value(name, "classifier")
-    first = f"{classifier if isinstance(classifier, str) else (classifier or [''])[0]}.weight"
-    return {"num_classes": len(weights[first])} if first in weights else {}
+    if not is_vanillanet(name):
+        classifier = timm.get_pretrained_cfg_value(name, "classifier")
+        first = f"{classifier if isinstance(classifier, str) else (classifier or [''])[0]}.weight"
+        return {"num_classes": len(weights[first])} if first in weights else {}
+    deploy = "stem.0.weight" in weights
+    stem, act, conv, head = (
+        ("stem.0", "stem.1", "conv", "cls.2") if deploy else ("stem1.0", "stem2.2", "conv2.0", "cls2.0")
+    )
+    stages = takewhile(lambda layer: layer in weights, (f"stages.{i}.{conv}.weight" for i in count()))
+    found: dict[str, Any] = {"deploy": deploy}
+    if f"{head}.weight" in weights:
+        found["num_classes"] = len(weights[f"{head}.weight"])
+    if f"{act}.weight" in weights:
+        found["act_num"] = weights[f"{act}.weight"].shape[-1] // 2  # a kernel of 2n + 1
+    dims = [len(weights[layer]) for layer in (f"{stem}.weight", *stages) if layer in weights]
+    if len(dims) == len(VARIANTS[name.split(".")[0]]["dims"]):
+        found.update(dims=dims, width_mult=1.0)
+    return found
 
 
 def is_file(source: str | Path) -> bool:
