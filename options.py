@@ -180,10 +180,7 @@ class _Help(argparse.HelpFormatter):
 
 def canonical(token: str) -> str:
     """`--batch-size=64` -> `--batch_size=64`: flags are spelled with underscores, and dashes are accepted."""
-    match = re.match(r"--[A-Za-z][\w-]*", token)
-    if not match:
-        return token
-    return "--" + match.group(0)[2:].replace("-", "_") + token[match.end() :]
+    return re.sub(r"^--[A-Za-z][\w-]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), token)
 
 
 class Parser(argparse.ArgumentParser):
