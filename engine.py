@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -277,10 +277,6 @@ class TrainState:
                 model, device_ids=[device] if device.type == "cuda" else None
             )
 
-    def synchronizing(self, wanted: bool) -> AbstractContextManager:
-        """A context whose backward pass averages the gradients over the ranks, or leaves that to a later one."""
-        return nullcontext() if wanted or not self.world.distributed else self.network.no_sync()
-
     def state_dict(self) -> dict[str, Any]:
         """What the rest of the run depends on. A collective: every rank calls it.
 
@@ -479,7 +475,8 @@ def train_one_epoch(
         loss, images = 0.0, 0
         for micro in range(window):
             batch = next(iterator)
-            with state.synchronizing(micro == window - 1):  # once a window is enough
+            averaging = micro == window - 1 or not state.world.distributed  # over the ranks: once a window is enough
+            with nullcontext() if averaging else state.network.no_sync():
                 batch_loss, sums = objective(state.network, batch)
                 scaler.scale(batch_loss / window).backward()
             loss += batch_loss.detach() / window
