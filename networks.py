@@ -503,20 +503,20 @@ def open(
         raise ValueError(f"--random_weights is for a model's name, and {source} is a file of weights")
     # Which model the weights are of: as the user says, or the file, or the caller.
     weights = read(source, key=key, order=order, prefix=prefix)
-    recorded = weights.record.model
-    wanted, name = name, name or recorded or fallback
+    record = weights.record
+    wanted, name = name, name or record.model or fallback
     if name is None:
         raise ValueError(f"{source} does not record which model it is of: name one by {flag}")
     check_name(name, flag)
-    if wanted is not None and recorded not in (None, wanted):
-        logger.info("%s %s instead of %s, which %s records", flag, wanted, recorded, source)
+    if wanted is not None and record.model not in (None, wanted):
+        logger.info("%s %s instead of %s, which %s records", flag, wanted, record.model, source)
     # Its arguments: from the shapes of the tensors, if the caller does not set them.
     _check_arguments(name, arguments, flag)
     told = shape_arguments(name, weights.tensors)
     if "width_mult" in arguments:
         told.pop("dims", None)
     # timm's own record of arguments comes last: a tensor's shape and a caller know better.
-    extra = weights.record.arguments.get("model_kwargs")
+    extra = record.arguments.get("model_kwargs")
     try:
         module = timm.create_model(name, **(dict(extra or {}) | told | arguments))
     except (TypeError, ValueError, RuntimeError, AssertionError):
@@ -525,7 +525,6 @@ def open(
         logger.warning("%s: passed over what it records of model_kwargs, which %s does not take", source, name)
         module = timm.create_model(name, **(told | arguments))
     load_weights(module, weights.tensors, path=source)
-    record = weights.record
     set_slope(1.0 if record.slope is None else record.slope, module)
     # As the file records it, and as timm has it for what it does not record.
     images = dict(record.preprocessing) | ({"crop_pct": None} if record.preprocessing.get("native") else {})
