@@ -258,9 +258,7 @@ def keep_results(args: Arguments, result: EvalResult, classes: Sequence[str]) ->
     if args.confusion:
         from pictures import confusion, style  # with matplotlib, which takes a second
 
-        path = Path(args.confusion)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        style.save(confusion.confusion_figure(result.confusion.numpy(), classes), path)
+        style.save(confusion.confusion_figure(result.confusion.numpy(), classes), Path(args.confusion))
 
 
 def report_eval(name: str, result: EvalResult, broken: int) -> None:
