@@ -94,7 +94,7 @@ class Distiller:
     teacher: nn.Module
     alpha: float
     tau: float
-    precision: "Precision"
+    precision: Precision
 
     def __call__(self, images: torch.Tensor, logits: torch.Tensor, hard: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), self.precision.autocast():

@@ -83,8 +83,6 @@ class Task:
 
     Attributes:
         loader: this rank's training batches, as `loading.loaders.TrainLoader` gives them.
-        objective: the loss of a batch.
-        schedule: learning rate and weight decay by the number of optimizer steps taken.
         evaluate: metrics of the networks, each of which comes with their prefix; rank 0 has to know them. May raise
             EvaluationStopped, on all ranks. None without validation data.
         score: the metric by which a checkpoint is the best, without prefix; the higher the better.
