@@ -30,76 +30,39 @@ CALLS_PER_TURN = {"cpu": 5, "cuda": 50}  # on a GPU a call is short, and the fir
 
 def build_parser() -> Parser:
     parser = Parser(prog="benchmark.py", description="Measure networks in engines, beside each other.")
-    what = parser.add_argument_group("what is measured")
-    what.add_argument(
-        "--model",
-        "--models",
-        nargs="+",
-        type=file_path,
-        default=[],
-        help="VanillaNet variants, timm models and checkpoints; all: every variant",
-    )
-    what.add_argument(
-        "--peers", nargs="+", default=[], metavar="NAME", help="further timm models; paper: those of the paper's table"
-    )
-    what.add_argument(
-        "--engine",
-        "--runtimes",
-        nargs="+",
-        choices=("all", *dict.fromkeys((*runtimes.ENGINES, *TRAINING_ENGINES))),
-        default=["all"],
-        help=f"engines; all: those that run on --device; of training steps {', '.join(TRAINING_ENGINES)}",
-    )
-    what.add_argument(
-        "--precision", "--precisions", nargs="+", choices=runtimes.PRECISIONS, help="precisions [all of an engine]"
-    )
-    what.add_argument(
-        "--input_size",
-        "--resolutions",
-        nargs="+",
-        type=COUNT,
-        default=[224],
-        help="heights and widths of the images in pixels",
-    )
-    what.add_argument("--batch_size", "--batches", nargs="+", type=COUNT, default=[1], help="images in a call")
-    what.add_argument("--training", type=boolean, default=False, help="measure training steps instead of inference")
-    what.add_argument(
-        "--loading", type=boolean, default=False, help="measure training's loader beside timm's instead of networks"
-    )
-    what.add_argument("--data_path", type=path, metavar="DIR", help="with --loading true, a folder with images in it")
-    what.add_argument("--num_workers", type=WHOLE, default=2, help="with --loading true, loader processes")
-    what.add_argument(
-        "--grad_checkpointing",
-        nargs="+",
-        choices=("none", "activations", "full"),
-        default=["none"],
-        help="gradient checkpointing of training steps",
-    )
-    what.add_argument(
-        "--profile", type=boolean, default=False, help="print the time of each kind of layer by the engine's own clock"
-    )
-    what.add_argument("--twins", type=boolean, default=False, help="measure VanillaNets as built in deploy form, too")
-    what.add_argument(
-        "--int8_depthwise", type=boolean, default=False, help="measure int8 with quantized series activations, too"
-    )
-    what.add_argument("--width_mult", type=POSITIVE, help="factor on VanillaNets' channels, for trials [their own]")
-    how = parser.add_argument_group("how")
-    how.add_argument("--calls", type=COUNT, default=200, help="calls of each network that count")
-    how.add_argument("--together", type=COUNT, default=1, help="networks that are in memory together and take turns")
-    how.add_argument("--threads", type=COUNT, help="threads of each process [as many as torch chooses]")
-    how.add_argument("--device", default="cpu", help="what to compute on: cpu or cuda")
-    how.add_argument("--quick", type=boolean, default=False, help="measure a small choice of everything in two minutes")
-    out = parser.add_argument_group("output")
-    out.add_argument("--output", type=path, metavar="FILE.csv", help="add the results to this file")
-    out.add_argument(
-        "--report",
-        type=path,
-        nargs="+",
-        metavar="FILE.csv",
-        help="measure nothing; report the results in these files",
-    )
-    out.add_argument("--docs", type=path, metavar="FILE.md", help="write the tables to this page")
-    out.add_argument("--figures", type=path, metavar="DIR", help="draw the figures in this folder")
+    add = parser.add_argument_group("what is measured").add_argument
+    models = "VanillaNet variants, timm models and checkpoints; all: every variant"
+    add("--model", "--models", nargs="+", type=file_path, default=[], help=models)
+    add("--peers", nargs="+", default=[], metavar="NAME", help="further timm models; paper: those of the paper's table")
+    engines = ("all", *dict.fromkeys((*runtimes.ENGINES, *TRAINING_ENGINES)))
+    meaning = f"engines; all: those that run on --device; of training steps {', '.join(TRAINING_ENGINES)}"
+    add("--engine", "--runtimes", nargs="+", choices=engines, default=["all"], help=meaning)
+    add("--precision", "--precisions", nargs="+", choices=runtimes.PRECISIONS, help="precisions [all of an engine]")
+    sizes = "heights and widths of the images in pixels"
+    add("--input_size", "--resolutions", nargs="+", type=COUNT, default=[224], help=sizes)
+    add("--batch_size", "--batches", nargs="+", type=COUNT, default=[1], help="images in a call")
+    add("--training", type=boolean, default=False, help="measure training steps instead of inference")
+    add("--loading", type=boolean, default=False, help="measure training's loader beside timm's instead of networks")
+    add("--data_path", type=path, metavar="DIR", help="with --loading true, a folder with images in it")
+    add("--num_workers", type=WHOLE, default=2, help="with --loading true, loader processes")
+    kept = ("none", "activations", "full")
+    checkpointing = "gradient checkpointing of training steps"
+    add("--grad_checkpointing", nargs="+", choices=kept, default=["none"], help=checkpointing)
+    add("--profile", type=boolean, default=False, help="print the time of each kind of layer by the engine's own clock")
+    add("--twins", type=boolean, default=False, help="measure VanillaNets as built in deploy form, too")
+    add("--int8_depthwise", type=boolean, default=False, help="measure int8 with quantized series activations, too")
+    add("--width_mult", type=POSITIVE, help="factor on VanillaNets' channels, for trials [their own]")
+    add = parser.add_argument_group("how").add_argument
+    add("--calls", type=COUNT, default=200, help="calls of each network that count")
+    add("--together", type=COUNT, default=1, help="networks that are in memory together and take turns")
+    add("--threads", type=COUNT, help="threads of each process [as many as torch chooses]")
+    add("--device", default="cpu", help="what to compute on: cpu or cuda")
+    add("--quick", type=boolean, default=False, help="measure a small choice of everything in two minutes")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", type=path, metavar="FILE.csv", help="add the results to this file")
+    add("--report", type=path, nargs="+", metavar="FILE.csv", help="measure nothing; report the results in these files")
+    add("--docs", type=path, metavar="FILE.md", help="write the tables to this page")
+    add("--figures", type=path, metavar="DIR", help="draw the figures in this folder")
     return parser
 
 
