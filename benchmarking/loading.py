@@ -27,8 +27,6 @@ from loading.transforms import Preprocessing, build_train_transform
 from loading.views import TrainTransform, Views, stack_views
 from utils import keep_freed_memory
 
-__all__ = ["COLUMNS", "measure"]
-
 COLUMNS = (
     "loader", "stage", "ms_per_image", "images_per_s", "ratio", "images", "batch", "workers", "resolution",
     "processor", "threads", "torch", "library", "date",

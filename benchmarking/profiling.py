@@ -19,18 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.vanillanet import SeriesActivation
 
-__all__ = [
-    "alive_per_image",
-    "count_layers",
-    "count_macs",
-    "count_params",
-    "interleave",
-    "macs_of",
-    "profile",
-    "saved_per_image",
-    "throughput",
-]
-
 WARM_UP_ROUNDS = 2
 
 

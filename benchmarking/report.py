@@ -18,17 +18,6 @@ from pictures import style
 from pictures.figures import Result, accuracy_figure
 from records.logs import read_rows
 
-__all__ = [
-    "TEXT_COLUMNS",
-    "memory_table",
-    "published",
-    "speed_table",
-    "statements",
-    "tables",
-    "write_figures",
-    "write_page",
-]
-
 Row = Mapping[str, Any]
 TEXT_COLUMNS = 3
 SAVED, PEAK = "saved for the backward pass (MiB/image)", "at the peak of a step (MiB/image)"

@@ -16,8 +16,6 @@ import runtimes
 from benchmarking.spec import Spec
 from records.files import replacing
 
-__all__ = ["COLUMNS", "PUBLISHED_PRECISION", "complete", "conditions", "read", "row", "statistics", "write"]
-
 # What rows are compared with: float32 as PyTorch computes it when nothing is set.
 PUBLISHED_PRECISION = {"cpu": "fp32", "cuda": "default"}
 # What a row says, in order. The kinds are `inference`, `training`, and `machine` for a rate of the machine itself.
