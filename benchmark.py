@@ -123,8 +123,8 @@ import torch
 
 from benchmarking import loading, profiling, report, results, subjects
 from benchmarking.spec import Spec
-from benchmarking.subjects import PAPER_PEERS, is_vanillanet
 from benchmarking.worker import Worker, WorkerError, closing, prepare
+from networks import is_vanillanet
 from records import logs
 from records.files import mistakes_end
 
@@ -134,7 +134,7 @@ def _networks(args: argparse.Namespace) -> list[str]:
     for name in args.model:
         names += timm.list_models(filter="vanillanet*") if name == "all" else [name]
     for name in args.peers:
-        names += PAPER_PEERS if name == "paper" else [name]
+        names += report.PEERS if name == "paper" else [name]
     if args.width_mult is not None and not any(map(is_vanillanet, names)):
         raise ValueError("--width_mult is for VanillaNets, and none is measured")
     names = list(dict.fromkeys(names))

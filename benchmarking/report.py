@@ -13,7 +13,7 @@ from typing import Any
 import torchvision
 from matplotlib.figure import Figure
 
-from benchmarking.subjects import is_vanillanet
+from networks import is_vanillanet
 from pictures import style
 from pictures.figures import Result, accuracy_figure
 from records.logs import read_rows
@@ -27,7 +27,8 @@ USABLE = 0.9  # of a GPU's memory; the rest is CUDA's, the libraries' and lost i
 # In float32 a weight, its gradient, AdamW's two moments, an average and the guard's copy; a copy in bfloat16.
 BYTES_PER_PARAMETER = 6 * 4 + 2
 PAPER = Path(__file__).parents[1] / "docs" / "paper_results.csv"
-# By timm's names, the name in words, and torchvision's of the same network where it states an accuracy.
+# The networks beside which the paper puts its own: by timm's names, the name in words, and torchvision's of the same
+# network where it states an accuracy.
 PEERS = {
     "resnet18": ("ResNet-18", "resnet18"),
     "resnet34": ("ResNet-34", "resnet34"),
@@ -35,11 +36,11 @@ PEERS = {
     "resnet101": ("ResNet-101", "resnet101"),
     "swin_tiny_patch4_window7_224": ("Swin-T", "swin_t"),
     "swin_small_patch4_window7_224": ("Swin-S", "swin_s"),
-    "mobilenetv3_large_100": ("MobileNetV3-L", "mobilenet_v3_large"),
     "convnextv2_nano": ("ConvNeXtV2-N", None),
     "convnextv2_tiny": ("ConvNeXtV2-T", None),
     "repvgg_a0": ("RepVGG-A0", None),
     "repvgg_b3": ("RepVGG-B3", None),
+    "mobilenetv3_large_100": ("MobileNetV3-L", "mobilenet_v3_large"),
 }
 # In the order of the columns.
 ENGINES = {

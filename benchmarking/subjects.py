@@ -19,20 +19,6 @@ from models.checkpointing import set_grad_checkpointing
 from networks import is_vanillanet
 from utils import World, keep_freed_memory
 
-# The networks beside which the paper puts its own, by their names in timm.
-PAPER_PEERS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "swin_tiny_patch4_window7_224",
-    "swin_small_patch4_window7_224",
-    "convnextv2_nano",
-    "convnextv2_tiny",
-    "repvgg_a0",
-    "repvgg_b3",
-    "mobilenetv3_large_100",
-)
 CALIBRATION_IMAGES = 8
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TRAINING_SLOPE = 0.5  # lambda, in the middle of the ramp

@@ -241,7 +241,7 @@ def test_published_accuracies_are_the_published_ones():
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     assert names["resnet18"] == ("ResNet-18", weights.meta["_metrics"]["ImageNet-1K"]["acc@1"])
     assert {name for name in names if report.is_vanillanet(name)} == set(benchmark.timm.list_models("vanillanet*"))
-    assert set(benchmark.PAPER_PEERS) <= set(names)
+    assert set(report.PEERS) <= set(names)
 
 
 def test_the_figure_shows_networks_as_published_in_their_fastest_engine():
