@@ -19,6 +19,12 @@ ONEDNN_HAS = {
 }
 
 
+def wait(device: str) -> None:
+    """Until a GPU has done all that it was asked to; a CPU has."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
 def _packed(weight: torch.Tensor, a: torch.Tensor) -> Callable[[], torch.Tensor]:
     """oneDNN's product with a weight laid out beforehand, as an inference engine calls it."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(a))
@@ -74,8 +80,7 @@ def best_product(precision: str, device: str = "cpu") -> float:
     A kernel that is slow at a small size is given up there: without instructions for a precision a library falls back
     to a plain loop, of which one large product takes minutes.
     """
-    kind = torch.device(device).type
-    sizes = SIZES[kind]
+    sizes = SIZES[torch.device(device).type]
     best, given_up = 0.0, set()
     for size in (sizes[0] // PILOT, *sizes):
         for number, product in enumerate(PRODUCTS[precision](size, device)):
@@ -85,8 +90,7 @@ def best_product(precision: str, device: str = "cpu") -> float:
             for _ in range(REPEATS):
                 start = time.perf_counter()
                 product()
-                if kind != "cpu":
-                    torch.cuda.synchronize(device)
+                wait(device)
                 rate = max(rate, 2 * size**3 / (time.perf_counter() - start) / 1e9)
             if 2 * sizes[-1] ** 3 / 1e9 / rate > SLOW:
                 given_up.add(number)

@@ -19,6 +19,7 @@ from typing import IO, Any
 import torch
 
 import runtimes
+from benchmarking.limit import best_product, wait
 from benchmarking.spec import Spec
 from records.files import first_line
 
@@ -40,16 +41,21 @@ def _file(spec: Spec, folder: Path) -> Path | None:
     return folder / f"{name}{engine.suffix}"
 
 
-def _prepare(spec: Spec, folder: Path) -> None:
-    """Write the file that `_serve` will open, if the engine wants one and it is not there."""
+def _prepare(spec: Spec, folder: Path) -> str | None:
+    """Write the file of `spec` if it is not there. Returns what went wrong, in one line."""
     path = _file(spec, folder)
-    if path is None or path.exists():
-        return
+    if path.exists():
+        return None
     from benchmarking.subjects import build_network
 
-    network, images, target = build_network(spec)
-    metadata = runtimes.Metadata(spec.network, (), (), (), spec.resolution, None)
-    runtimes.find(spec.engine).export(network, images, path, target, metadata)
+    try:
+        network, images, target = build_network(spec)
+        metadata = runtimes.Metadata(spec.network, (), (), (), spec.resolution, None)
+        runtimes.find(spec.engine).export(network, images, path, target, metadata)
+    except Exception as error:
+        traceback.print_exc()
+        return _one_line(error)
+    return None
 
 
 def _open(spec: Spec, folder: Path, *, profile: bool) -> tuple[Callable[[], Any], float, Callable[[], list]]:
@@ -60,7 +66,7 @@ def _open(spec: Spec, folder: Path, *, profile: bool) -> tuple[Callable[[], Any]
         start = time.perf_counter()
         step = training_step(spec)
         step()
-        _wait(spec.device)
+        wait(spec.device)
         return step, time.perf_counter() - start, list
     path = None if profile else _file(spec, folder)
     if path is None:
@@ -75,13 +81,8 @@ def _open(spec: Spec, folder: Path, *, profile: bool) -> tuple[Callable[[], Any]
     start = time.perf_counter()
     runtime = runtimes.load(source, target, images=images)
     runtime(images)
-    _wait(spec.device)
+    wait(spec.device)
     return lambda: runtime(images), time.perf_counter() - start, lambda: runtime.profile(images)
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize(device)
 
 
 def _reset_peak() -> None:
@@ -98,7 +99,7 @@ def _resident_mb() -> float:
     return float("nan")
 
 
-def _device_mb(device: str) -> float:
+def device_mb(device: str) -> float:
     """What is in use on a GPU, as its driver says: torch does not know what other libraries hold there."""
     free, total = torch.cuda.mem_get_info(device)
     return (total - free) / 1e6
@@ -110,21 +111,9 @@ def _times(call: Callable[[], Any], calls: int, device: str) -> list[float]:
     for _ in range(calls + 1):
         start = time.perf_counter()
         call()
-        _wait(device)
+        wait(device)
         seconds.append(time.perf_counter() - start)
     return seconds[1:]
-
-
-def _prepare_all(specs: Sequence[Spec], folder: Path) -> dict[str, str]:
-    """Write the files of `specs`. Returns what went wrong, in one line, by the spec's position."""
-    failures = {}
-    for position, spec in enumerate(specs):
-        try:
-            _prepare(spec, folder)
-        except Exception as error:
-            traceback.print_exc()
-            failures[str(position)] = _one_line(error)
-    return failures
 
 
 def _one_line(error: BaseException) -> str:
@@ -132,24 +121,22 @@ def _one_line(error: BaseException) -> str:
     return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
 
 
-def _answers(job: dict[str, Any]) -> Iterator[Any]:
-    """The answers to a job and then to each request that is sent, the first of them once the job is done."""
-    folder, specs = Path(job["folder"]), [Spec(**spec) for spec in job["specs"]]
-    torch.set_num_threads(job["threads"])
-    if job["task"] == "prepare":
-        yield _prepare_all(specs, folder)
-        return
+def _answers(spec: Spec, folder: Path, *, threads: int, profile: bool) -> Iterator[Any]:
+    """What `Worker.ready` returns, and then the answer to each request that is sent."""
+    torch.set_num_threads(threads)
+    # Files for other processes: a request is the fields of a `Spec`.
+    if spec.engine == "prepare":
+        request = yield {}
+        while True:
+            request = yield _prepare(Spec(**request), folder)
     # The machine's limit: a request names a precision.
-    (spec,) = specs
     if spec.engine == "limit":
-        from benchmarking.limit import best_product
-
         request = yield {}
         while True:
             request = yield best_product(request, spec.device)
     # A network in its engine. Its peak of memory counts from after the first call, which may have compiled.
-    before = _device_mb(spec.device) if spec.device != "cpu" else 0.0
-    call, first, layers = _open(spec, folder, profile=job["profile"])
+    before = device_mb(spec.device) if spec.device != "cpu" else 0.0
+    call, first, layers = _open(spec, folder, profile=profile)
     _times(call, 1, spec.device)
     _reset_peak()
     request = yield {"first_s": first}
@@ -157,18 +144,18 @@ def _answers(job: dict[str, Any]) -> Iterator[Any]:
         if request == "profile":
             request = yield [asdict(layer) for layer in layers()]
         elif request == "peak_mb":
-            request = yield _resident_mb() if spec.device == "cpu" else _device_mb(spec.device) - before
+            request = yield _resident_mb() if spec.device == "cpu" else device_mb(spec.device) - before
         else:
             request = yield _times(call, request, spec.device)
 
 
 def serve() -> None:
-    """Answer a job and requests on standard input, a line of JSON each, on standard output, until the input ends."""
+    """Answer requests on standard input, a line of JSON each, on standard output, until the input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the libraries print goes where errors go, into the log
-    job, answer = json.loads(sys.stdin.readline()), None
+    spec, folder, how = json.loads(sys.argv[1])
     try:
-        steps = _answers(job)
+        steps = _answers(Spec(**spec), Path(folder), **how)
         answer = next(steps)
         while True:
             answers.write(json.dumps({"answer": answer}) + "\n")
@@ -176,7 +163,7 @@ def serve() -> None:
             if not line:
                 return
             answer = steps.send(json.loads(line))
-    except (StopIteration, KeyboardInterrupt):
+    except KeyboardInterrupt:
         return
     except Exception as error:
         traceback.print_exc()
@@ -190,13 +177,24 @@ class WorkerError(ValueError):
     """A process could not do what it was asked to; the message is one line."""
 
 
-class _Process:
-    """A process that runs `serve`, given a job; `receive` waits for the answer to that."""
+class Worker:
+    """The process of one `Spec`, which runs it when asked to.
 
-    def __init__(self, task: str, specs: Sequence[Spec], folder: Path, *, threads: int, profile: bool = False):
+    Its start is not waited for, so that several start together; `ready` waits.
+
+    Args:
+        spec: with the engine `prepare` or `limit`, what `_answers` says.
+        folder: where `prepare` left the files of file engines.
+        threads: of the arithmetic.
+        profile: for `layers`, which costs speed.
+    """
+
+    def __init__(self, spec: Spec, folder: Path, *, threads: int, profile: bool = False):
+        self.spec = spec
+        job = json.dumps([asdict(spec), str(folder), {"threads": threads, "profile": profile}])
         with (folder / "log.txt").open("a") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", "from benchmarking.worker import serve; serve()"],
+                [sys.executable, "-c", "from benchmarking.worker import serve; serve()", job],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -204,16 +202,34 @@ class _Process:
                 bufsize=1,
                 cwd=Path(__file__).parents[1],
             )
-        job = {"task": task, "specs": [asdict(spec) for spec in specs], "folder": str(folder), "threads": threads}
-        self.send({**job, "profile": profile})
 
-    def send(self, request: Any) -> None:
+    def ready(self) -> dict[str, float]:
+        """Wait for the network to have answered once. Returns `first_s`, the seconds that took from its loading on.
+
+        Raises:
+            WorkerError: it cannot be built.
+        """
+        return self._receive()
+
+    def ask(self, request: Any) -> Any:
         pipe: IO[str] = self._process.stdin
-        with contextlib.suppress(BrokenPipeError):  # `receive` says that it died
+        with contextlib.suppress(BrokenPipeError):  # `_receive` says that it died
             pipe.write(json.dumps(request) + "\n")
             pipe.flush()
+        return self._receive()
 
-    def receive(self) -> Any:
+    def times(self, calls: int) -> list[float]:
+        """Seconds of each of `calls` calls."""
+        return self.ask(calls)
+
+    def peak_mb(self) -> float:
+        return self.ask("peak_mb")
+
+    def layers(self) -> list[dict[str, Any]]:
+        """One call's `runtimes.Layer`s as dicts."""
+        return self.ask("profile")
+
+    def _receive(self) -> Any:
         pipe: IO[str] = self._process.stdout
         if not select.select([pipe], [], [], START_TIMEOUT)[0]:
             self._process.kill()
@@ -243,55 +259,13 @@ def prepare(specs: Sequence[Spec], folder: Path, *, threads: int) -> dict[Spec, 
     Returns:
         What could not be written, and why in one line.
     """
-    if not any(_file(spec, folder) for spec in specs):
+    with_file = [spec for spec in specs if _file(spec, folder)]
+    if not with_file:
         return {}
-    process = _Process("prepare", specs, folder, threads=threads)
-    try:
-        return {specs[int(position)]: reason for position, reason in process.receive().items()}
-    finally:
-        process.close()
-
-
-class Worker:
-    """The process of one `Spec`, which runs it when asked to.
-
-    Its start is not waited for, so that several start together; `ready` waits.
-
-    Args:
-        folder: where `prepare` left the files of file engines.
-        threads: of the arithmetic.
-        profile: for `layers`, which costs speed.
-    """
-
-    def __init__(self, spec: Spec, folder: Path, *, threads: int, profile: bool = False):
-        self.spec = spec
-        self._process = _Process("run", [spec], folder, threads=threads, profile=profile)
-
-    def ready(self) -> dict[str, float]:
-        """Wait for the network to have answered once. Returns `first_s`, the seconds that took from its loading on.
-
-        Raises:
-            WorkerError: it cannot be built.
-        """
-        return self._process.receive()
-
-    def ask(self, request: Any) -> Any:
-        self._process.send(request)
-        return self._process.receive()
-
-    def times(self, calls: int) -> list[float]:
-        """Seconds of each of `calls` calls."""
-        return self.ask(calls)
-
-    def peak_mb(self) -> float:
-        return self.ask("peak_mb")
-
-    def layers(self) -> list[dict[str, Any]]:
-        """One call's `runtimes.Layer`s as dicts."""
-        return self.ask("profile")
-
-    def close(self) -> None:
-        self._process.close()
+    with closing([Worker(Spec("", "prepare", "fp32"), folder, threads=threads)]) as (worker,):
+        worker.ready()
+        answers = {spec: worker.ask(asdict(spec)) for spec in with_file}
+    return {spec: reason for spec, reason in answers.items() if reason}
 
 
 @contextlib.contextmanager

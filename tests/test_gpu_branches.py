@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import types
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -364,9 +363,7 @@ def test_memory_on_a_gpu_is_the_drivers(monkeypatch, tmp_path):
     monkeypatch.setattr(worker, "_open", lambda spec, folder, profile: (lambda: None, 0.5, list))
     spec = Spec("vanillanet_5", "onnxruntime", "fp32", device="cuda:1")
     threads = torch.get_num_threads()
-    steps = worker._answers(
-        {"task": "run", "specs": [asdict(spec)], "folder": tmp_path, "threads": threads, "profile": False}
-    )
+    steps = worker._answers(spec, tmp_path, threads=threads, profile=False)
     assert next(steps) == {"first_s": 0.5}
     assert steps.send("peak_mb") == 65
 
