@@ -55,22 +55,6 @@ class _Files(ImageDataset):
         return decode_for_training(self.paths[index]), 0
 
 
-class _Reader:
-    """The same files for timm."""
-
-    def __init__(self, paths: Sequence[str]):
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return open(self.paths[index], "rb"), 0
-
-    def filename(self, index: int, **_: Any) -> str:
-        return self.paths[index]
-
-
 def _readable(paths: Sequence[str]) -> Iterator[str]:
     """Without those that are broken, since the two loaders would put other images in their places."""
     for path in paths:
@@ -83,7 +67,7 @@ def _readable(paths: Sequence[str]) -> Iterator[str]:
 
 def _timms(paths: Sequence[str], preprocessing: Preprocessing, loading: Loading) -> Any:
     return create_loader(
-        dataset=TimmImageDataset(root="", reader=_Reader(paths)),
+        dataset=TimmImageDataset(root="", reader=[(path, 0) for path in paths]),
         input_size=(3, preprocessing.input_size, preprocessing.input_size),
         batch_size=loading.batch_size,
         is_training=True,
