@@ -17,10 +17,10 @@ from deployment.fusing import open_deployed
 from engine import FiniteGuard
 from models.checkpointing import set_grad_checkpointing
 from networks import is_vanillanet
+from runtimes.running import DTYPES
 from utils import World, keep_freed_memory
 
 CALIBRATION_IMAGES = 8
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TRAINING_SLOPE = 0.5  # lambda, in the middle of the ramp
 
 
@@ -32,18 +32,18 @@ def _keep_activations_near_one(network: nn.Module) -> None:
             module.weight.normal_(std=(2 / module.weight[0].numel()) ** 0.5)
 
 
-def create(name: str, *, resolution: int, width_mult: float | None, deploy: bool) -> nn.Module:
-    """A network with random weights in eval mode; `deploy` builds a VanillaNet in that form."""
+def create(spec: Spec) -> nn.Module:
+    """The network of `spec` with random weights in eval mode; a twin is built in deploy form."""
     arguments = {}
-    if is_vanillanet(name):
-        arguments["deploy"] = deploy
-        if width_mult is not None:
-            arguments["width_mult"] = width_mult
-    elif name.startswith("swin"):  # its windows are laid out for one size
-        arguments["img_size"] = resolution
+    if is_vanillanet(spec.network):
+        arguments["deploy"] = spec.twin
+        if spec.width_mult is not None:
+            arguments["width_mult"] = spec.width_mult
+    elif spec.network.startswith("swin"):  # its windows are laid out for one size
+        arguments["img_size"] = spec.resolution
     torch.manual_seed(0)
-    network = networks.open(name, pretrained=False, flag="--models", **arguments).module
-    if is_vanillanet(name):
+    network = networks.open(spec.network, pretrained=False, flag="--models", **arguments).module
+    if is_vanillanet(spec.network):
         _keep_activations_near_one(network)
     return network
 
@@ -52,8 +52,7 @@ def deployed(spec: Spec) -> nn.Module:
     """The network of `spec` in deploy form: a checkpoint's, or one with random weights."""
     if Path(spec.network).is_file():
         return open_deployed(spec.network).module
-    network = create(spec.network, resolution=spec.resolution, width_mult=spec.width_mult, deploy=spec.twin)
-    return reparameterize_model(network)
+    return reparameterize_model(create(spec))
 
 
 def build_network(spec: Spec) -> tuple[nn.Module, torch.Tensor, runtimes.Target]:
@@ -79,7 +78,7 @@ def training_step(spec: Spec) -> Callable[[], None]:
     if torch.device(spec.device).type == "cpu":
         keep_freed_memory()
     runtimes.set_tf32(spec.precision, spec.device)
-    network = create(spec.network, resolution=spec.resolution, width_mult=spec.width_mult, deploy=False)
+    network = create(spec)
     layout = torch.contiguous_format if spec.engine == "plain" else torch.channels_last
     network = network.to(spec.device, memory_format=layout).train()
     networks.set_slope(TRAINING_SLOPE, network)
@@ -91,7 +90,7 @@ def training_step(spec: Spec) -> Callable[[], None]:
     images = torch.randn(spec.batch, 3, spec.resolution, spec.resolution, device=spec.device)
     images = images.to(memory_format=layout)
     targets = torch.randint(network.num_classes, (spec.batch,), device=spec.device)
-    kind, dtype = images.device.type, HALF.get(spec.precision)
+    kind, dtype = images.device.type, DTYPES.get(spec.precision)
     scaler = torch.amp.GradScaler(kind, enabled=spec.precision == "fp16")
     guard = FiniteGuard(network, World(0, 1, images.device), deferred=True) if spec.guard else None
     numbers = count()
@@ -114,17 +113,19 @@ def training_step(spec: Spec) -> Callable[[], None]:
     return step
 
 
+def size(network: nn.Module, resolution: int) -> dict[str, float]:
+    """The columns of a network's layers, parameters and multiply-accumulates."""
+    layers, params, macs = profiling.profile(network, resolution)
+    return {"layers": layers, "params_m": params / 1e6, "macs_g": macs / 1e9}
+
+
 def costs(spec: Spec) -> dict[str, float]:
-    """Layers, parameters and multiply-accumulates of a network as it is measured; of a training step, the memory."""
-    if spec.kind == "training":
-        network = create(spec.network, resolution=spec.resolution, width_mult=spec.width_mult, deploy=False)
-    else:
-        network = deployed(spec)
-    layers, params, macs = profiling.profile(network, spec.resolution)
-    found = {"layers": layers, "params_m": params / 1e6, "macs_g": macs / 1e9}
+    """`size` of a network as it is measured; of a training step, the memory, too."""
+    network = create(spec) if spec.kind == "training" else deployed(spec)
+    found = size(network, spec.resolution)
     if spec.kind == "training" and spec.engine != "compile":  # the compiler has plans of its own
         networks.set_slope(TRAINING_SLOPE, network.train())
         set_grad_checkpointing(network, spec.grad_checkpointing)
         for column, counted in (("saved_mib", profiling.saved_per_image), ("step_mib", profiling.alive_per_image)):
-            found[column] = counted(network, spec.resolution, dtype=HALF.get(spec.precision)) / 2**20
+            found[column] = counted(network, spec.resolution, dtype=DTYPES.get(spec.precision)) / 2**20
     return found
