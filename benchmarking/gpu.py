@@ -14,11 +14,11 @@ from options import Arguments, Parser, boolean, parse_checked, path
 
 def build_parser() -> Parser:
     parser = Parser(prog="benchmarking.gpu", description="Measure a GPU: latency, then training steps.")
-    parser.add_argument("--device", default="cuda", help="the GPU: cuda or cuda:N")
-    parser.add_argument("--dry", type=boolean, default=False, help="walk through it on the CPU, with toy networks")
-    parser.add_argument(
-        "--output", type=path, metavar="FILE.csv", help="results [results/gpu-NAME.csv; outputs/gpu-dry.csv of --dry]"
-    )
+    add = parser.add_argument
+    add("--device", default="cuda", help="the GPU: cuda or cuda:N")
+    add("--dry", type=boolean, default=False, help="walk through it on the CPU, with toy networks")
+    place = "results [results/gpu-NAME.csv; outputs/gpu-dry.csv of --dry]"
+    add("--output", type=path, metavar="FILE.csv", help=place)
     return parser
 
 
@@ -39,7 +39,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -51,10 +51,11 @@ import torch
 from torch import nn
 
 import runtimes
-from benchmarking import profiling, results
-from benchmarking.limit import best_product
+from benchmarking import results
+from benchmarking.limit import best_product, wait
 from benchmarking.spec import Spec
-from benchmarking.subjects import build_network, costs, training_step
+from benchmarking.subjects import build_network, costs, size, training_step
+from benchmarking.worker import device_mb
 from networks import is_vanillanet
 from records.files import first_line, mistakes_end
 
@@ -158,10 +159,6 @@ class Device:
     def __init__(self, name: str):
         self.name, self.cuda = name, torch.device(name).type == "cuda"
 
-    def wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize(self.name)
-
     def _mark(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
@@ -176,19 +173,25 @@ class Device:
             start, before = time.perf_counter(), self._mark()
             call()
             after = self._mark()
-            self.wait()
+            wait(self.name)
             if number:
                 seconds.append(time.perf_counter() - start)
                 events.append(before.elapsed_time(after) if self.cuda else (after - before) * 1e3)
         return seconds, events
 
-    def kernels(self, call: Callable[[], Any]) -> int:
-        """Launches of one call, of a CUDA graph each that is in it; on the CPU the operators."""
+    def profile(self, call: Callable[[], Any], calls: int = 1) -> torch.profiler.profile:
+        """What torch's profiler sees of the calls, on the host and on the device."""
         activity = torch.profiler.ProfilerActivity
         activities = [activity.CPU, activity.CUDA] if self.cuda else [activity.CPU]
         with torch.profiler.profile(activities=activities) as profiler:
-            call()
-            self.wait()
+            for _ in range(calls):
+                call()
+            wait(self.name)
+        return profiler
+
+    def kernels(self, call: Callable[[], Any]) -> int:
+        """Launches of one call, of a CUDA graph each that is in it; on the CPU the operators."""
+        profiler = self.profile(call)
         kind = "CUDA" if self.cuda else "CPU"
         return sum(one.device_type.name == kind and not one.is_user_annotation for one in profiler.events())
 
@@ -206,10 +209,7 @@ class Device:
 
     def used_mb(self) -> float:
         """What is in use on the device, as its driver says; on the CPU the resident size of the process."""
-        if self.cuda:
-            free, total = torch.cuda.mem_get_info(self.name)
-            return (total - free) / 1e6
-        return resident_mb()
+        return device_mb(self.name) if self.cuda else resident_mb()
 
     def copy_rate(self, megabytes: int) -> float:
         """Bytes a second, read and written, of copying within the device's memory."""
@@ -252,19 +252,13 @@ def subject(name: str, resolution: int, width_mult: float | None) -> tuple[nn.Mo
         return network, images, copy.deepcopy(network).double()(images.double())
 
 
-@dataclass
 class Walk:
     """One walk through a plan. Rows are written as they come; what does not hold is collected in `problems`."""
 
-    plan: Plan
-    output: Path
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    def __post_init__(self):
-        self.device = Device(self.plan.device)
-        if self.output.exists():
-            self.rows = results.read(self.output)
+    def __init__(self, plan: Plan, output: Path):
+        self.plan, self.output, self.device = plan, output, Device(plan.device)
+        self.rows: list[dict[str, Any]] = results.read(output) if output.exists() else []
+        self.problems: list[str] = []
 
     def has(self, spec: Spec) -> bool:
         own = results.row(spec, [1.0], threads=0)
@@ -329,7 +323,7 @@ class Walk:
             error = float((call().double().cpu() - exact).abs().max() / exact.abs().max())
             if not error <= TOLERANCES[spec.precision]:
                 self.problems.append(f"{spec}: the logits differ from float64 by {error:.1e} of the largest")
-        self.device.wait()
+        wait(self.plan.device)
         first = time.perf_counter() - start
         anchor_seconds, _ = self.device.times(anchor, self.plan.calls)
         seconds, events = self.device.times(call, calls)
@@ -347,18 +341,13 @@ class Walk:
         images = images.to(self.plan.device)
         target = runtimes.Target(spec.engine, spec.precision, self.plan.device)
         runtime = runtimes.load(network, target, images=images)
-        layers, params, macs = profiling.profile(network, spec.resolution)
-        return lambda: runtime(images), exact, {"layers": layers, "params_m": params / 1e6, "macs_g": macs / 1e9}
+        return lambda: runtime(images), exact, size(network, spec.resolution)
 
     def profile(self, spec: Spec) -> str:
         """Where the time of training steps goes, kernel by kernel."""
-        step, activity = training_step(spec), torch.profiler.ProfilerActivity
+        step = training_step(spec)
         step()
-        activities = [activity.CPU, activity.CUDA] if self.device.cuda else [activity.CPU]
-        with torch.profiler.profile(activities=activities) as profiler:
-            for _ in range(3):
-                step()
-            self.device.wait()
+        profiler = self.device.profile(step, calls=3)
         order = "self_device_time_total" if self.device.cuda else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
         return f"three training steps of {spec}\n{table}\n"
@@ -371,7 +360,7 @@ class Walk:
         before = resident_mb()
         for _ in range(GUARD_STEPS):
             step()
-        self.device.wait()
+        wait(self.plan.device)
         grown = resident_mb() - before
         print(f"host memory grew by {grown:.1f} MB over {GUARD_STEPS} training steps")
         if grown > GUARD_MB:
