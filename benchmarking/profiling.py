@@ -19,8 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.vanillanet import SeriesActivation
 
-WARM_UP_ROUNDS = 2
-
 
 def count_layers(model: nn.Module) -> int:
     """Convolutions and linear layers, as the paper counts depth: VanillaNet-N in deploy form has N.
@@ -162,21 +160,18 @@ def profile(model: nn.Module, input_size: int | tuple[int, int, int]) -> tuple[i
     return count_layers(model), count_params(model), count_macs(model, input_size)
 
 
-def interleave(
-    takes: Sequence[Callable[[], Sequence[float]]], *, rounds: int, warm_up: int = WARM_UP_ROUNDS, seed: int = 0
-) -> list[list[float]]:
+def interleave(takes: Sequence[Callable[[], Sequence[float]]], *, rounds: int, warm_up: int = 2) -> list[list[float]]:
     """Measure several things by turns, so that whatever else the machine does meets all alike.
 
     Args:
         takes: each measures its thing once or a few times, and returns the measurements.
         rounds: in which each has one turn, in an order drawn anew.
         warm_up: rounds before those, that do not count.
-        seed: of the orders.
 
     Returns:
         The measurements of each.
     """
-    order, generator = list(range(len(takes))), random.Random(seed)
+    order, generator = list(range(len(takes))), random.Random(0)
     measured: list[list[float]] = [[] for _ in takes]
     for number in range(warm_up + rounds):
         generator.shuffle(order)
