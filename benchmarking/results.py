@@ -4,6 +4,7 @@ import contextlib
 import csv
 import importlib.metadata
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,14 +47,11 @@ def _processor(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        fields = dict(line.split("\t", 1) for line in info.read_text().splitlines() if "\t" in line)
-        name = fields.get("model name", "").lstrip("\t: ")
-        if name:
-            family = ", ".join(
-                f"{key} {fields[key].lstrip(chr(9) + ': ')}" for key in ("cpu family", "model") if key in fields
-            )
-            return f"{name} ({family}; {torch.backends.cpu.get_cpu_capability()})"
+    text = info.read_text() if info.exists() else ""
+    fields = dict(re.findall(r"^(model name|cpu family|model)\t+: (.+)$", text, re.MULTILINE))
+    if "model name" in fields:
+        family = ", ".join(f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields)
+        return f"{fields['model name']} ({family}; {torch.backends.cpu.get_cpu_capability()})"
     return platform.processor() or platform.machine()
 
 
@@ -119,17 +117,13 @@ def complete(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
         row["share"] = row["gflops"] / row["limit_gflops"] if row["limit_gflops"] else None
 
 
-def _cell(value: object) -> object:
-    return f"{value:.5g}" if isinstance(value, float) else value
-
-
 def write(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str] = COLUMNS) -> None:
     """Write all rows, atomically; a column that a row lacks is empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
-        writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+        for row in rows:
+            writer.writerow({name: f"{cell:.5g}" if isinstance(cell, float) else cell for name, cell in row.items()})
 
 
 NUMBERS = frozenset(COLUMNS[COLUMNS.index("resolution") : COLUMNS.index("anchor")]) | {"threads"}
