@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 
 from networks import is_vanillanet
 from pictures import style
-from pictures.figures import Result, accuracy_figure
-from records.logs import read_rows
+from pictures.figures import Result, accuracy_figure, paper_results
 
 Row = Mapping[str, Any]
 TEXT_COLUMNS = 3
@@ -26,7 +25,6 @@ CARDS = (8, 16, 24, 40, 80)  # GB of a GPU
 USABLE = 0.9  # of a GPU's memory; the rest is CUDA's, the libraries' and lost in gaps
 # In float32 a weight, its gradient, AdamW's two moments, an average and the guard's copy; a copy in bfloat16.
 BYTES_PER_PARAMETER = 6 * 4 + 2
-PAPER = Path(__file__).parents[1] / "docs" / "paper_results.csv"
 # The networks beside which the paper puts its own: by timm's names, the name in words, and torchvision's of the same
 # network where it states an accuracy.
 PEERS = {
@@ -104,15 +102,11 @@ COLUMNS = (
 def tables(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
     """(title, lines with a header) for each kind, device, resolution and batch size, in the order of the rows."""
     found: dict[tuple, list[list[str]]] = {}
+    header = ["network", "engine", "precision", *(heading for heading, _, _ in COLUMNS)]
     for row in rows:
-        header = ["network", "engine", "precision", *(heading for heading, _, _ in COLUMNS)]
         lines = found.setdefault(_same(row, "kind", "device", "resolution", "batch"), [header])
-        lines.append(
-            [
-                *_same(row, "network", "engine", "precision"),
-                *(_number(row.get(name), digits) for _, name, digits in COLUMNS),
-            ]
-        )
+        numbers = (_number(row.get(name), digits) for _, name, digits in COLUMNS)
+        lines.append([*_same(row, "network", "engine", "precision"), *numbers])
     return [
         (f"{kind} on {device}, {resolution:g} px, batch {batch:g}", _without_empty_end(lines))
         for (kind, device, resolution, batch), lines in found.items()
@@ -158,10 +152,10 @@ def published() -> dict[str, tuple[str, float | None]]:
     """By timm's names, a network's name in words and its top-1 accuracy on ImageNet in percent, as published."""
     found = {}
     # The paper's table says VanillaNet-11-1.5x, timm's registry vanillanet_11_x1_5.
-    for row in read_rows(PAPER):
-        if row["top1"]:
-            key = row["network"].lower().replace("-1.5x, adaptive pooling", "_x1_5_ada_pool").replace("-1.5x", "_x1_5")
-            found[key.replace("vanillanet-", "vanillanet_")] = row["network"], float(row["top1"])
+    for paper in paper_results():
+        if paper.top1 is not None:
+            key = paper.network.lower().replace("-1.5x, adaptive pooling", "_x1_5_ada_pool").replace("-1.5x", "_x1_5")
+            found[key.replace("vanillanet-", "vanillanet_")] = paper.network, paper.top1
     for key, (name, theirs) in PEERS.items():
         top1 = None
         if theirs:
