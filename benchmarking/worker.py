@@ -121,32 +121,27 @@ def _one_line(error: BaseException) -> str:
     return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
 
 
-def _answers(spec: Spec, folder: Path, *, threads: int, profile: bool) -> Iterator[Any]:
-    """What `Worker.ready` returns, and then the answer to each request that is sent."""
+def _begin(spec: Spec, folder: Path, *, threads: int, profile: bool) -> tuple[dict[str, float], Callable[[Any], Any]]:
+    """(what `Worker.ready` returns, the answer to a request)."""
     torch.set_num_threads(threads)
-    # Files for other processes: a request is the fields of a `Spec`.
-    if spec.engine == "prepare":
-        request = yield {}
-        while True:
-            request = yield _prepare(Spec(**request), folder)
-    # The machine's limit: a request names a precision.
-    if spec.engine == "limit":
-        request = yield {}
-        while True:
-            request = yield best_product(request, spec.device)
+    if spec.engine == "prepare":  # files for other processes: a request is the fields of a `Spec`
+        return {}, lambda request: _prepare(Spec(**request), folder)
+    if spec.engine == "limit":  # the machine's: a request names a precision
+        return {}, lambda request: best_product(request, spec.device)
     # A network in its engine. Its peak of memory counts from after the first call, which may have compiled.
     before = device_mb(spec.device) if spec.device != "cpu" else 0.0
     call, first, layers = _open(spec, folder, profile=profile)
     _times(call, 1, spec.device)
     _reset_peak()
-    request = yield {"first_s": first}
-    while True:
+
+    def respond(request: str | int) -> Any:
         if request == "profile":
-            request = yield [asdict(layer) for layer in layers()]
-        elif request == "peak_mb":
-            request = yield _resident_mb() if spec.device == "cpu" else device_mb(spec.device) - before
-        else:
-            request = yield _times(call, request, spec.device)
+            return [asdict(layer) for layer in layers()]
+        if request == "peak_mb":
+            return _resident_mb() if spec.device == "cpu" else device_mb(spec.device) - before
+        return _times(call, request, spec.device)
+
+    return {"first_s": first}, respond
 
 
 def serve() -> None:
@@ -155,14 +150,13 @@ def serve() -> None:
     os.dup2(2, 1)  # what the libraries print goes where errors go, into the log
     spec, folder, how = json.loads(sys.argv[1])
     try:
-        steps = _answers(Spec(**spec), Path(folder), **how)
-        answer = next(steps)
+        answer, respond = _begin(Spec(**spec), Path(folder), **how)
         while True:
             answers.write(json.dumps({"answer": answer}) + "\n")
             line = sys.stdin.readline()
             if not line:
                 return
-            answer = steps.send(json.loads(line))
+            answer = respond(json.loads(line))
     except KeyboardInterrupt:
         return
     except Exception as error:
@@ -183,7 +177,7 @@ class Worker:
     Its start is not waited for, so that several start together; `ready` waits.
 
     Args:
-        spec: with the engine `prepare` or `limit`, what `_answers` says.
+        spec: with the engine `prepare` or `limit`, what `_begin` says.
         folder: where `prepare` left the files of file engines.
         threads: of the arithmetic.
         profile: for `layers`, which costs speed.

@@ -363,9 +363,9 @@ def test_memory_on_a_gpu_is_the_drivers(monkeypatch, tmp_path):
     monkeypatch.setattr(worker, "_open", lambda spec, folder, profile: (lambda: None, 0.5, list))
     spec = Spec("vanillanet_5", "onnxruntime", "fp32", device="cuda:1")
     threads = torch.get_num_threads()
-    steps = worker._answers(spec, tmp_path, threads=threads, profile=False)
-    assert next(steps) == {"first_s": 0.5}
-    assert steps.send("peak_mb") == 65
+    ready, respond = worker._begin(spec, tmp_path, threads=threads, profile=False)
+    assert ready == {"first_s": 0.5}
+    assert respond("peak_mb") == 65
 
 
 def test_a_turn_on_a_gpu_is_of_fifty_calls(monkeypatch):
