@@ -195,11 +195,7 @@ def _specs(args: argparse.Namespace, network: str) -> list[Spec]:
 def _start(
     specs: Sequence[Spec], folder: Path, args: argparse.Namespace, workers: list[Worker]
 ) -> dict[Spec, dict[str, float]]:
-    """Add the processes of `specs` to `workers`; what cannot be built is named and left out.
-
-    Returns:
-        What `Worker.ready` says of each.
-    """
+    """Add the processes of `specs` to `workers`; returns what each says. What cannot be built is named and left out."""
     failures = {} if args.profile else prepare(specs, folder, threads=args.threads)
     waiting = list(reversed([spec for spec in specs if spec not in failures]))
     started: list[Worker] = []
@@ -345,11 +341,6 @@ def measure_loading(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    args.threads = args.threads or torch.get_num_threads()
-    if args.loading:
-        return measure_loading(args)
-    if args.profile:
-        return print_profiles(args)
     # The rows: of files, or measured now.
     if args.report:
         sections = {path.stem: [row for row in results.read(path) if row["kind"] != "machine"] for path in args.report}
@@ -371,13 +362,18 @@ def run(args: argparse.Namespace) -> None:
     for written in (args.docs, *drawn):
         if written:
             print(written)
-    return None
 
 
 def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
     args = args or parse_args(argv)
     with mistakes_end("benchmark.py"):
-        run(args)
+        args.threads = args.threads or torch.get_num_threads()
+        if args.loading:
+            measure_loading(args)
+        elif args.profile:
+            print_profiles(args)
+        else:
+            run(args)
 
 
 if __name__ == "__main__":

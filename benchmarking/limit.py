@@ -25,19 +25,15 @@ def wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _packed(weight: torch.Tensor, a: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """oneDNN's product with a weight laid out beforehand, as an inference engine calls it."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(a))
-    return lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], "")
-
-
 def _floating(dtype: torch.dtype, precision: str = "fp32"):
     def products(size: int, device: str) -> list[Callable[[], torch.Tensor]]:
         set_tf32(precision, device)
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         found = [lambda: a @ b]
         if device == "cpu" and ONEDNN_HAS.get(dtype, torch.backends.mkldnn.is_available)():
-            found.append(_packed(b, a))
+            # With the weight laid out beforehand, as an inference engine calls it.
+            packed = torch.ops.mkldnn._reorder_linear_weight(b, size)
+            found.append(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
         return found
 
     return products
