@@ -114,6 +114,7 @@ import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -171,21 +172,17 @@ def _engines(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 def _specs(args: argparse.Namespace, network: str) -> list[Spec]:
     """Everything that is measured of one network."""
-    shared = {
-        "device": args.device,
-        "kind": "training" if args.training else "inference",
-        "width_mult": args.width_mult if is_vanillanet(network) else None,
-    }
+    ours = is_vanillanet(network)
+    shared = {"device": args.device, "width_mult": args.width_mult if ours else None}
+    shared["kind"] = "training" if args.training else "inference"
+    twins = (False, True) if args.twins and ours else (False,)
     specs = []
-    for resolution, batch in itertools.product(args.input_size, args.batch_size):
-        for engine, precision in _engines(args):
-            leaves_depthwise = not args.training and runtimes.find(engine).leaves_depthwise
-            for twin in (False, True) if args.twins and is_vanillanet(network) else (False,):
-                for mode in args.grad_checkpointing:
-                    how = {"twin": twin, "grad_checkpointing": mode}
-                    specs.append(Spec(network, engine, precision, resolution, batch, **how, **shared))
-            if args.int8_depthwise and precision == "int8" and leaves_depthwise and is_vanillanet(network):
-                specs.append(Spec(network, engine, precision, resolution, batch, int8_depthwise=True, **shared))
+    for resolution, batch, (engine, precision) in itertools.product(args.input_size, args.batch_size, _engines(args)):
+        spec = Spec(network, engine, precision, resolution, batch, **shared)
+        for twin, mode in itertools.product(twins, args.grad_checkpointing):
+            specs.append(replace(spec, twin=twin, grad_checkpointing=mode))
+        if args.int8_depthwise and ours and precision == "int8" and runtimes.find(engine).leaves_depthwise:
+            specs.append(replace(spec, int8_depthwise=True))
     return specs
 
 
@@ -294,24 +291,23 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 
 def print_profiles(args: argparse.Namespace) -> None:
-    """For each network and engine, where the time of a call goes by the engine's own clock; the median of three."""
-    for name in _networks(args):
-        for spec in _specs(args, name):
-            with tempfile.TemporaryDirectory() as temporary, closing([]) as workers:
-                _start([spec], Path(temporary), args, workers)
-                for worker in workers:
-                    try:
-                        layers = worker.layers()
-                    except WorkerError as error:
-                        print(f"left out: {spec}: {error}")
-                        continue
-                    kinds: Counter[str] = Counter()
-                    for layer in layers:
-                        kinds[layer["kind"]] += layer["ms"]
-                    total = sum(kinds.values())
-                    rows = [["kind of layer", "ms", "%"]]
-                    rows += [[kind, f"{ms:.2f}", f"{100 * ms / total:.1f}"] for kind, ms in kinds.most_common(12)]
-                    print(logs.table([*rows, ["all", f"{total:.2f}", "100.0"]], str(spec)))
+    """For each network and engine, where the time of a call goes by the engine's own clock."""
+    for spec in [spec for name in _networks(args) for spec in _specs(args, name)]:
+        with tempfile.TemporaryDirectory() as temporary, closing([]) as workers:
+            if not _start([spec], Path(temporary), args, workers):
+                continue
+            try:
+                layers = workers[0].layers()
+            except WorkerError as error:
+                print(f"left out: {spec}: {error}")
+                continue
+        kinds: Counter[str] = Counter()
+        for layer in layers:
+            kinds[layer["kind"]] += layer["ms"]
+        total = sum(kinds.values())
+        rows = [["kind of layer", "ms", "%"]]
+        rows += [[kind, f"{ms:.2f}", f"{100 * ms / total:.1f}"] for kind, ms in kinds.most_common(12)]
+        print(logs.table([*rows, ["all", f"{total:.2f}", "100.0"]], str(spec)))
 
 
 # -- the command
