@@ -77,19 +77,10 @@ GRAPHS_MARGIN = 1.02  # a tie within noise is not slower
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the walk; the values are those of a GPU.
-
-    Attributes:
-        first, rest: networks of the first ten minutes, and those after training.
-        compiled: networks whose first rows include the engines that compile, which take most of the time.
-        packaged, trained: networks of AOTInductor and of training steps.
-        urgent: precisions of the engines that compile in the first part.
-        width_mult: factor on VanillaNets' channels, None for their own.
-        batch: of training steps.
-        calls, steps: that count, of inference and of training.
-    """
+    """Sizes of the walk; the values are those of a GPU."""
 
     device: str = "cuda"
+    # Networks of the first ten minutes, and those after training.
     first: tuple[str, ...] = (
         "vanillanet_5", "vanillanet_9", "vanillanet_13", "resnet50", "swin_tiny_patch4_window7_224",
     )  # fmt: skip
@@ -97,17 +88,17 @@ class Plan:
         "vanillanet_11", "vanillanet_6", "vanillanet_7", "vanillanet_8", "vanillanet_10", "vanillanet_12",
         "vanillanet_13_x1_5", "resnet18", "convnextv2_tiny", "swin_small_patch4_window7_224",
     )  # fmt: skip
-    compiled: tuple[str, ...] = first
-    packaged: tuple[str, ...] = first[:3]
+    compiled: tuple[str, ...] = first  # also at first in the engines that compile, which take most of the time
+    packaged: tuple[str, ...] = first[:3]  # in AOTInductor
     trained: tuple[str, ...] = first[:3]
     precisions: tuple[str, ...] = ("default", "tf32", "bf16", "fp16")
-    urgent: tuple[str, ...] = ("tf32", "bf16")
+    urgent: tuple[str, ...] = ("tf32", "bf16")  # of the engines that compile in the first part
     recipe: str = "fp16"  # the precision in which the published recipes train, by autocast with a scaler
     resolution: int = 224
-    width_mult: float | None = None
-    batch: int = 128
-    calls: int = 200
-    steps: int = 20
+    width_mult: float | None = None  # factor on VanillaNets' channels; None for their own
+    batch: int = 128  # of training steps
+    calls: int = 200  # of inference that count
+    steps: int = 20  # of training that count
 
     def _spec(self, network: str, engine: str, precision: str, **how: Any) -> Spec:
         width_mult = self.width_mult if is_vanillanet(network) else None
