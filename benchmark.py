@@ -114,6 +114,7 @@ import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -124,7 +125,7 @@ import torch
 
 from benchmarking import loading, profiling, report, results, subjects
 from benchmarking.spec import Spec
-from benchmarking.worker import Worker, WorkerError, closing, prepare
+from benchmarking.worker import Worker, WorkerError, prepare
 from networks import is_vanillanet
 from records import logs
 from records.files import mistakes_end
@@ -190,21 +191,21 @@ def _specs(args: argparse.Namespace, network: str) -> list[Spec]:
 
 
 def _start(
-    specs: Sequence[Spec], folder: Path, args: argparse.Namespace, workers: list[Worker]
-) -> dict[Spec, dict[str, float]]:
-    """Add the processes of `specs` to `workers`; returns what each says. What cannot be built is named and left out."""
+    specs: Sequence[Spec], folder: Path, args: argparse.Namespace, alive: ExitStack
+) -> dict[Worker, dict[str, float]]:
+    """The processes of `specs`, which `alive` ends, and what each says. What cannot be built is named and left out."""
     failures = {} if args.profile else prepare(specs, folder, threads=args.threads)
-    waiting = list(reversed([spec for spec in specs if spec not in failures]))
+    waiting = [spec for spec in specs if spec not in failures]
     started: list[Worker] = []
     facts = {}
     while waiting or started:
         # On a GPU one after the other, so that the driver's count of memory tells them apart.
         while waiting and len(started) < (args.threads if args.device == "cpu" else 1):
-            started.append(Worker(waiting.pop(), folder, threads=args.threads, profile=args.profile))
+            worker = Worker(waiting.pop(0), folder, threads=args.threads, profile=args.profile)
+            started.append(alive.enter_context(closing(worker)))
         worker = started.pop(0)
         try:
-            facts[worker.spec] = worker.ready()
-            workers.append(worker)
+            facts[worker] = worker.ready()
         except WorkerError as error:
             failures[worker.spec] = str(error)
             worker.close()
@@ -214,8 +215,7 @@ def _start(
 
 
 def _measure_group(
-    workers: Sequence[Worker],
-    facts: dict[Spec, dict[str, float]],
+    facts: dict[Worker, dict[str, float]],
     anchor: Worker,
     limit: Worker,
     limits: dict[str, float],
@@ -225,13 +225,13 @@ def _measure_group(
     turn = CALLS_PER_TURN[runtimes.device_type(args.device)]
     rounds = -(-args.calls // turn)
     # Times of all by turns, and the limit of each precision beside them, since the machine's clock moves.
-    takes = [partial(worker.times, turn) for worker in (anchor, *workers)]
+    takes = [partial(worker.times, turn) for worker in (anchor, *facts)]
     anchor_seconds, *seconds = profiling.interleave(takes, rounds=rounds, warm_up=1)
-    for precision in {worker.spec.precision for worker in workers}:
+    for precision in {worker.spec.precision for worker in facts}:
         limits[precision] = max(limits.get(precision, 0.0), limit.ask(precision))
     # What does not depend on the engine is counted once a network.
     costs: dict[tuple, dict[str, float]] = {}
-    for worker, times in zip(workers, seconds, strict=True):
+    for worker, times in zip(facts, seconds, strict=True):
         spec = worker.spec
         training = (spec.engine, spec.precision, spec.grad_checkpointing) if spec.kind == "training" else ()
         key = (spec.network, spec.resolution, spec.twin, *training)
@@ -241,7 +241,7 @@ def _measure_group(
             **results.row(spec, times, threads=args.threads),
             **costs[key],
             "peak_mb": worker.peak_mb(),
-            **facts[spec],
+            **facts[worker],
             "anchor_ms": results.statistics(anchor_seconds, 1)["median_ms"],
             "anchor": f"{anchor.spec.network}, {anchor.spec.resolution} px",
         }
@@ -262,21 +262,22 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
     limits: dict[str, float] = {}
     groups = [names[i : i + args.together] for i in range(0, len(names), args.together)]
-    with tempfile.TemporaryDirectory() as temporary, closing([]) as lasting:
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as lasting:
         folder = Path(temporary)
         # The anchor, and the process that measures the machine's limit, live through the whole run.
         published = results.PUBLISHED_PRECISION[runtimes.device_type(args.device)]
         first = Spec(names[0], "eager", published, args.input_size[0], device=args.device, width_mult=args.width_mult)
-        for spec in (first, Spec("", "limit", "fp32", device=args.device)):
-            lasting.append(Worker(spec, folder, threads=args.threads))
-            lasting[-1].ready()
-        anchor, limit = lasting
+        anchor = lasting.enter_context(closing(Worker(first, folder, threads=args.threads)))
+        anchor.ready()
+        machine = Spec("", "limit", "fp32", device=args.device)
+        limit = lasting.enter_context(closing(Worker(machine, folder, threads=args.threads)))
+        limit.ready()
 
         # Group by group, each with processes of its own.
         for group in groups:
-            with closing([]) as workers:
-                facts = _start([spec for name in group for spec in _specs(args, name)], folder, args, workers)
-                for row in _measure_group(workers, facts, anchor, limit, limits, args):
+            with ExitStack() as alive:
+                facts = _start([spec for name in group for spec in _specs(args, name)], folder, args, alive)
+                for row in _measure_group(facts, anchor, limit, limits, args):
                     rows.append(row)
                     print(
                         f"{row['network']}, {row['engine']}, {row['precision']}, {row['resolution']} px, "
@@ -293,8 +294,9 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 def print_profiles(args: argparse.Namespace) -> None:
     """For each network and engine, where the time of a call goes by the engine's own clock."""
     for spec in [spec for name in _networks(args) for spec in _specs(args, name)]:
-        with tempfile.TemporaryDirectory() as temporary, closing([]) as workers:
-            if not _start([spec], Path(temporary), args, workers):
+        with tempfile.TemporaryDirectory() as temporary, ExitStack() as alive:
+            workers = list(_start([spec], Path(temporary), args, alive))
+            if not workers:
                 continue
             try:
                 layers = workers[0].layers()

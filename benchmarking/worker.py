@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
@@ -256,17 +256,7 @@ def prepare(specs: Sequence[Spec], folder: Path, *, threads: int) -> dict[Spec, 
     with_file = [spec for spec in specs if _file(spec, folder)]
     if not with_file:
         return {}
-    with closing([Worker(Spec("", "prepare", "fp32"), folder, threads=threads)]) as (worker,):
+    with contextlib.closing(Worker(Spec("", "prepare", "fp32"), folder, threads=threads)) as worker:
         worker.ready()
         answers = {spec: worker.ask(asdict(spec)) for spec in with_file}
     return {spec: reason for spec, reason in answers.items() if reason}
-
-
-@contextlib.contextmanager
-def closing(workers: list[Worker]) -> Iterator[list[Worker]]:
-    """Close all processes at the end, whatever happened."""
-    try:
-        yield workers
-    finally:
-        for worker in workers:
-            worker.close()

@@ -7,6 +7,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import benchmark
 from benchmarking import gpu, profiling, report, results, subjects
 from benchmarking.limit import PRODUCTS, best_product
 from benchmarking.spec import Spec
-from benchmarking.worker import Worker, WorkerError, closing, prepare
+from benchmarking.worker import Worker, WorkerError, prepare
 
 ROOT = Path(__file__).parents[1]
 TINY = shlex.split("--width_mult 0.03125 --resolutions 32 --threads 1")
@@ -435,7 +436,7 @@ def test_a_process_that_cannot_says_why(tmp_path):
     (reason,) = prepare([spec], tmp_path, threads=1).values()
     assert "int7" in reason
     with (
-        closing([Worker(Spec("nosuchnet", "eager", "fp32", 32), tmp_path, threads=1)]) as (worker,),
+        closing(Worker(Spec("nosuchnet", "eager", "fp32", 32), tmp_path, threads=1)) as worker,
         pytest.raises(WorkerError, match="nosuchnet is not known"),
     ):
         worker.ready()

@@ -388,7 +388,7 @@ def test_a_turn_on_a_gpu_is_of_fifty_calls(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     args = benchmark.parse_args(["--model", "vanillanet_5", "--device", "cuda", "--calls", "120"])
     one = FakeWorker()
-    (row,) = benchmark._measure_group([one], {one.spec: {}}, one, one, {}, args)
+    (row,) = benchmark._measure_group({one: {}}, one, one, {}, args)
     assert set(asked) == {50}
     assert row["calls"] == 150  # whole turns
     assert row["processor"] == "a card"
