@@ -85,8 +85,7 @@ def _check(args: Arguments) -> None:
     # Flags that belong to one kind of measurement.
     for flag in ("data_path", "num_workers"):
         args.needs(flag, args.loading or flag not in args.given, "it is for --loading true")
-    for flag in ("twins", "int8_depthwise"):
-        args.needs(flag, not args.training, "--training true has engines of its own")
+    args.needs("twins int8_depthwise", not args.training, "--training true has engines of its own")
     if others := set(args.engine) - {"all", *(TRAINING_ENGINES if args.training else runtimes.ENGINES)}:
         found = f"--training {str(args.training).lower()}"
         raise ValueError(f"--engine {' '.join(sorted(others))} does not go with {found}: leave it out")

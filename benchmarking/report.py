@@ -259,12 +259,10 @@ def statements(rows: Sequence[Row]) -> list[str]:
         )
 
     # What an engine beside PyTorch would bring.
-    lags = {
-        PRECISIONS[precision]: median(
-            row["median_ms"] / best[precision][name]["median_ms"] for name, row in found.items()
-        )
-        for precision, found in own.items()
-    }
+    lags = {}
+    for precision, found in own.items():
+        ratios = [row["median_ms"] / best[precision][name]["median_ms"] for name, row in found.items()]
+        lags[PRECISIONS[precision]] = median(ratios)
     if lags:
         beside = [precision for precision, lag in lags.items() if lag <= BESIDE]
         behind = [precision for precision in lags if precision not in beside]
@@ -293,22 +291,13 @@ def _conditions(rows: Sequence[Row]) -> str:
     def values(name: str) -> str:
         return ", ".join(sorted({f"{row[name]:g}" if isinstance(row[name], float) else str(row[name]) for row in rows}))
 
-    libraries = [
-        "torch " + values("torch"),
-        *sorted({row["library"] for row in rows} - {f"torch {row['torch'].partition('+')[0]}" for row in rows}),
-    ]
+    further = {row["library"] for row in rows} - {f"torch {row['torch'].partition('+')[0]}" for row in rows}
+    libraries = "; ".join(["torch " + values("torch"), *sorted(further)])
     noise = median(row["median_ms"] / row["p5_ms"] for row in rows)
     counts = {row["calls"] for row in rows}
     calls = [f"{count:g}" for count in sorted({min(counts), max(counts)})]
-    return "; ".join(
-        (
-            values("processor"),
-            f"{values('threads')} threads",
-            *libraries,
-            f"median of {' to '.join(calls)} calls, {100 * (noise - 1):.0f} % above the 5th percentile",
-            values("date"),
-        )
-    )
+    spread = f"median of {' to '.join(calls)} calls, {100 * (noise - 1):.0f} % above the 5th percentile"
+    return f"{values('processor')}; {values('threads')} threads; {libraries}; {spread}; {values('date')}"
 
 
 def training_statement(rows: Sequence[Row]) -> str:
@@ -371,16 +360,13 @@ def accuracy_panels(rows: Sequence[Row]) -> dict[str, list[Result]]:
 def accuracy(rows: Sequence[Row], processor: str) -> Figure | None:
     """Latency, measured, against accuracy, published; None for fewer than two networks with an accuracy."""
     panels = accuracy_panels(rows)
-    ours, theirs = (
-        min((row["median_ms"] for row in single(rows) if row["network"] == name), default=None)
-        for name in (HERO, RIVAL)
-    )
-    title = f"VanillaNet on a processor with {processor}"
-    if ours and theirs:
-        verb = "overtakes" if ours < theirs else "stays behind"
-        title = f"VanillaNet-11 {verb} Swin-T on {processor}: {_ms(ours)} against {_ms(theirs)} ms"
     if len(panels["fastest precision of each"]) < 2:
         return None
+    title = f"VanillaNet on a processor with {processor}"
+    times = {row["network"]: row["median_ms"] for row in fastest(single(rows), "network").values()}
+    if HERO in times and RIVAL in times:
+        verb = "overtakes" if times[HERO] < times[RIVAL] else "stays behind"
+        title = f"VanillaNet-11 {verb} Swin-T on {processor}: {_ms(times[HERO])} against {_ms(times[RIVAL])} ms"
     return accuracy_figure(panels, "latency_ms", title=title, xlabel="latency of one image (ms)")
 
 
