@@ -15,7 +15,7 @@ SLOW = 1.0  # seconds; a kernel whose product of the largest size would take lon
 # Whether oneDNN has it on this processor, where that is not a matter of course.
 ONEDNN_HAS = {
     torch.bfloat16: has_bfloat16,
-    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),  # builds without oneDNN lack the operator
 }
 
 

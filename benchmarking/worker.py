@@ -177,7 +177,7 @@ class Worker:
     Its start is not waited for, so that several start together; `ready` waits.
 
     Args:
-        spec: with the engine `prepare` or `limit`, what `_begin` says.
+        spec: one of the engine `prepare` or `limit` holds no network, see `_begin`.
         folder: where `prepare` left the files of file engines.
         threads: of the arithmetic.
         profile: for `layers`, which costs speed.
