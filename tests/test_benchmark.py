@@ -481,6 +481,23 @@ def test_bad_requests(capsys, arguments, named):
     assert named in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "arguments"),
+    [
+        ("--loading true", "--report x.csv"),
+        ("--profile true", "--report x.csv"),
+        ("--training true", "--model vanillanet_5 --profile true"),
+        ("--grad_checkpointing none full", "--model vanillanet_5"),
+    ],
+)
+def test_what_is_passed_over_in_a_recipe_has_no_effect(tmp_path, capsys, recipe, arguments):
+    (tmp_path / "x.args").write_text(recipe)
+    args = benchmark.parse_args([f"@{tmp_path / 'x.args'}", *arguments.split()])
+    flag = recipe.split()[0].removeprefix("--")
+    assert f"--{flag} of a recipe is passed over" in capsys.readouterr().err
+    assert getattr(args, flag) == args.defaults[flag]
+
+
 def test_a_table_of_something_else(tmp_path, capsys):
     (tmp_path / "other.csv").write_text("epoch,loss\n1,2\n")
     with pytest.raises(SystemExit):
