@@ -46,9 +46,9 @@ def _prepare(spec: Spec, folder: Path) -> str | None:
     path = _file(spec, folder)
     if path.exists():
         return None
-    from benchmarking.subjects import build_network
-
     try:
+        from benchmarking.subjects import build_network
+
         network, images, target = build_network(spec)
         metadata = runtimes.Metadata(spec.network, (), (), (), spec.resolution, None)
         runtimes.find(spec.engine).export(network, images, path, target, metadata)
