@@ -10,7 +10,7 @@ from torch import nn
 
 
 @torch.no_grad()
-def _conv_like(conv: nn.Conv2d, out_channels: int, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
+def _conv_like(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
     """A Conv2d with the geometry of `conv`, holding `weight` and `bias`, contiguous in the strict sense.
 
     The values are copied into freshly allocated parameters. A result of matrix algebra may carry strides on its size-1
@@ -18,13 +18,12 @@ def _conv_like(conv: nn.Conv2d, out_channels: int, weight: torch.Tensor, bias: t
     """
     layer = nn.Conv2d(
         conv.in_channels,
-        out_channels,
+        len(weight),
         conv.kernel_size,
         conv.stride,
         conv.padding,
         conv.dilation,
         conv.groups,
-        bias=True,
         padding_mode=conv.padding_mode,
         device=conv.weight.device,
         dtype=conv.weight.dtype,
@@ -63,7 +62,7 @@ def fold_bn(conv: nn.Conv2d, bn: nn.modules.batchnorm._BatchNorm) -> nn.Conv2d:
     scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
     weight = conv.weight.double() * rearrange(scale, "out -> out 1 1 1")
     bias = scale * (_bias(conv) - bn.running_mean.double()) + bn.bias.double()
-    return _conv_like(conv, conv.out_channels, weight, bias)
+    return _conv_like(conv, weight, bias)
 
 
 @torch.no_grad()
@@ -88,4 +87,4 @@ def merge_pointwise(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
     mixing = rearrange(second.weight.double(), "out mid 1 1 -> out mid")
     weight = einsum(mixing, first.weight.double(), "out mid, mid cin kh kw -> out cin kh kw")
     bias = einsum(mixing, _bias(first), "out mid, mid -> out") + _bias(second)
-    return _conv_like(first, second.out_channels, weight, bias)
+    return _conv_like(first, weight, bias)
