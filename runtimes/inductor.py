@@ -1,7 +1,6 @@
 """What is given to inductor, the compiler behind `torch.compile` and AOTInductor, and how it is set."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 import torch._inductor.config as inductor
@@ -25,8 +24,6 @@ def inductor_form(network: nn.Module, images: torch.Tensor, target: Target) -> n
     return Form(network, precision=target.precision, layout=torch.channels_last, device=target.device)
 
 
-@contextmanager
-def inductor_settings(profile: bool) -> Iterator[None]:
+def inductor_settings(profile: bool) -> AbstractContextManager:
     """Freezing makes the weights constants, which oneDNN then lays out once for its kernels instead of in each call."""
-    with inductor.patch({"freezing": True, "cpp.enable_kernel_profile": profile}):
-        yield
+    return inductor.patch({"freezing": True, "cpp.enable_kernel_profile": profile})

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -130,23 +129,23 @@ def rebuilt(
         wanted: which layers are looked at.
         change: from such a layer, and height and width of its input, to the one in its place; None leaves it.
     """
-    sizes: dict[str, tuple[int, int]] = {}
+    sizes: dict[nn.Module, tuple[int, int]] = {}
 
-    def note(name: str, _: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        sizes[name] = tuple(inputs[0].shape[-2:])
+    def note(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        sizes[module] = tuple(inputs[0].shape[-2:])
 
-    found = [(name, module) for name, module in network.named_modules() if wanted(module)]
+    found = {name: module for name, module in network.named_modules() if wanted(module)}
     if not found:
         return network
     # One pass tells the size of each layer's input.
-    hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in found]
+    hooks = [module.register_forward_pre_hook(note) for module in found.values()]
     try:
         with torch.no_grad():
             network(images[:1])
     finally:
         for hook in hooks:
             hook.remove()
-    changed = {name: layer for name, module in found if (layer := change(module, sizes[name])) is not None}
+    changed = {name: layer for name, module in found.items() if (layer := change(module, sizes[module])) is not None}
     if not changed:
         return network
     network = copy.deepcopy(network)
