@@ -31,29 +31,25 @@ def predict(
         top: how many classes of each.
         batch_size: images in a call.
     """
-    prepare = transform(runtime.metadata)
+    prepare, classes = transform(runtime.metadata), runtime.metadata.classes
     for first in range(0, len(paths), batch_size):
         part = paths[first : first + batch_size]
         images: dict[str, torch.Tensor] = {}
-        broken: dict[str, BrokenImageError] = {}
+        found: dict[str, list[Prediction] | BrokenImageError] = {}
         for path in part:
             try:
                 images[path] = prepare(upright(decode_image(path)))
             except BrokenImageError as error:
-                broken[path] = error
-        found = dict(zip(images, _likeliest(runtime, images, top), strict=True)) if images else {}
-        yield from ((path, broken.get(path) or found[path]) for path in part)
-
-
-def _likeliest(runtime: Runtime, images: dict[str, torch.Tensor], top: int) -> Iterator[list[Prediction]]:
-    classes = runtime.metadata.classes
-    logits = runtime(torch.stack(list(images.values()))).cpu()  # (N, classes)
-    chances, indices = networks.probabilities(logits, runtime.metadata.loss).topk(min(top, len(classes)))  # (N, top)
-    for path, values, places in zip(images, chances.tolist(), indices.tolist(), strict=True):
-        yield [
-            dict(zip(COLUMNS, (path, rank, classes[index], index, chance), strict=True))
-            for rank, (index, chance) in enumerate(zip(places, values, strict=True), 1)
-        ]
+                found[path] = error
+        if images:
+            logits = runtime(torch.stack(list(images.values()))).cpu()  # (N, classes)
+            chances, indices = networks.probabilities(logits, runtime.metadata.loss).topk(min(top, len(classes)))
+            for path, values, places in zip(images, chances.tolist(), indices.tolist(), strict=True):
+                found[path] = [
+                    dict(zip(COLUMNS, (path, rank, classes[index], index, chance), strict=True))
+                    for rank, (index, chance) in enumerate(zip(places, values, strict=True), 1)
+                ]
+        yield from ((path, found[path]) for path in part)
 
 
 def printable(path: str, encoding: str | None = None) -> str:
