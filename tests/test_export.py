@@ -105,7 +105,10 @@ def test_a_file_is_used_without_this_project(checkpoint, photographs, tmp_path, 
     shutil.copy(program, tmp_path / program.name)  # from where nothing of the project can be imported
     runtime = runtimes.load(path)
     prepare = transform(runtime.metadata)
-    for photograph in sorted(photographs.glob("*/*.png"))[:3]:
+    first = sorted(photographs.glob("*/*.png"))[:3]
+    # Of this size, a factor of 80 / 77 px, of the shorter side, would come out just below 80 px.
+    Image.open(first[0]).resize((92, 77)).save(tmp_path / "77.png")
+    for photograph in (*first, tmp_path / "77.png"):
         command = [sys.executable, program.name, path, photograph]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         name, chance = done.stdout.removesuffix(" %\n").rsplit(": ", 1)

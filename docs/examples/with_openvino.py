@@ -12,9 +12,9 @@ model = core.read_model(sys.argv[1])
 about = {key: json.loads(value.astype(str)) for key, value in model.get_rt_info("vanillanet").astype(dict).items()}
 size, image = about["input_size"], ImageOps.exif_transpose(Image.open(sys.argv[2])).convert("RGB")
 if about["crop_pct"]:  # resize the shorter side, so that the crop keeps this part of it
-    scale = int(size / about["crop_pct"]) / min(image.size)
+    resized, shorter = int(size / about["crop_pct"]), min(image.size)
     method = Image.Resampling[about["interpolation"].upper()]
-    image = image.resize([int(scale * side) for side in image.size], method)
+    image = image.resize([resized * side // shorter for side in image.size], method)
 left, top = (round((side - size) / 2) for side in image.size)
 pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
 batch = ((pixels - about["mean"]) / about["std"]).transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, size, size)
