@@ -19,14 +19,8 @@ DEPTHWISE = "series"  # the last part of the names of the series activations' co
 
 def _depthwise(activation: SeriesActivation) -> nn.Conv2d:
     """The convolution of a series activation without the ReLU before it, with the same parameters."""
-    layer = nn.Conv2d(
-        activation.in_channels,
-        activation.out_channels,
-        activation.kernel_size,
-        padding=activation.padding,
-        groups=activation.groups,
-        device="meta",
-    )
+    dim, n = activation.in_channels, activation.act_num
+    layer = nn.Conv2d(dim, dim, 2 * n + 1, padding=n, groups=dim, device="meta")
     layer.weight, layer.bias = activation.weight, activation.bias
     return layer
 

@@ -16,11 +16,6 @@ class Engine(base.Engine):
         from ..graphs import Graph
         from ..running import FixedBatch, Runtime, operator_profile
 
-        run = FixedBatch(
-            Graph(
-                self.recorded()._build(network, images, target),
-                images.to(target.device, torch.float32),
-            ),
-            len(images),
-        )
+        runtime = self.recorded()._build(network, images, target)
+        run = FixedBatch(Graph(runtime, images.to(target.device, torch.float32)), len(images))
         return Runtime(target, run, size=tuple(images.shape[-2:]), profile=operator_profile(run))
