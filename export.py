@@ -15,11 +15,6 @@ WEIGHTS = "safetensors"  # a format that is of no engine
 ENGINES = (*sorted(runtimes.FORMATS.values()), WEIGHTS)
 
 
-def _engine(text: str) -> str:
-    """The engine of a format's name, pt2 or onnx; other names are engines'."""
-    return runtimes.FORMATS.get(text, text)
-
-
 def build_parser() -> Parser:
     parser = Parser(prog="export.py", description="Write a network in deploy form to a file that an engine runs.")
     add = parser.add_argument
@@ -27,7 +22,7 @@ def build_parser() -> Parser:
     add(
         "--engine",
         "--to",
-        type=_engine,
+        type=lambda name: runtimes.FORMATS.get(name, name),
         choices=ENGINES,
         help="engine that the file is for; pt2 is aotinductor, onnx is onnxruntime; safetensors: weights for timm",
     )
