@@ -169,7 +169,7 @@ def _engines(args: argparse.Namespace) -> list[tuple[str, str]]:
         for precision in engine.computes[kind]:
             # In half precision an eager CPU network converts in each operator: no one's choice, and slow to measure.
             fits = (kind, precision) != ("cpu", "fp16")
-            if fits and precision in (args.precision or engine.precisions):
+            if fits and precision in (args.precision or runtimes.PRECISIONS):
                 pairs.append((name, precision))
     if not pairs:
         raise ValueError("no engine of --engine has a precision of --precision here")

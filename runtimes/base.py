@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .values import PRECISIONS, Layer, Metadata, Target
+from .values import Layer, Metadata, Target
 
 if TYPE_CHECKING:
     import torch
@@ -61,11 +61,6 @@ class Engine(ABC):
     def computes(self) -> dict[str, tuple[str, ...]]:
         """By the kind of device, the precisions."""
         return {kind: names for kind, names in (("cpu", self.on_cpu), ("cuda", self.on_cuda)) if names}
-
-    @property
-    def precisions(self) -> tuple[str, ...]:
-        """Those of all devices, in the order of `PRECISIONS`."""
-        return tuple(name for name in PRECISIONS if name in self.on_cpu + self.on_cuda)
 
     def check_place(self, target: Target) -> None:
         """Raise ValueError where a package or the device is missing."""

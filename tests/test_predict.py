@@ -278,7 +278,7 @@ def test_low_precision_keeps_the_accuracy(tmp_path, capsys):
     assert plain > 80
     for engine in ("openvino", "onnxruntime", "aotinductor"):
         for precision, loss in (("bf16", 0.5), ("int8", 1.0)):
-            if precision in runtimes.find(engine).precisions:
+            if precision in runtimes.find(engine).on_cpu:
                 assert accuracy("--runtime", engine, "--precision", precision) > plain - loss
 
 
