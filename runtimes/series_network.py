@@ -43,9 +43,9 @@ class SeriesNetwork(nn.Module):
             raise ValueError(f"the engine triton takes images in patches of {self.patch} px, without padding")
         parts = [(stem, None, network.stem[1])]
         parts += [(block.conv, block.pool, block.act) for block in network.stages]
-        self.pools = [_pool(pool) for _, pool, _ in parts]
         self.layers = [
-            (*self._product(conv), self._cast(act.weight.flatten(1).T), self._cast(act.bias)) for conv, _, act in parts
+            (*self._product(conv), self._cast(act.weight.flatten(1).T), self._cast(act.bias), _pool(pool))
+            for conv, pool, act in parts
         ]
         self.head = self._product(network.cls[-1])
 
@@ -62,7 +62,7 @@ class SeriesNetwork(nn.Module):
         # The stem's patches as rows of a matrix, (N * H/4 * W/4, 48).
         x = images.to(self.dtype).view(batch, channels, rows, self.patch, columns, self.patch)
         x = x.permute(0, 2, 4, 3, 5, 1).reshape(-1, self.patch**2 * channels)
-        for (conv_bias, conv_weight, taps, bias), pool in zip(self.layers, self.pools, strict=True):
+        for conv_bias, conv_weight, taps, bias, pool in self.layers:
             x = torch.addmm(conv_bias, x, conv_weight).view(batch, rows, columns, -1)
             x = series(x, taps, bias, pool)  # (N, H, W, C) -> (N, H / pool, W / pool, C)
             rows, columns = x.shape[1:3]
