@@ -94,21 +94,23 @@ def test_past_the_tolerance_nothing_is_written(checkpoint, photographs, tmp_path
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("size", [("--input_size", "64", "--crop_pct", "0.8"), ()], ids=["resized", "as they are"])
 @pytest.mark.parametrize(("engine", "suffix"), [("onnxruntime", ".onnx"), ("openvino", ".xml")])
-def test_a_file_is_used_without_this_project(checkpoint, photographs, tmp_path, engine, suffix):
+def test_a_file_is_used_without_this_project(checkpoint, photographs, tmp_path, engine, suffix, size):
     """The programs in docs/examples know the file alone, and find what predict.py finds with our own preprocessing."""
     pytest.importorskip(engine)
     pytest.importorskip("onnxscript")
     path = tmp_path / f"network{suffix}"
-    run(checkpoint, "--engine", engine, "--input_size", "64", "--crop_pct", "0.8", "--output", path)
+    run(checkpoint, "--engine", engine, *size, "--output", path)
     program = Path(export.__file__).with_name("docs") / "examples" / f"with_{engine}.py"
     shutil.copy(program, tmp_path / program.name)  # from where nothing of the project can be imported
     runtime = runtimes.load(path)
     prepare = transform(runtime.metadata)
     first = sorted(photographs.glob("*/*.png"))[:3]
-    # Of this size, a factor of 80 / 77 px, of the shorter side, would come out just below 80 px.
+    # Times 80 / 77, the shorter side would come out just below 80 px. An image smaller than 32 px is padded.
     Image.open(first[0]).resize((92, 77)).save(tmp_path / "77.png")
-    for photograph in (*first, tmp_path / "77.png"):
+    Image.open(first[0]).resize((29, 35)).save(tmp_path / "29.png")
+    for photograph in (*first, tmp_path / "77.png", tmp_path / "29.png"):
         command = [sys.executable, program.name, path, photograph]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         name, chance = done.stdout.removesuffix(" %\n").rsplit(": ", 1)

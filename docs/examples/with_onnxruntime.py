@@ -14,7 +14,7 @@ if about["crop_pct"]:  # resize the shorter side, so that the crop keeps this pa
     resized, shorter = int(size / about["crop_pct"]), min(image.size)
     method = Image.Resampling[about["interpolation"].upper()]
     image = image.resize([resized * side // shorter for side in image.size], method)
-left, top = (round((side - size) / 2) for side in image.size)
+left, top = (round((side - size) / 2) if side > size else (side - size + 1) // 2 for side in image.size)
 pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
 batch = ((pixels - about["mean"]) / about["std"]).transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, size, size)
 (logits,) = session.run(["logits"], {"images": batch})
