@@ -29,26 +29,20 @@ def spread(length: int, count: int) -> Sequence[int]:
     return [i * length // count for i in range(count)] if length > count else range(length)
 
 
-def sample_folder(folder: str | Path, prepare: Transform, count: int) -> torch.Tensor:
-    """Images from anywhere under a folder, evenly spread in their order, (n, 3, H, W) with n up to `count`.
-
-    Raises:
-        ValueError: the folder cannot be read or has no image, or one is broken.
-    """
-    paths = list_images([os.fspath(folder)])
-    return torch.stack([prepare(read_image(paths[place])) for place in spread(len(paths), count)])
-
-
 def real_images(prepare: Transform, count: int, *, path: str | Path | None, data_set: str) -> torch.Tensor:
-    """Preprocessed images to calibrate or compare on, (n, 3, H, W) with n up to `count`.
+    """Preprocessed images to calibrate or compare on, evenly spread, (n, 3, H, W) with n up to `count`.
 
     Args:
         path: of the data set; None takes the embedded test images of Fashion-MNIST.
         data_set: as `datasets.build_dataset` knows them, of which the training split is taken; `image_folder` is any
             folder with images somewhere in it.
+
+    Raises:
+        ValueError: the folder cannot be read or has no image, or one is broken.
     """
     if path is not None and data_set in ("IMNET", "image_folder"):
-        return sample_folder(path, prepare, count)
+        paths = list_images([os.fspath(path)])
+        return torch.stack([prepare(read_image(paths[place])) for place in spread(len(paths), count)])
     kind, root = (data_set, path) if path is not None else ("FMNIST", EMBEDDED)
     dataset = datasets.build_dataset(kind, root, train=path is not None, transform=prepare)
     return torch.stack([dataset[place][0] for place in spread(len(dataset), count)])

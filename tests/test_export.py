@@ -17,7 +17,7 @@ import export
 import models
 import networks
 import runtimes
-from deployment.images import EMBEDDED, sample_folder, transform
+from deployment.images import EMBEDDED, real_images, transform
 from loading.images import read_image
 from loading.transforms import build_eval_transform
 from records.checkpoints import save_checkpoint
@@ -177,7 +177,7 @@ def test_class_names(found, count, names, tmp_path):
 
 def test_images_are_spread_over_the_folder(photographs, checkpoint):
     prepare = build_eval_transform(networks.open(checkpoint).preprocessing)
-    few, all_of_them = (sample_folder(photographs, prepare, count) for count in (4, 99))
+    few, all_of_them = (real_images(prepare, count, path=photographs, data_set="image_folder") for count in (4, 99))
     assert all_of_them.shape == (12, 3, 32, 32)
     assert torch.equal(few, all_of_them[::3])
 
