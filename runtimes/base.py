@@ -6,20 +6,20 @@ import logging
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .values import Layer, Metadata, Target
+from .values import Metadata, Target
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from .running import Runtime
+    from .running import Profile, Run, Runtime
 
 
 def require(package: str, needed_by: str) -> ModuleType:
@@ -180,7 +180,7 @@ class FileEngine(Engine):
     @abstractmethod
     def _open(
         self, content: Any, strings: Mapping[str, str], path: Path, target: Target
-    ) -> "tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], list[Layer]] | None]":
+    ) -> "tuple[Run, Profile | None]":
         """(images to logits, images to the layers of a profile), as `Runtime` takes them."""
 
     def _build(self, network: "nn.Module", images: "torch.Tensor", target: Target) -> "Runtime":
