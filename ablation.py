@@ -75,9 +75,8 @@ class Experiment:
     title: str  # of its panel in the figure
     varied: str  # heading of the table's first column
     variants: dict[str, Trial]  # by name, the trial of seed 0
-    paper: dict[str, float] = field(
-        default_factory=dict
-    )  # the paper's ImageNet top-1 (%) by variant, where it has them
+    # The paper's ImageNet top-1 by variant, in percent, where it has the comparison.
+    paper: dict[str, float] = field(default_factory=dict)
 
     def trials(self) -> list[Trial]:
         """All runs: every variant with one seed before any with the next."""
