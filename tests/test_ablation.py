@@ -103,7 +103,7 @@ def test_what_the_page_says_follows_from_the_runs(tmp_path, monkeypatch):
     assert gains.endswith("series activation, without deep training; series activation, with deep training")
     assert none.endswith("seeds do as much: deep training, with series activation, 10 epochs")
     assert losses == "These are losses here: deep training, without series activation"
-    assert missing.startswith("Not measured yet: series activation, with deep training, on CIFAR-10;")
+    assert missing.startswith("Not measured yet: series activation, without deep training, on CIFAR-10;")
     assert "| deep training, without series activation | -1.00 ± 0.23 | loss | +0.95 |" in table
     assert "| n of 1 instead of 0 |  | not measured yet |  |" in table
     said, _, *table = ablation.decay_table().splitlines()
