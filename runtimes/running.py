@@ -94,7 +94,7 @@ def operator_profile(run: Run) -> Profile:
         if images.is_cuda:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         run(images)
-        with torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
             run(images)
         return own_times(profiler.events(), images.device.type)
 
@@ -111,8 +111,17 @@ def own_times(events: Iterable[Any], kind: str) -> list[Layer]:
         if event.device_type.name.lower() == kind and not event.is_user_annotation:
             us = event.self_device_time_total if kind == "cuda" else event.self_cpu_time_total
             if us > 0:
-                layers.append(Layer(event.name, event.name, us / 1e3))
+                layers.append(Layer(event.name, _kind(event), us / 1e3))
     return layers
+
+
+def _kind(event: Any) -> str:
+    """An operator's name; of a convolution also its kernel, where the profile has the shapes."""
+    images, weight = ([shape for shape in event.input_shapes or () if len(shape) == 4] + [None, None])[:2]
+    if weight is None or "conv" not in event.name:
+        return event.name
+    depthwise = " depthwise" if weight[1] == 1 < images[1] else ""
+    return f"{event.name} {weight[2]}x{weight[3]}{depthwise}"
 
 
 def rebuilt(

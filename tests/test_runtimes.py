@@ -118,6 +118,9 @@ def check_engine(network, images, engine, precision):
     if engine == "onnxruntime":  # whose clock runs from the session's beginning
         assert len({layer.name for layer in layers}) == len(layers)
     assert all(layer.ms >= 0 for layer in layers)
+    if engine in ("eager", "channels_last", "compile"):  # where torch's profiler sees the shapes
+        kernels = {layer.kind.partition(" ")[2] for layer in layers if "conv" in layer.name}
+        assert kernels == {"4x4", "7x7 depthwise", "1x1"}
     # The network of the caller is not touched.
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert network.stem[0].weight.is_contiguous()
