@@ -31,8 +31,8 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration)
     """`network` with its dense convolutions in int8: weights per output channel, activations uint8 per tensor.
 
     The rest is as in `Mixed`. The depthwise convolutions of the series activations are left out because they suit 8
-    bits least and would save some 15 % of the time, the pools because in 8 bits they cost accuracy and save nothing
-    (docs/int8.md).
+    bits least and save a sixth of the time at best, with AVX-512 next to none; the pools because in 8 bits they cost
+    accuracy and save nothing (docs/int8.md).
 
     Args:
         network: in eval mode, in deploy form.

@@ -411,6 +411,20 @@ def test_what_the_page_on_measuring_states_is_in_the_file():
     assert f"{steps['plain']:.1f}" == f"{steps['channels_last']:.1f}"
 
 
+def test_what_the_page_on_int8_states_of_depthwise_convolutions_is_in_the_file():
+    page = (ROOT / "docs" / "int8.md").read_text()
+    rows = results.read(ROOT / "results" / "int8-avx512.csv")
+    ms = {(row["network"], row["engine"]): row["median_ms"] for row in rows}
+    ratios = []
+    for depth, (engine, words) in itertools.product(
+        (6, 11), (("aotinductor", "`aotinductor`"), ("openvino", "OpenVINO"))
+    ):
+        before, after = (ms[f"vanillanet_{depth}{suffix}", engine] for suffix in ("", " (depthwise in int8)"))
+        ratios.append(after / before)
+        assert f"| VanillaNet-{depth}, {words} | {before:.1f} | {after:.1f} | {after / before:.2f} |" in page
+    assert f"With AVX-512 it saves {100 * (1 - min(ratios)):.0f} % at most." in page
+
+
 def test_the_page_on_training_says_which_batch_fits():
     """Against the file as it is: each batch fits its card by the formula of the page, and one image more does not."""
     with (ROOT / "results" / "checkpointing.csv").open(newline="") as file:
