@@ -313,7 +313,7 @@ def print_profiles(args: argparse.Namespace) -> None:
             kinds[layer["kind"]] += layer["ms"]
         total = sum(kinds.values())
         rows = [["kind of layer", "ms", "%"]]
-        rows += [[kind, f"{ms:.2f}", f"{100 * ms / total:.1f}"] for kind, ms in kinds.most_common(12)]
+        rows += [[kind, f"{ms:.2f}", f"{100 * ms / total:.1f}"] for kind, ms in kinds.most_common(20)]
         print(logs.table([*rows, ["all", f"{total:.2f}", "100.0"]], str(spec)))
 
 

@@ -15,7 +15,7 @@ import torch
 
 import runtimes
 from benchmarking.spec import Spec
-from records.files import replacing
+from records.logs import write_rows
 
 # What rows are compared with: float32 as PyTorch computes it when nothing is set.
 PUBLISHED_PRECISION = {"cpu": "fp32", "cuda": "default"}
@@ -118,12 +118,9 @@ def complete(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
 
 
 def write(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str] = COLUMNS) -> None:
-    """Write all rows, atomically; a column that a row lacks is empty."""
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: f"{cell:.5g}" if isinstance(cell, float) else cell for name, cell in row.items()})
+    """Write all rows, atomically, numbers with five digits; a column that a row lacks is empty."""
+    cells = [{name: f"{cell:.5g}" if isinstance(cell, float) else cell for name, cell in row.items()} for row in rows]
+    write_rows(path, cells, columns)
 
 
 NUMBERS = frozenset(COLUMNS[COLUMNS.index("resolution") : COLUMNS.index("anchor")]) | {"threads"}
