@@ -335,10 +335,10 @@ def report() -> None:
     panels = {}
     for name, experiment in EXPERIMENTS.items():
         complete = {variant: top1 for variant, top1 in experiment.scores(RECORDS).items() if len(top1) == SEEDS}
-        if complete:
+        if len(complete) > 1:  # else there is nothing to compare
             panels[name] = experiment.title, experiment.varied, complete
     if not panels:  # the page would lose what it has
-        raise ValueError(f"no row has its {SEEDS} seeds in {RECORDS}: run without --report")
+        raise ValueError(f"no two rows to compare have their {SEEDS} seeds in {RECORDS}: run without --report")
     PAGE.write_text(write_page(PAGE.read_text()))
     rows = [
         [panels[name] for name in row if name in panels]

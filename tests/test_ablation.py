@@ -125,6 +125,13 @@ def test_the_networks_of_equal_latency_are_so():
     assert ours < best["convnext_atto"]
 
 
+def test_no_larger_n_adds_to_the_gain_of_one():
+    """What the page says, while its figures say so."""
+    scores = list(EXPERIMENTS["act_num"].scores(ablation.RECORDS).values())
+    assert ablation.verdict(ablation.difference(scores[1], scores[0])) == "gain"
+    assert {ablation.verdict(ablation.difference(larger, scores[1])) for larger in scores[2:]}.isdisjoint({"gain"})
+
+
 def test_the_committed_page_is_made_from_the_committed_files():
     text = ablation.PAGE.read_text()
     assert ablation.write_page(text) == text
@@ -217,7 +224,7 @@ def test_a_report_of_no_run_is_one_line_and_leaves_the_page(tmp_path, monkeypatc
     code, line = failure(capsys, "--report")
     assert (code, line) == (
         1,
-        f"ablation.py: error: no row has its 3 seeds in {tmp_path / 'results'}: run without --report",
+        f"ablation.py: error: no two rows to compare have their 3 seeds in {tmp_path / 'results'}: run without --report",
     )
     monkeypatch.undo()
     assert page.read_bytes() == ablation.PAGE.read_bytes()
