@@ -222,10 +222,8 @@ def test_a_report_of_no_run_is_one_line_and_leaves_the_page(tmp_path, monkeypatc
     monkeypatch.setattr(ablation, "PAGE", page)
     monkeypatch.setattr(ablation, "RECORDS", tmp_path / "results")
     code, line = failure(capsys, "--report")
-    assert (code, line) == (
-        1,
-        f"ablation.py: error: no two rows to compare have their 3 seeds in {tmp_path / 'results'}: run without --report",
-    )
+    nothing = f"no two rows to compare have their 3 seeds in {tmp_path / 'results'}: run without --report"
+    assert (code, line) == (1, f"ablation.py: error: {nothing}")
     monkeypatch.undo()
     assert page.read_bytes() == ablation.PAGE.read_bytes()
 
