@@ -13,6 +13,7 @@ import pytest
 import timm
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+import ablation
 import benchmark
 import export
 import models  # noqa: F401  registers the variants
@@ -184,7 +185,8 @@ def test_enough_python_blocks_run():
 
 @each_page
 def test_flags_in_the_text_exist(page):
-    modules = (options, visualize, export, predict, benchmark, object_detection.options, object_detection.benchmark)
+    commands = (options, visualize, export, predict, benchmark, ablation)
+    modules = (*commands, object_detection.options, object_detection.benchmark)
     flags = set().union(*(flags_of(module.build_parser()) for module in modules))
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
