@@ -96,7 +96,7 @@ class Experiment:
 SHORT = Trial(recipe="ablation_short", decay_epochs=2)
 PHOTOGRAPHS = Trial(recipe="cifar10")
 LONG = Trial(epochs=20, decay_epochs=8)
-PEERS = {  # timm's names of networks that take as long as ResNet-18, see `LATENCIES`
+PEERS = {  # of about the same latency, see `LATENCIES`, with their names in timm
     "VanillaNet-6": "vanillanet_6",
     "ResNet-18": "resnet18",
     "ConvNeXt-Atto": "convnext_atto",
