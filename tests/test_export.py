@@ -1,6 +1,7 @@
 """export.py: files that agree with PyTorch, or none; what the file knows."""
 
 import hashlib
+import pickle
 import shlex
 import shutil
 import subprocess
@@ -192,9 +193,14 @@ def test_code_in_a_checkpoint_is_not_run(hostile, tmp_path, capsys, pickled):
     assert [file.name for file in tmp_path.iterdir()] == ["hostile.pth"]
 
 
-def test_the_payload_would_work(hostile, tmp_path):
-    """Or the test above could not fail."""
-    torch.load(hostile(), weights_only=False)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_the_payload_would_work(hostile, tmp_path, pickled):
+    """Or no test with such a file could fail."""
+    path = hostile(pickled=pickled)
+    if pickled:
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
     assert (tmp_path / "harm").exists()
 
 
