@@ -66,28 +66,22 @@ def build_parser() -> Parser:
     return parser
 
 
-def _pass_over(args: Arguments, flag: str, message: str) -> None:
-    """As `Arguments.moot`; the value of a recipe becomes the default."""
-    args.moot(flag, message)
-    setattr(args, flag, args.defaults[flag])
-
-
 def _check(args: Arguments) -> None:
     # What is done at all: --report and --loading have few flags in common with the rest.
     if args.report:
         for flag in sorted({*args.given} - {"report", "docs", "figures"}):
-            _pass_over(args, flag, f"--report measures nothing: leave --{flag} out")
+            args.pass_over(flag, f"--report measures nothing: leave --{flag} out")
     elif args.loading:
         if args.data_path is None:
             raise ValueError("--loading true needs --data_path, a folder with images in it")
         for flag in sorted({*args.given} - LOADING):
-            _pass_over(args, flag, f"--loading true measures no network: leave --{flag} out")
+            args.pass_over(flag, f"--loading true measures no network: leave --{flag} out")
         if "batch_size" not in args.given:
             args.batch_size = [64]
     elif not args.model and not args.quick:
         raise ValueError("name --model, or add --quick true")
     for flag in ("calls", "docs", "figures", "output", "together", "training") if args.profile else ():
-        _pass_over(args, flag, f"--profile true prints a table of its own: leave --{flag} out")
+        args.pass_over(flag, f"--profile true prints a table of its own: leave --{flag} out")
     # Flags that belong to one kind of measurement.
     for flag in ("data_path", "num_workers"):
         args.needs(flag, args.loading or flag not in args.given, "it is for --loading true")
@@ -96,7 +90,7 @@ def _check(args: Arguments) -> None:
         found = f"--training {str(args.training).lower()}"
         raise ValueError(f"--engine {' '.join(sorted(others))} does not go with {found}: leave it out")
     if not args.training:
-        _pass_over(args, "grad_checkpointing", "--grad_checkpointing belongs to training steps: add --training true")
+        args.pass_over("grad_checkpointing", "--grad_checkpointing belongs to training steps: add --training true")
     precisions = TRAINING_PRECISIONS.get(runtimes.device_type(args.device), ())
     if args.training and not set(args.precision or ()) <= set(precisions):
         raise ValueError(f"--training true computes in {' and '.join(precisions)}: name no other --precision")

@@ -132,14 +132,13 @@ class Arguments(argparse.Namespace):
             logger.info("%s", note)
 
     def needs(self, flags: str, condition: object, mend: str) -> None:
-        """`moot` for each of the flags that asks for something if `condition` does not hold.
+        """`pass_over` each of the flags that asks for something if `condition` does not hold.
 
-        The value of a recipe becomes the default. The names of several flags stand between spaces.
+        The names of several flags stand between spaces.
         """
         for flag in flags.split():
             if getattr(self, flag) not in (False, None) and not condition:
-                self.moot(flag, f"--{flag} has no effect here; {mend}")
-                self._forget(flag)
+                self.pass_over(flag, f"--{flag} has no effect here; {mend}")
 
     def excludes(self, first: str, second: str) -> None:
         """ValueError if both flags ask for something. A typed one wins over one of a recipe, which gets its default."""
@@ -148,10 +147,11 @@ class Arguments(argparse.Namespace):
         if (first in self.typed) == (second in self.typed):
             raise ValueError(f"--{first} and --{second} exclude each other: drop one")
         winner, loser = (first, second) if first in self.typed else (second, first)
-        self.moot(loser, f"--{loser} has no effect beside --{winner}")
-        self._forget(loser)
+        self.pass_over(loser, f"--{loser} has no effect beside --{winner}")
 
-    def _forget(self, flag: str) -> None:
+    def pass_over(self, flag: str, message: str) -> None:
+        """As `moot`; the value of a recipe becomes the default, as if it had not been given."""
+        self.moot(flag, message)
         setattr(self, flag, self.defaults[flag])
         self.given = [name for name in self.given if name != flag]
 
