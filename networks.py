@@ -391,7 +391,7 @@ def check_input_size(module: nn.Module, size: int, what: str) -> None:
     try:
         image = torch.empty(1, 3, size, size, device="meta")
         with torch.no_grad():
-            functional_call(module.eval(), {name: tensor.to("meta") for name, tensor in tensors}, (image,))
+            functional_call(module.eval(), {name: tensor.to("meta") for name, tensor in tensors}, args=(image,))
     except (RuntimeError, AssertionError, ValueError) as error:
         cause = first_line(error)
         if "meta" not in cause:  # a network that mixes devices cannot be tried so

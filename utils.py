@@ -177,14 +177,14 @@ def init_world(
             os.environ.setdefault("MASTER_ADDR", _first_slurm_host(hosts))
             os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
         timeout = timedelta(seconds=dist_timeout)
-        store, rank, size = next(dist.rendezvous(dist_url, rank, size, timeout=timeout))
+        store, rank, size = next(dist.rendezvous(dist_url, rank=rank, world_size=size, timeout=timeout))
         store.set_timeout(timeout)
         # torchrun with a --master_port keeps one store through its restarts, in which a rank may still find the address
         # of a process that was killed. On one node the number of restarts is the same for all ranks.
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo",
+            backend="cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo",
             store=store,
             rank=rank,
             world_size=size,
@@ -310,7 +310,7 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
+        torch.cuda.set_rng_state(state["cuda"], device=device)
     if device.type == "mps" and "mps" in state:
         torch.mps.set_rng_state(state["mps"])
 

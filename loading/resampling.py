@@ -33,7 +33,7 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
         else:
             pixels = torch.from_numpy(np.array(img.crop((left, top, left + width, top + height))))
         pixels = pixels.contiguous()[None].permute(0, 3, 1, 2)  # (1, 3, h, w), in memory (1, h, w, 3)
-        pixels = torch.nn.functional.interpolate(pixels, self.size, mode=mode.value, antialias=True)
+        pixels = torch.nn.functional.interpolate(pixels, size=self.size, mode=mode.value, antialias=True)
         return Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
 
 

@@ -65,7 +65,7 @@ class FadingReLU(nn.Module):
         # than the single operator that takes a number.
         if torch.compiler.is_compiling():
             return torch.where(x > 0, x, x * self.slope_tensor)
-        return x if self.slope == 1.0 else F.leaky_relu(x, self.slope)
+        return x if self.slope == 1.0 else F.leaky_relu(x, negative_slope=self.slope)
 
     def extra_repr(self) -> str:
         return f"slope={self.slope}"
@@ -111,7 +111,7 @@ class SeriesActivation(nn.Conv2d):
 
 def _conv_bn(dim: int, dim_out: int, kernel_size: int = 1, stride: int = 1, padding: int = 0, **dd) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(dim, dim_out, kernel_size, stride, padding, **dd),
+        nn.Conv2d(dim, dim_out, kernel_size, stride=stride, padding=padding, **dd),
         nn.BatchNorm2d(dim_out, eps=BN_EPS, **dd),
     )
 

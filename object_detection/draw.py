@@ -41,7 +41,7 @@ def draw_detections(
     # The image as bytes, large enough to read names in.
     scale = max(1, SMALLEST_SIDE // min(image.shape[-2:]))
     size = [side * scale for side in image.shape[-2:]]
-    picture = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
+    picture = F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
     picture = (picture.clamp(0, 1) * 255).round().byte().cpu()
     keep = detection["scores"] >= threshold
     if not keep.any():
@@ -52,7 +52,7 @@ def draw_detections(
 
     # Masks, then boxes with names and scores.
     if "masks" in found:
-        masks = F.interpolate(found["masks"].float(), size, mode="bilinear", align_corners=False)
+        masks = F.interpolate(found["masks"].float(), size=size, mode="bilinear", align_corners=False)
         masks = masks[:, 0] > MASK_THRESHOLD  # (n, H', W'), best first
         masks &= masks.cumsum(0) == 1  # a pixel belongs to the best; torchvision would make it black
         picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colours)

@@ -52,8 +52,8 @@ def export_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) ->
         warnings.simplefilter("ignore")  # of what tracing fixes, which torchvision has seen to
         torch.onnx.export(
             _OneImage(detector).eval(),
-            (image,),
-            str(path),
+            args=(image,),
+            f=str(path),
             dynamo=False,
             opset_version=OPSET,
             input_names=["image"],

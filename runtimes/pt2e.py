@@ -23,7 +23,7 @@ class Mixed(nn.Module):
         self.bfloat16 = has_bfloat16()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bfloat16):
             return self.network(images).float()
 
 

@@ -20,7 +20,9 @@ SOURCES = [
     if path.parts[0] != "tests"
 ]
 # Libraries that put new parameters in front of old ones, or whose calls have many of them.
-LIBRARIES = {"timm", "torchvision", "torchao", "nncf", "onnxruntime", "pycocotools", "tensorboardX", "terminaltables"}
+LIBRARIES = {
+    "torch", "timm", "torchvision", "torchao", "nncf", "onnxruntime", "pycocotools", "tensorboardX", "terminaltables",
+}  # fmt: skip
 
 
 def imported(tree: ast.AST) -> dict[str, Any]:
@@ -61,10 +63,12 @@ def optional_by_place(tree: ast.AST) -> Iterator[str]:
             parameters = list(inspect.signature(function).parameters.values())
         except (ValueError, TypeError):  # of C code
             continue
-        for parameter, _ in zip(parameters, node.args, strict=False):
+        # Of torch's the first one is what the call is about, optional or not: `nn.Dropout(p)`, `cuda.Stream(device)`.
+        first = int((getattr(function, "__module__", None) or "").split(".")[0] == "torch")
+        for place, (parameter, _) in enumerate(zip(parameters, node.args, strict=False)):
             if parameter.kind is parameter.VAR_POSITIONAL:
                 break
-            if parameter.default is not parameter.empty:
+            if parameter.default is not parameter.empty and place >= first:
                 yield f"line {node.lineno}: {parameter.name} of {ast.unparse(node.func)}"
 
 
@@ -80,6 +84,8 @@ def test_an_optional_argument_by_place_is_found():
         "line 2: weight_decay of groups",
         "line 2: weight_decay_exclude_1d of groups",
     ]
+    source = "from torch import nn\nnn.Conv2d(3, 8, 4, 4)\nnn.Dropout(0.5)"
+    assert list(optional_by_place(ast.parse(source))) == ["line 2: stride of nn.Conv2d"]
 
 
 # -- rooms
