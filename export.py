@@ -1,4 +1,4 @@
-"""Write a network, as it is deployed, to a file that an engine runs.
+"""Write a network in deploy form to a file that an engine runs.
 
 python export.py vanillanet_9.pth --engine aotinductor --precision bf16
 python export.py outputs/demo/checkpoint-last.pth --engine openvino --int8 --calib_data FOLDER
@@ -11,7 +11,7 @@ import runtimes
 from deployment.options import add_network_flags, network_choices
 from options import COUNT, NONNEGATIVE, Arguments, Parser, boolean, file_path, parse_checked
 
-WEIGHTS = "safetensors"  # a format that is of no engine
+WEIGHTS = "safetensors"  # a format that belongs to no engine
 ENGINES = (*sorted(runtimes.FORMATS.values()), WEIGHTS)
 
 
@@ -53,7 +53,7 @@ def _check(args: Arguments) -> None:
     for flag in ("precision", "int8", "batch_size", "tolerance", "calib_data", "int8_depthwise"):
         args.needs(flag, engine, "--engine safetensors writes the weights as they are")
     args.precision = "int8" if args.int8 else args.precision or "fp32"
-    # Real images are compared on in any precision, and int8 cannot do without them.
+    # Any precision can use real images for the comparison; int8 also calibrates on them, and so requires them.
     quantizes = args.precision == "int8"
     if quantizes and not args.calib_data:
         raise ValueError("int8 needs real images to calibrate on: add --calib_data DIR")
@@ -72,7 +72,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
+    ARGS = parse_args()  # report a wrong flag before the slow imports below
 
 import sys
 
@@ -87,7 +87,7 @@ def run(args: Arguments) -> None:
     if network.weights and network.weights.choice:
         sys.stderr.write(f"export.py: {network.weights.choice}\n")
     metadata = metadata_of(network)
-    # Named after the checkpoint, or after the model where there is none.
+    # Name the file after the checkpoint, or after the model if there is no checkpoint.
     name = Path(args.source).stem if metadata.checkpoint else metadata.model
     if args.engine == WEIGHTS:
         path = Path(args.output or Path("exports") / name / "model.safetensors")
@@ -95,13 +95,13 @@ def run(args: Arguments) -> None:
         print(f"{metadata.model}, {metadata.input_size} px: {path}, {config}")
         return
 
-    # Real images: to calibrate int8, and to compare the file with the network.
+    # Read the images for calibrating int8 and for comparing the file with the network.
     quantizes = args.precision == "int8"
     count = args.calib_count if quantizes else COMPARED_IMAGES
     images = real_images(transform(metadata), count, path=args.calib_data, data_set=args.data_set)
     calibration = runtimes.Calibration(images.split(16), args.int8_depthwise) if quantizes else None
 
-    # Write, compare with the network, and keep the file only if they agree.
+    # Write the file, compare it with the network, and keep it only if they agree.
     path = Path(args.output or Path("exports") / f"{name}-{args.precision}{runtimes.find(args.engine).suffix}")
     comparison = write_exported(
         network.module,

@@ -3,8 +3,8 @@
 Each takes the keyword arguments of `timm.create_model` and of `models.VanillaNet`: `pretrained=True` loads the released
 weights or raises, `deploy=True` gives the fused form, and `num_classes`, `in_chans`, `features_only`, ... are timm's.
 
-The calling program may have a package `models` of its own, so the folder models/ is loaded here under a name that no
-one else has, and `sys.modules` and `sys.path` are left as they were.
+The calling program may have its own package `models`. The folder models/ is therefore loaded under a unique name, which
+is removed from `sys.modules` afterwards, and `sys.path` is not changed.
 """
 
 import hashlib
@@ -16,11 +16,11 @@ import types
 dependencies = ["torch", "timm", "einops"]
 
 _INIT = pathlib.Path(__file__).resolve().parent / "models" / "__init__.py"
-_NAME = f"vanillanet_{hashlib.sha256(bytes(_INIT)).hexdigest()[:8]}"  # one for each copy of the repository
+_NAME = f"vanillanet_{hashlib.sha256(bytes(_INIT)).hexdigest()[:8]}"  # unique for each copy of the repository
 
 
 class _Finder:
-    """Lets the import system find the modules again, which pickle and torch.compile ask for by their names."""
+    """Lets the import system find the loaded modules again, because pickle and torch.compile import them by name."""
 
     def __init__(self, modules: dict[str, types.ModuleType]):
         self.modules = modules
@@ -32,11 +32,11 @@ class _Finder:
         return self.modules[spec.name]
 
     def exec_module(self, module):
-        """Nothing: it was executed when it was loaded."""
+        """Do nothing: the module was executed when it was loaded."""
 
 
 def _load() -> types.ModuleType:
-    """The folder models/ as a package; the same one whenever this copy of the repository is asked for."""
+    """Return the folder models/ as a package, always the same one for this copy of the repository."""
     imported = sys.modules.get("models")
     if getattr(imported, "__file__", None) == str(_INIT):
         return imported
@@ -55,4 +55,4 @@ def _load() -> types.ModuleType:
 
 
 _package = _load()
-globals().update({name: getattr(_package, name) for name in _package.vanillanet.VARIANTS})  # torch.hub looks here
+globals().update({name: getattr(_package, name) for name in _package.vanillanet.VARIANTS})  # where torch.hub looks

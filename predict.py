@@ -1,4 +1,4 @@
-"""Say what images show: the likeliest classes of each, by a network in any engine and format.
+"""Print the likeliest classes of images, by a network in any engine and format.
 
 python predict.py vanillanet_9.pt2 photograph.jpg
 python predict.py outputs/demo/checkpoint-last.pth FOLDER --engine openvino --precision bf16
@@ -45,7 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
+    ARGS = parse_args()  # report a wrong flag before the slow imports below
 
 import io
 import sys
@@ -61,7 +61,7 @@ from records.files import check_writable, mistakes_end, one_line
 
 
 def open_runtime(args: Arguments) -> runtimes.Runtime:
-    """The network in its engine; `metadata` are there whatever it was made from."""
+    """Open the network in its engine. The runtime always has `metadata`, whatever the source is."""
     if runtimes.of_file(args.source):
         return runtimes.load(args.source, engine=args.engine, precision=args.precision, device=args.device)
     network = open_deployed(args.source, **network_choices(args))
@@ -74,7 +74,7 @@ def open_runtime(args: Arguments) -> runtimes.Runtime:
         calibration = runtimes.Calibration(images.split(16), args.int8_depthwise)
     runtime = runtimes.load(
         network.module,
-        engine=args.engine or "channels_last",  # a compiler's minute is not worth while for a few images
+        engine=args.engine or "channels_last",  # a few images are not worth a minute of compiling
         precision=args.precision,
         images=torch.zeros(args.batch_size, 3, metadata.input_size, metadata.input_size),
         calibration=calibration,
@@ -85,8 +85,8 @@ def open_runtime(args: Arguments) -> runtimes.Runtime:
 
 
 def run(args: Arguments) -> int:
-    """Print, and write to --output. Returns the exit code: 1 if an image is broken."""
-    # What would end the command is looked for before the network is opened, which takes time.
+    """Print the predictions, or write them to --output. Returns the exit code: 1 if an image is broken."""
+    # Check the images' paths and --output before opening the network, which takes time.
     paths = list_images(args.images)
     if args.output is not None:
         check_writable(args.output)
@@ -94,9 +94,9 @@ def run(args: Arguments) -> int:
     number = len(runtime.metadata.classes)
     if args.topk > number:
         args.moot("topk", f"--topk {args.topk} is more than the {number} classes of {args.source}")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # which may not have all letters of a class's name
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack letters of a class name
         sys.stdout.reconfigure(errors="backslashreplace")
-    # Image by image; a broken one is named, and an error only if it is all that was asked for.
+    # A broken image is reported and skipped. It is an error only if it is the single file asked for.
     found = predict(runtime, paths, top=args.topk, batch_size=args.batch_size)
     kept: list[Prediction] = []
     broken = 0

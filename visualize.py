@@ -1,4 +1,4 @@
-"""Pictures of networks, runs and results.
+"""Draw pictures of networks, runs and results.
 
 python visualize.py cam IMAGE_OR_FOLDER --network CHECKPOINT --network resnet50 --output FILE.png
 python visualize.py curves RUN_DIR RUN_DIR --output FILE.png
@@ -17,7 +17,7 @@ def _add_output(parser: Parser) -> None:
 
 
 def _add_images(parser: Parser, *, shown: str) -> None:
-    """What images a command is about, and where the picture goes."""
+    """Add the flags for a command's images, and for the picture to write."""
     what = "image files, folders of them, or idx files"
     parser.add_argument("images", nargs="+", type=file_path, metavar="IMAGES", help=what)
     _add_output(parser)
@@ -25,7 +25,7 @@ def _add_images(parser: Parser, *, shown: str) -> None:
 
 
 def _named_file(text: str) -> str:
-    """MODEL=FILE, FILE or MODEL, with `~` expanded."""
+    """Expand `~` in MODEL=FILE, FILE or MODEL."""
     name, equals, file = text.rpartition("=")
     return f"{name}{equals}{file_path(file)}"
 
@@ -70,7 +70,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
+    ARGS = parse_args()  # report a wrong flag before the slow imports below
 
 import sys
 
@@ -93,7 +93,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _images(args: Arguments) -> tuple[list[Photo], int]:
-    """The images to draw, and how many cannot be read, each of which is named; says so if --max_images takes a part."""
+    """Return the images to draw and the number of broken ones; report these, and whether --max_images left some out."""
     photos, total, broken = read_images(args.images, args.max_images)
     for line in broken:
         sys.stderr.write(f"visualize.py: error: {one_line(line)}\n")

@@ -1,4 +1,4 @@
-"""Hugging Face's package `datasets`, whose name is that of our file."""
+"""Import Hugging Face's package `datasets`, which has the same name as this project's datasets.py."""
 
 import importlib.util
 import sys
@@ -8,15 +8,15 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
-_hugging_face_package: dict[str, ModuleType] = {}  # the package, once it was imported
+_hugging_face_package: dict[str, ModuleType] = {}  # the package, once it has been imported
 
 
 @contextmanager
 def hugging_face() -> Iterator[None]:
-    """Let `import datasets` mean Hugging Face's package inside the block: it and our file have one name.
+    """Let `import datasets` mean Hugging Face's package inside the block, instead of this project's datasets.py.
 
-    timm's readers import it by that name, and so does the package itself when it comes to need one of its parts.
-    Raises ValueError where it is not installed.
+    timm's readers import the package by that name, and the package imports its own submodules by it when it first needs
+    them. Raises ValueError if the package is not installed.
     """
     name = "datasets"
     here = Path(__file__).resolve().parent.parent

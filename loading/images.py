@@ -1,4 +1,4 @@
-"""Finding, reading and decoding image files."""
+"""Find, read and decode image files."""
 
 import errno
 import importlib.util
@@ -19,17 +19,17 @@ from records.files import first_line, one_line
 
 logger = logging.getLogger(__name__)
 
-AVIF = importlib.util.find_spec("PIL._avif") is not None  # Pillow reads it from version 11.3 on, where it was built in
-# Pillow reads more, but some of that runs other programs (EPS calls Ghostscript), which no file named .jpg may do.
+AVIF = importlib.util.find_spec("PIL._avif") is not None  # Pillow from 11.3 on reads it, if built to do so
+# Pillow reads more formats, but some run other programs (EPS calls Ghostscript), which no file named .jpg may do.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") + AVIF * ("AVIF",)
 _READ = ".jpg .jpeg .jpe .jfif .mpo .png .apng .gif .bmp .ppm .pgm .pbm .pnm .tif .tiff .webp"
 EXTENSIONS = (*_READ.split(), *AVIF * (".avif",))
-# Images, too, but of formats that are not read; and a name without an extension may be one.
+# Extensions of image formats that are not read. A file without an extension may be an image as well.
 _OTHERS = """.dib .avif .avifs .heic .heics .heif .heifs .hif .jxl .jp2 .j2k .j2c .jpc .jpf .jpx .jxr .wdp .svg .svgz
     .eps .ai .psd .xcf .tga .dds .exr .hdr .pfm .pcx .ico .icns .qoi .sgi .ras .xbm .xpm .emf .wmf .fits .dcm .raw .dng
     .cr2 .cr3 .crw .nef .nrw .arw .sr2 .srw .orf .rw2 .raf .pef .x3f .erf .kdc .dcr .mrw .mos .3fr .iiq"""
 OTHER_EXTENSIONS = frozenset(("", *_OTHERS.split()))
-# What archives, synchronization and file systems leave behind, as they do names that begin with a dot.
+# Left behind by archives, synchronization and file systems, as are names that begin with a dot.
 LEFT_BEHIND = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db")
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,8 +39,8 @@ UPRIGHT = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # by EXIF's orientation
-MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # no fault of the file that was being read
+}  # by EXIF orientation
+MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not the fault of the file being read
 
 
 class BrokenImageError(ValueError):
@@ -52,7 +52,7 @@ def reading() -> Iterator[None]:
     """Turn whatever an unreadable image raises into BrokenImageError."""
     try:
         yield
-    except Exception as error:  # OSError, SyntaxError, ValueError, EOFError, zlib.error, ...: each format has its own
+    except Exception as error:  # OSError, SyntaxError, ValueError, EOFError, zlib.error, ...: they vary by format
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE_ERRORS:
             raise
         if isinstance(error, UnidentifiedImageError):
@@ -65,9 +65,9 @@ def reading() -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB. 16-bit grey is scaled to 8 bits; an alpha channel is dropped, as torchvision does.
+    """Convert to RGB. 16-bit grey is scaled to 8 bits; an alpha channel is dropped, as in torchvision.
 
-    Raises ValueError for pixels whose range is not known: floating point, and integers beyond 16 bits.
+    Raises ValueError for pixels of unknown range: floating point, and integers beyond 16 bits.
     """
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range: convert the image to 8 or 16 bits")
@@ -79,47 +79,47 @@ def to_rgb(image: Image.Image) -> Image.Image:
         grey.info = image.info
         image = grey
     elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns of the direct way
+        image = image.convert("RGBA")  # Pillow warns about the direct conversion
     if image.mode != "RGB":
         return image.convert("RGB")
-    image.load()  # instead of a copy
+    image.load()  # `convert` would make a copy
     return image
 
 
 def decode_image(source: str | os.PathLike | BinaryIO) -> Image.Image:
-    """Read a file of one of `FORMATS`, told by its content, as RGB. Raises BrokenImageError."""
+    """Read an image as RGB. The file's content, not its name, must be of one of `FORMATS`. Raises BrokenImageError."""
     with reading(), Image.open(source, formats=FORMATS) as image:
         return to_rgb(image)
 
 
 def decode_for_training(path: str | os.PathLike) -> Image.Image:
-    """As `decode_image`; a JPEG also has `pixels`, the same ones as torchvision's tensor: uint8, (3, H, W).
+    """Read an image like `decode_image`; an RGB JPEG also has its `pixels` as torchvision's tensor: uint8, (3, H, W).
 
-    Both are libjpeg's, but Pillow's take four bytes each. Here it decodes them only when something asks for them.
+    Both libraries use libjpeg, but Pillow stores a pixel in four bytes. It decodes such a JPEG only on first access.
     """
     with reading():
         with open(path, "rb") as file:
             content = bytearray(file.read())
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.format in ("JPEG", "MPO") and image.mode == "RGB":
-            with suppress(RuntimeError):  # Pillow says what is the matter, or copes with it
+            with suppress(RuntimeError):  # Pillow reports the reason, or can read the image
                 image.pixels = decode_jpeg(torch.frombuffer(content, dtype=torch.uint8), mode=ImageReadMode.RGB)
                 return image
         return to_rgb(image)
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turned and mirrored as EXIF's orientation says. Where that cannot be read, the image is as it was.
+    """Turn and mirror an image by its EXIF orientation. If that cannot be read, the image stays as it is.
 
-    Pillow's `exif_transpose` also writes the EXIF anew, which fails where another part of it is damaged.
+    Pillow's `exif_transpose` also rewrites the EXIF data, which fails if another part of the data is damaged.
     """
     method = None
-    with suppress(Exception):  # EXIF is written by anything
+    with suppress(Exception):  # any program may have written the EXIF data
         method = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     if method is None:
         return image
     image = image.transpose(method)
-    for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # each may say the orientation again
+    for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):  # each may repeat the orientation
         image.info.pop(key, None)
     return image
 
@@ -134,21 +134,21 @@ def _raise(error: OSError) -> None:
 
 
 class LeftOut:
-    """What a search for images passes over: by name, and because its format is not read."""
+    """Names that a search for images leaves out, and a count of the files in formats that are not read."""
 
     def __init__(self):
         self.names: list[str] = []
         self.extensions: Counter[str] = Counter()
 
     def visible(self, names: Iterable[str]) -> list[str]:
-        """Those of the names that may be data, sorted; the others are noted."""
+        """Return the names that may be data, sorted, and record the others."""
         kept = []
         for name in sorted(names):
             (self.names if name.startswith(".") or name in LEFT_BEHIND else kept).append(name)
         return kept
 
     def report(self, folder: str) -> None:
-        """One line of log for each of the two reasons."""
+        """Log one warning for the names and one for the extensions, if there are any."""
         if self.names:
             names = one_line(some(sorted(set(self.names))))
             logger.warning(f"{folder}: left out {len(self.names)} by name, as no data: {names}")
@@ -159,15 +159,15 @@ class LeftOut:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first five names, and how many more there are."""
+    """Return the first five names as text, with the number of further names."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def find_images(folder: str, left_out: LeftOut, above: Collection[tuple[int, int]] = ()) -> list[str]:
-    """Paths of the images under a (class) folder by their extensions, in the order of torchvision's ImageFolder.
+    """Find images by extension under a (class) folder and return paths in the order of torchvision's ImageFolder.
 
-    Links are followed, but each folder is read once, and none of those `above` the class folder: a link upwards would
-    go on for ever, and give the class the images of all others. Raises OSError where a folder cannot be read.
+    Links are followed, but each folder is read only once, and the folders `above` are not read: a link upwards would
+    never end and would give the class the images of all others. Raises OSError if a folder cannot be read.
     """
     seen = set(above)
     found = []
@@ -186,9 +186,9 @@ def find_images(folder: str, left_out: LeftOut, above: Collection[tuple[int, int
 
 
 def list_images(paths: Sequence[str]) -> list[str]:
-    """Image files that are named, and those anywhere under folders that are named, in order.
+    """List image files: the given files, and all images anywhere under the given folders, in the order of `paths`.
 
-    Raises ValueError for a path that is not there or cannot be read, and for a folder without an image.
+    Raises ValueError for a path that does not exist, and for a folder that cannot be read or has no image.
     """
     found = []
     for path in paths:
@@ -210,7 +210,7 @@ def list_images(paths: Sequence[str]) -> list[str]:
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
-    """An RGB image, upright; ValueError, which names the file, where there is none."""
+    """Read an image as RGB and upright. Raises ValueError with the name of the file if it cannot be read."""
     try:
         return upright(decode_image(path))
     except BrokenImageError as error:

@@ -1,8 +1,8 @@
 """Batches of a data set that is read by index, or of a stream.
 
-All randomness of a training sample is a function of (seed, epoch, index), and the order of an epoch one of (seed,
-epoch). So a run that was interrupted goes on bit by bit, whatever the number of loader processes, and an epoch's first
-n samples are the same set for any number of ranks.
+When reading by index, a training sample's randomness depends only on (seed, epoch, index), and an epoch's order only on
+(seed, epoch). An interrupted run therefore resumes bit for bit with any number of loader processes, and an epoch's
+first n samples are the same set for any number of ranks.
 """
 
 import logging
@@ -21,11 +21,11 @@ from loading.views import finished
 
 logger = logging.getLogger(__name__)
 
-MAX_TRIES = 100  # distinct training images tried for one place in a batch
+MAX_TRIES = 100  # training images drawn at random to replace a broken one
 
 
 class _TrainSamples(Dataset):
-    """Training samples by (epoch, index). A broken image's place is taken by another one, and a note tells of it."""
+    """Training samples by (epoch, index). Another image replaces a broken one, which is reported in a note."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset = dataset
@@ -33,7 +33,7 @@ class _TrainSamples(Dataset):
         self.seed = seed
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
-        # By the batch, because keeping numpy's state takes as long as a quarter of the work on a small image.
+        # Once per batch, because saving numpy's state takes a quarter as long as the work on a small image.
         with kept_random_states():
             return [self._sample(*key) for key in keys]
 
@@ -62,7 +62,7 @@ class _TrainSamples(Dataset):
 
 
 class _EvalSamples(Dataset):
-    """Validation samples by index. A broken image has a note instead of pixels."""
+    """Validation samples by index. A broken image gives a note instead of pixels."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -76,12 +76,12 @@ class _EvalSamples(Dataset):
 
 
 class TrainLoader:
-    """Batches of one rank: images (B, 3, H, W), float32, and classes (B,), int64; all of the same size.
+    """Training batches of one rank, all of the same size: images (B, 3, H, W), float32, and classes (B,), int64.
 
-    The images are on `loading.device` if the transform has two halves, as that of `build_train_transform` has.
+    The images are on `loading.device` if the transform has two halves, as the one from `build_train_transform` has.
     """
 
-    resumable = True  # an epoch can begin elsewhere than at its start
+    resumable = True  # an epoch can begin at any sample
 
     def __init__(self, dataset: Dataset, loading: Loading):
         self.broken: set[int] = set()  # indices of the images that this rank found broken; each is logged once
@@ -95,16 +95,16 @@ class TrainLoader:
         )
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
-        """Choose what the next iteration gives; see `EpochSampler.set_epoch`."""
+        """Choose where the next iteration begins; see `EpochSampler.set_epoch`."""
         self._sampler.set_epoch(epoch, start_sample)
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Number of batches in a whole epoch."""
         return self._sampler.num_batches
 
     @property
     def remaining_batches(self) -> int:
-        """Batches that the next iteration gives."""
+        """Number of batches in the next iteration."""
         return self._sampler.remaining_batches
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -133,13 +133,13 @@ def _note_broken(notes: list[tuple[int, str]], broken: set[int], dataset: Datase
 class EvalLoader:
     """Validation batches of one rank: images (B, 3, H, W), float32, classes (B,) and indices (B,), int64.
 
-    Over all ranks each image comes exactly once; the last batch may be smaller, and so is one with broken images.
+    Over all ranks, each image comes exactly once. The last batch and batches with broken images can be smaller.
     """
 
     def __init__(self, dataset: Dataset, loading: Loading):
         self.broken: set[int] = set()  # indices of the images that this rank left out; each is logged once
         self._dataset, self._loading = dataset, loading
-        # The loader processes end with each evaluation, to leave their memory to training.
+        # The loader processes end after each evaluation, to leave their memory to training.
         self._loader = make_loader(
             _EvalSamples(dataset),
             loading,
@@ -148,11 +148,11 @@ class EvalLoader:
         )
 
     def __len__(self) -> int:
-        """Batches, with those that come to nothing because all of their images are broken."""
+        """Number of batches, including batches that are skipped because all their images are broken."""
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Raises ValueError for a broken image, unless it may be left out."""
+        """Raises ValueError for a broken image, unless `loading.skip_broken` is set."""
         for images, targets, indices, notes in iterate(self._loader):
             if notes and not self._loading.skip_broken:
                 index, reason = notes[0]
@@ -166,13 +166,13 @@ class EvalLoader:
 
 
 def build_train_loader(dataset: Dataset | StreamDataset, loading: Loading) -> TrainLoader | StreamTrainLoader:
-    """The training batches of one rank. Its loader processes live as long as the loader."""
+    """Build one rank's training loader. Except for a stream, its loader processes live as long as the loader."""
     return (StreamTrainLoader if isinstance(dataset, StreamDataset) else TrainLoader)(dataset, loading)
 
 
 def build_eval_loader(dataset: Dataset | StreamDataset, loading: Loading) -> EvalLoader | StreamEvalLoader:
-    """The validation batches of one rank: images rank, rank + world_size, ...
+    """Build one rank's validation loader: images rank, rank + world_size, ...
 
-    Its loader processes live for the time of an iteration.
+    Its loader processes live for one iteration.
     """
     return (StreamEvalLoader if isinstance(dataset, StreamDataset) else EvalLoader)(dataset, loading)

@@ -1,4 +1,4 @@
-"""Order and randomness: which samples come when, and what their random numbers are."""
+"""Order and randomness: when each sample comes, and how its random numbers are seeded."""
 
 import random
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from loading.processes import Loading
 
 @contextmanager
 def kept_random_states() -> Iterator[None]:
-    """Put the states of `random`, numpy and torch's CPU generator back after the block."""
+    """Restore the states of `random`, numpy and torch's CPU generator after the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -31,11 +31,11 @@ def seed_all(*key: int) -> None:
 
 
 class EpochSampler:
-    """The batches of one rank: each an epoch's part of a permutation of all samples, as pairs (epoch, index).
+    """One rank's batches of an epoch: its parts of a permutation of all samples, as pairs (epoch, index).
 
     The order is a function of (seed, epoch) and the same on all ranks. A global batch is the next `batch_size *
-    world_size` samples of it, and rank r takes its r-th part, so that the samples up to any position are one set for
-    any number of ranks. The last global batch is filled up from the start of the same order, several times if need be.
+    world_size` samples of this order, and rank r takes the r-th part of it. The samples up to a position are thus the
+    same set for any number of ranks. The last global batch is filled from the start of the order, repeated if needed.
     """
 
     def __init__(self, length: int, loading: Loading):
@@ -45,22 +45,22 @@ class EpochSampler:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
-        """Choose the epoch, and how many samples of its order, over all ranks, to leave out at its beginning."""
+        """Choose the epoch, and how many samples at the beginning of its order, over all ranks, to skip."""
         self.epoch = epoch
         self.start_sample = start_sample
 
     @property
     def num_batches(self) -> int:
-        """Batches of a whole epoch."""
+        """Number of batches in a whole epoch."""
         return -(-self.length // (self.loading.batch_size * self.loading.world_size))
 
     @property
     def remaining_batches(self) -> int:
-        """Batches from `start_sample` to the end of the epoch."""
+        """Number of batches from `start_sample` to the end of the epoch."""
         return -(-max(0, self.length - self.start_sample) // (self.loading.batch_size * self.loading.world_size))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # RandomState because its stream, unlike that of numpy's and torch's generators, is promised never to change.
+        # numpy guarantees that RandomState's stream never changes, unlike those of its newer and torch's generators.
         bits = np.random.MT19937(np.random.SeedSequence((self.loading.seed, self.epoch)))
         epoch, order = self.epoch, np.random.RandomState(bits).permutation(self.length)
         batch_size, rank, world_size = self.loading.batch_size, self.loading.rank, self.loading.world_size

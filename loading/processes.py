@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from loading.views import Views, stack_views
 from utils import StopRequest, keep_freed_memory
 
-# What a loader process sends for each image: (image or None, class, index, notes), the notes for the main process.
+# A loader process sends this for each image: (image or None, class, index, notes for the main process).
 Sample = tuple[torch.Tensor | Views | None, Any, int, Sequence]
 # Batches (image, target, index): by default (B, 3, H, W), (B,), (B,).
 Collate = Callable[[list[tuple]], Sequence]
@@ -31,18 +31,18 @@ class Loading:
     batch_size: int  # of one rank
     rank: int = 0  # 0 <= rank < world_size
     world_size: int = 1
-    seed: int = 0  # of training's order and transforms; not negative
+    seed: int = 0  # for training's order and transforms; not negative
     num_workers: int = 0  # loader processes; 0 loads in this process
     pin_memory: bool = False  # put batches in page-locked memory, for a GPU
     collate: Collate = default_collate
-    device: torch.device = CPU  # where training's views are finished, and so where its images are
+    device: torch.device = CPU  # where training's views are finished, and its images returned
     skip_broken: bool = False  # leave broken validation images out and count them, instead of raising ValueError
-    # What the network calls each class of the validation data, from `datasets.match_classes`; None: the same.
+    # The network's index for each class of the validation data, from `datasets.match_classes`; None: the same index.
     class_indices: Sequence[int] | None = None
 
 
 def _collate(samples: list[Sample], batch: Collate) -> tuple[Any, Any, Any, list]:
-    """Batch the samples that have an image, and the notes of all."""
+    """Batch the samples that have an image, and collect the notes of all samples."""
     notes = [note for sample in samples for note in sample[3]]
     kept = [sample[:3] for sample in samples if sample[0] is not None]
     if not kept:
@@ -63,10 +63,10 @@ def _exiting() -> Any:
 
 
 def _start_worker(exiting: Any, worker_id: int) -> None:
-    """Leave signals to the main process, which needs its loader processes to end the step that is running.
+    """Leave signals to the main process, which needs its loader processes to finish the current step.
 
-    A terminal, `timeout` and SLURM send them to the whole group. But when the main process exits, Python ends the
-    loader processes that are left by SIGTERM and waits for them.
+    A terminal, `timeout` and SLURM send signals to the whole process group. SIGTERM still counts once the main process
+    exits, because Python then sends it to the remaining loader processes and waits for them.
     """
 
     def terminate(number: int, frame: Any) -> None:
@@ -80,7 +80,7 @@ def _start_worker(exiting: Any, worker_id: int) -> None:
 
 
 def make_loader(dataset: Dataset, loading: Loading, *, seed: int = 0, **options) -> DataLoader:
-    """A DataLoader that draws from a generator of its own: iterating must not move the global one."""
+    """Make a DataLoader with its own random generator, because iterating must not advance the global one."""
     return DataLoader(
         dataset,
         num_workers=loading.num_workers,
@@ -93,8 +93,8 @@ def make_loader(dataset: Dataset, loading: Loading, *, seed: int = 0, **options)
 
 
 def iterate(loader: DataLoader) -> Iterator[tuple]:
-    """The batches of the loader. Raises RuntimeError, by torch's handler of SIGCHLD, if a loader process dies."""
-    # Signals are held back, here and in the loader processes that this starts, until the latter are ready for them.
+    """Yield the loader's batches. Raises RuntimeError, usually in torch's SIGCHLD handler, if a loader process dies."""
+    # Block signals here and in the new loader processes, which unblock them when their handlers are in place.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.signals)
     try:
         iterator = iter(loader)
@@ -103,11 +103,11 @@ def iterate(loader: DataLoader) -> Iterator[tuple]:
     try:
         yield from iterator
     except (ConnectionError, EOFError) as error:
-        # It died while it was sending. The signal that names it is on its way, and its handler raises here.
+        # A loader process died while sending. SIGCHLD is on its way, and torch's handler raises here and names it.
         time.sleep(5)
         raise RuntimeError("DataLoader worker (pid unknown) has ended while it was sending a batch") from error
 
 
 def mapped(targets: Any, class_indices: Sequence[int] | None) -> Any:
-    """A batch's classes (B,) by the network's indices; as they are where these are None."""
+    """Map a batch's classes (B,) to the network's indices; None leaves them as they are."""
     return targets if class_indices is None else torch.tensor(class_indices)[targets]

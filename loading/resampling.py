@@ -1,7 +1,7 @@
-"""Resizing and shearing of 8-bit images faster than Pillow does it, with nearly the same pixels.
+"""Resize and shear 8-bit images faster than Pillow, with nearly the same pixels.
 
-Pillow transforms each pixel in double precision over 4 x 4 neighbours. torch resizes bytes by vector instructions, and
-a shear or a translation moves rows (or columns) as a whole, so that 4 neighbours are enough.
+Pillow transforms each pixel in double precision over 4 x 4 neighbours. torch resizes bytes with vector instructions.
+A shear or a translation moves whole rows (or columns), so that 4 neighbours are enough.
 """
 
 import random
@@ -15,20 +15,20 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import InterpolationMode
 
 RESIZED_BY_TORCH = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
-ROUNDING = 1e-3  # added before a grey value is cut to a whole one, which rounding in float32 may have missed
+ROUNDING = 1e-3  # added before truncation, because float32 rounding can leave a value just below an integer
 
 
 class RandomResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's random-resized crop, with its random draws."""
+    """timm's random-resized crop with the same random draws; torch resizes where it can."""
 
     def __call__(self, img: Image.Image) -> Image.Image:
         top, left, height, width = self.get_params(img, self.scale, self.ratio)
         mode = self.interpolation
         if isinstance(mode, tuple | list):
             mode = random.choice(mode)
-        if mode not in RESIZED_BY_TORCH or not (width and height):  # of an image of 1 px a crop may have none
+        if mode not in RESIZED_BY_TORCH or not (width and height):  # a crop of a tiny image can be empty
             return F.resized_crop(img, top, left, height, width, self.size, interpolation=mode)
-        if hasattr(img, "pixels"):  # (3, H, W), of `decode_for_training`
+        if hasattr(img, "pixels"):  # (3, H, W), from `decode_for_training`
             pixels = img.pixels[:, top : top + height, left : left + width].permute(1, 2, 0)
         else:
             pixels = torch.from_numpy(np.array(img.crop((left, top, left + width, top + height))))
@@ -42,19 +42,19 @@ def move_rows(pixels: np.ndarray, *, slope: float, shift: float, fill: Any, cubi
 
     Args:
         pixels: (H, W, 3), uint8.
-        fill: of what comes from outside of the image, of each channel.
-        cubic: interpolate between four neighbours (Keys's kernel with a = -1), or else linearly between two.
+        fill: value of each channel for pixels from outside the image.
+        cubic: interpolate between four neighbours (Keys's kernel with a = -1) instead of linearly between two.
     """
-    # Each row moves by whole pixels, and by a part of one.
+    # Split each row's movement into whole pixels and a fraction.
     height, width, _ = pixels.shape
     moved = slope * (np.arange(height) + 0.5) + shift  # (H,), px
     whole = np.floor(moved)
     part = (moved - whole).astype(np.float32)[:, None]
-    whole = whole.clip(-width - 1, width).astype(np.int64)  # from there on nothing of the row is left
+    whole = whole.clip(-width - 1, width).astype(np.int64)  # beyond this, the row has left the image
     margin = int(np.abs(whole).max()) + 2
     padded = np.pad(pixels, ((0, 0), (margin, margin + 1), (0, 0)), mode="edge").reshape(height, -1)
 
-    # Of each row the pixels from x - 1 to x + 2 of every x, weighed by that part.
+    # For every x of a row, take the pixels x - 1 to x + 2 and weight them by the fraction.
     windows = np.lib.stride_tricks.sliding_window_view(padded, 3 * (width + 3), axis=1)
     taps = windows[np.arange(height), 3 * (whole + margin - 1)].astype(np.float32)
     before, left, right, after = (taps[:, 3 * i : 3 * (i + width)] for i in range(4))
@@ -66,7 +66,7 @@ def move_rows(pixels: np.ndarray, *, slope: float, shift: float, fill: Any, cubi
     else:
         found = left * (1 - part) + right * part
 
-    # Bytes again, and the fill where the source is outside of the image.
+    # Convert to bytes, and fill where the source is outside the image.
     found += ROUNDING
     moved_pixels = found.clip(0, 255, out=found).astype(np.uint8).reshape(height, width, 3)
     places = np.arange(width) + 0.5 + moved[:, None]
@@ -75,7 +75,7 @@ def move_rows(pixels: np.ndarray, *, slope: float, shift: float, fill: Any, cubi
 
 
 class _Movable:
-    """What timm's affine operations see of an image: its size and `transform`."""
+    """The part of an image that timm's affine operations use: its size and `transform`."""
 
     def __init__(self, image: Image.Image):
         self.image = image

@@ -1,4 +1,4 @@
-"""Data sets that can only be read from their beginning, by timm's readers, and their batches."""
+"""Data sets that timm's readers can only read from the beginning, and their batches."""
 
 import importlib.util
 import re
@@ -22,7 +22,7 @@ from loading.transforms import Transform
 from loading.views import finished
 from records.files import first_line
 
-# The prefixes of timm's data set names, with the package that each needs.
+# Prefixes of timm's data set names, and the package that each prefix needs.
 TIMM_PACKAGES = {
     "hfds": "datasets",
     "hfids": "datasets",
@@ -30,28 +30,28 @@ TIMM_PACKAGES = {
     "wds": "webdataset",
     "torch": "",
 }
-EVAL_SPLITS = ("validation", "val", "test")  # by the first name that a data set of timm's has
+EVAL_SPLITS = ("validation", "val", "test")  # the first that exists is used
 
 
 @dataclass(frozen=True)
 class TimmSource:
-    """One split of a data set of timm's, and how it is opened."""
+    """One split of a timm data set, and how to open it."""
 
-    name: str  # as `create_dataset` of timm knows it
-    root: Path | None  # its folder; None where the name is enough
+    name: str  # for timm's `create_dataset`
+    root: Path | None  # the data set's folder; None if the name is enough
     train: bool
-    split: str | None = None  # timm's name of it; None takes "train", or the first of `EVAL_SPLITS` that there is
+    split: str | None = None  # timm's name of the split; None takes "train" or the first existing of `EVAL_SPLITS`
 
     @property
     def prefix(self) -> str:
         return self.name.partition("/")[0].lower()
 
     def importable(self):
-        """The block in which the data set may be opened and read."""
+        """Return the context in which the data set can be opened and read."""
         return hugging_face() if self.prefix in ("hfds", "hfids") else nullcontext()
 
     def open(self, *, download: bool = False, **options: Any) -> Any:
-        """timm's data set; `options` are those of `create_dataset`. Raises ValueError, also for a missing package."""
+        """Open the data set with `options` for `create_dataset`. Raises ValueError, also if a package is missing."""
         package = TIMM_PACKAGES[self.prefix]
         if package not in ("", "datasets") and importlib.util.find_spec(package) is None:
             raise ValueError(f"--data_set {self.name} needs the package {package}: pip install {package}")
@@ -64,10 +64,10 @@ class TimmSource:
                         root=None if self.root is None else str(self.root),
                         split=split,
                         is_training=self.train,
-                        download=download and self.prefix != "hfids",  # which would store what is to be streamed
+                        download=download and self.prefix != "hfids",  # hfids would store what it should stream
                         **options,
                     )
-            except Exception as error:  # the libraries raise anything, for a wrong name as for a missing network
+            except Exception as error:  # the libraries raise many kinds, such as for a wrong name or no network
                 if split == splits[-1] or not re.search("split|length is unknown", str(error), re.IGNORECASE):
                     raise ValueError(f"cannot open --data_set {self.name}: {first_line(error)}") from error
 
@@ -78,10 +78,10 @@ def timm_classes(source: Any) -> tuple[str, ...] | None:
 
 
 class StreamDataset:
-    """A data set of timm's that can only be read from its beginning: wds/, tfds/ and hfids/.
+    """A timm data set that can only be read from the beginning: wds/, tfds/ and hfids/.
 
-    It has no index: there are no file names, and training cannot be resumed in the middle of an epoch. `classes` and
-    `transform` are as those of `datasets.ImageDataset`.
+    It has no index, so there are no file names, and training cannot be resumed in the middle of an epoch. `classes` and
+    `transform` are the same as in `datasets.ImageDataset`.
     """
 
     def __init__(self, source: TimmSource, transform: Transform, *, download: bool = False):
@@ -91,12 +91,12 @@ class StreamDataset:
         self._length = int(images.reader.num_samples)
 
     def __len__(self) -> int:
-        """The number of images that the data set's description promises; 0 where it does not say."""
+        """Number of images according to the data set's description; 0 if the description does not say."""
         return self._length
 
     def open(self, loading: Loading) -> IterableDataset:
-        """timm's stream of this rank's images, to be `read`; for training each loader process has whole batches."""
-        # Only tfds needs to be told the mode, to give images at all; elsewhere `to_rgb` knows better.
+        """Open timm's stream of one rank's images for `read`. In training, each loader process gets whole batches."""
+        # tfds returns images only if it is given a mode. For the others, `to_rgb` converts better than timm.
         mode = "RGB" if self.source.prefix == "tfds" else ""
         images = self.source.open(batch_size=loading.batch_size, seed=loading.seed, input_img_mode=mode)
         images.reader.dist_rank, images.reader.dist_num_replicas = loading.rank, loading.world_size
@@ -104,10 +104,10 @@ class StreamDataset:
         return images
 
     def read(self, images: IterableDataset) -> Iterator[tuple[Image.Image, int]]:
-        """The RGB images and classes of an open stream."""
+        """Yield the RGB images and classes of an open stream."""
         iterator = iter(images)
         while True:
-            with self.source.importable():  # not around the loop: it must not hold while the consumer works
+            with self.source.importable():  # inside the loop: it must not be active while the caller works
                 try:
                     image, target = next(iterator)
                 except StopIteration:
@@ -118,7 +118,7 @@ class StreamDataset:
 
 @dataclass(eq=False)
 class _TrainStream(IterableDataset):
-    """One rank's and epoch's training samples of a stream; all randomness is a function of `key` and the position."""
+    """One rank's training samples of an epoch; `key`, loader process and position fix a sample's random numbers."""
 
     dataset: StreamDataset
     images: IterableDataset
@@ -137,10 +137,10 @@ class _TrainStream(IterableDataset):
 
 @dataclass(eq=False)
 class _EvalStream(IterableDataset):
-    """One rank's part of a validation stream; its last sample is a note of how many images all ranks' parts had.
+    """One rank's share of a validation stream. The last sample is a note with the number of images over all ranks.
 
-    Every rank reads the whole stream and keeps each `world_size`-th image. The readers' own split over ranks repeats
-    images or leaves some out.
+    Every rank reads the whole stream and keeps every `world_size`-th image, because the readers' own split over ranks
+    repeats some images or leaves some out.
     """
 
     dataset: StreamDataset
@@ -160,9 +160,9 @@ class _EvalStream(IterableDataset):
 
 
 class StreamTrainLoader:
-    """As `TrainLoader`, from a stream. Its order is a function of (seed, epoch), of rank, ranks and loader processes.
+    """`TrainLoader` for a stream. Its order depends on (seed, epoch), rank, and number of ranks and loader processes.
 
-    timm reads ahead of us: it logs and leaves out what is broken in wds/, without a count, and other streams stop.
+    timm's readers handle broken images: wds/ logs and skips them without a count, and other streams stop.
     """
 
     resumable = False
@@ -170,11 +170,11 @@ class StreamTrainLoader:
     def __init__(self, dataset: StreamDataset, loading: Loading):
         self.broken: set[int] = set()
         self._dataset, self._loading, self._epoch = dataset, loading, 0
-        # Batches that the next iteration gives: those of a whole epoch, the same on all ranks.
+        # Number of batches in the next iteration, which is always a whole epoch; the same on all ranks.
         self.remaining_batches = len(dataset.open(loading)) // loading.batch_size
 
     def set_epoch(self, epoch: int, start_sample: int = 0) -> None:
-        """Choose the epoch. Raises ValueError if it is to begin elsewhere than at its start."""
+        """Choose the epoch. Raises ValueError if `start_sample` is not 0."""
         if start_sample:
             stream = f"--data_set {self._dataset.name} is a stream and cannot be resumed in the middle of an epoch"
             raise ValueError(f"{stream}: resume from a checkpoint of an epoch's end")
@@ -184,8 +184,8 @@ class StreamTrainLoader:
         return self.remaining_batches
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Raises ValueError if the stream ends before the epoch."""
-        # A new reader for each epoch, because readers carry the state of their shuffling from one to the next.
+        """Raises ValueError if the stream ends before the epoch does."""
+        # Each epoch gets a new reader, because readers carry their shuffling state from one epoch to the next.
         loading = self._loading
         words = np.random.SeedSequence((loading.seed, self._epoch)).generate_state(2, np.uint32).tolist()
         images = self._dataset.open(replace(loading, seed=words[0] >> 1))
@@ -202,11 +202,11 @@ class StreamTrainLoader:
 
 
 class StreamEvalLoader:
-    """As `EvalLoader`, from a stream. Indices are unique over all ranks, but tell nothing else.
+    """`EvalLoader` for a stream. Indices are unique over all ranks, but have no other meaning.
 
     Attributes:
-        broken: an index for each image that is missing from the stream, the same on all ranks: which they are is not
-            known, since timm leaves them out (and logs them) before we see them.
+        broken: one index per image missing from the stream, the same on all ranks. The indices only count: it is not
+            known which images they are, because timm's reader logs and skips them.
     """
 
     def __init__(self, dataset: StreamDataset, loading: Loading):
@@ -214,13 +214,13 @@ class StreamEvalLoader:
         self._dataset, self._loading = dataset, loading
 
     def __len__(self) -> int:
-        """Batches, if the data set's description is right and each loader process has as many images."""
+        """Number of batches, if the description is right and all loader processes get equally many images."""
         return -(-len(self._dataset) // (self._loading.batch_size * self._loading.world_size))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Raises ValueError at the end if there were less images than the description says, unless that may be."""
+        """Raises ValueError at the end if there were too few images, unless `loading.skip_broken` is set."""
         loading = self._loading
-        images = self._dataset.open(replace(loading, seed=0, rank=0, world_size=1))  # each rank reads all
+        images = self._dataset.open(replace(loading, seed=0, rank=0, world_size=1))  # each rank reads all images
         samples = _EvalStream(self._dataset, images, loading.rank, loading.world_size)
         count = 0
         for images, targets, indices, notes in iterate(make_loader(samples, loading, batch_size=loading.batch_size)):

@@ -1,4 +1,4 @@
-"""Transforms of a training and of a validation image."""
+"""Transforms of training and validation images."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -27,26 +27,26 @@ from records.files import first_line
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
-NATIVE_SIZE = 32  # px; up to here the images of CIFAR and FMNIST are not resized
-MAX_ASPECT = 4  # of an image to be resized for evaluation
+NATIVE_SIZE = 32  # px; up to this input size, images of CIFAR and FMNIST are not resized
+MAX_ASPECT = 4  # largest ratio of the sides of an image to be resized for evaluation
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
 
 
 def mean_and_std(imagenet: bool) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """What images are normalized with, (mean, std) of each channel in [0, 1]: ImageNet's, or else 0.5 for all."""
+    """Return (mean, std) to normalize images with, per channel of pixels in [0, 1]: ImageNet's, or else 0.5 for all."""
     if imagenet:
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 
 
 def keeps_native_size(data_set: str, input_size: int) -> bool:
-    """Whether images are so small that they are padded and cropped instead of resized: `Preprocessing.native`."""
+    """Return whether images are small enough to be padded and cropped instead of resized: `Preprocessing.native`."""
     return data_set in ("CIFAR", "FMNIST") and input_size <= NATIVE_SIZE
 
 
 def default_crop_pct(input_size: int) -> float:
-    """The part of the resized shorter side that is kept: 0.875 below 384 px and 1 from there on."""
+    """Return the share of the resized shorter side to keep: 0.875 below 384 px, and 1 from there on."""
     return 0.875 if input_size < 384 else 1.0
 
 
@@ -54,19 +54,19 @@ def default_crop_pct(input_size: int) -> float:
 class Preprocessing:
     """How images become a network's input, float32, (3, input_size, input_size).
 
-    For evaluation, the shorter side is resized to int(input_size / crop_pct) and the centre cropped.
+    For evaluation, the shorter side is resized to int(input_size / crop_pct) and the centre is cropped.
 
     Raises:
-        ValueError: crop_pct is out of range, or given with `native`, or interpolation or crop_mode are unknown.
+        ValueError: crop_pct is out of range or given with `native`, or interpolation or crop_mode is unknown.
     """
 
     input_size: int  # px
-    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN  # of each channel of pixels in [0, 1], subtracted
-    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD  # likewise, divided by
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN  # subtracted from each channel of pixels in [0, 1]
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD  # then divides each channel
     crop_pct: float | None = None  # in (0, 1]; None becomes `default_crop_pct`, but stays None for native images
-    interpolation: str = "bicubic"  # of evaluation's resizing, by timm's name
-    crop_mode: str = "center"  # timm's; "squash" resizes both sides, "border" the longer one and fills the rest
-    native: bool = False  # not resized: evaluation crops or pads images, training crops from 4 px of padding
+    interpolation: str = "bicubic"  # timm's name, for resizing in evaluation
+    crop_mode: str = "center"  # timm's; "squash" resizes both sides, "border" resizes the longer one and pads
+    native: bool = False  # no resizing: evaluation crops or pads images, training pads by 4 px and crops
     exif_transpose: bool = False  # turn images upright by their EXIF orientation first
 
     def __post_init__(self):
@@ -82,7 +82,7 @@ class Preprocessing:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """As timm's, for 0 bits too: its policies come to that at their largest magnitude, and newer Pillow refuses it."""
+    """timm's posterize, also for 0 bits, which some of timm's policies ask for and newer Pillow refuses."""
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep else Image.new(image.mode, image.size)
 
 
@@ -91,7 +91,7 @@ MOVES = tuple(getattr(auto_augment, name) for name in AXES)
 
 
 def _mend(policy: Any) -> None:
-    """Put `_posterize`, `move` and a filter that Pillow can rotate with into a policy of timm's, in place."""
+    """Change a timm policy in place to use `_posterize`, `move` and a filter with which Pillow can rotate."""
     for op in getattr(policy, "ops", None) or chain.from_iterable(policy.policy):
         if op.kwargs.get("resample") == Image.Resampling.LANCZOS:
             op.kwargs["resample"] = Image.Resampling.BICUBIC
@@ -115,25 +115,25 @@ def build_train_transform(
     hflip: float = 0.5,
     vflip: float = 0.0,
 ) -> TrainTransform:
-    """From an RGB image to a random view of it, float32, (3, input_size, input_size), as timm's `create_transform`.
+    """Build timm's training transform, from an RGB image to a random view: float32, (3, input_size, input_size).
 
     Args:
-        preprocessing: of which crop_pct, interpolation and crop_mode do not count.
-        color_jitter: strength; timm leaves it out where `aa` is on, unless that is a "3a" policy.
-        aa: timm's auto-augment policy; None, "" and "none" are off.
-        interpolation: "random" (bilinear or bicubic), or one of Pillow's by name.
-        reprob, remode, recount: random erasing: probability, what fills the area, the largest number of areas.
-        scale, ratio: range of the random-resized crop's share of the area, and of its width / height.
-        hflip, vflip: probability of a flip to the other side, and upside down.
+        preprocessing: its crop_pct, interpolation and crop_mode are not used.
+        color_jitter: strength; timm skips it if `aa` is on, unless `aa` is a "3a" policy.
+        aa: timm's auto-augment policy; None, "" and "none" turn it off.
+        interpolation: "random" (bilinear or bicubic), or the name of one of Pillow's filters.
+        reprob, remode, recount: probability, fill mode and largest number of areas of random erasing.
+        scale, ratio: ranges of the random-resized crop's share of the image area, and of its width / height.
+        hflip, vflip: probabilities of a horizontal and of a vertical flip.
 
     Raises:
-        ValueError: timm does not know the policy, the interpolation or the mode.
+        ValueError: timm does not know the policy, the interpolation or the fill mode.
     """
-    # timm's own transform, whose errors are of many kinds.
+    # Build timm's own transform, which raises errors of many kinds.
     policy = None if aa in (None, "", "none") else aa
     try:
         unknown = [part for part in (policy or "").split("-")[1:] if not re.search(r"\d|^t", part)]
-        if unknown:  # timm passes over them
+        if unknown:  # timm ignores them
             raise ValueError(f"unknown section {unknown[0]}")
         first, second, last = create_transform(
             input_size=preprocessing.input_size,
@@ -153,7 +153,7 @@ def build_train_transform(
     except (AssertionError, KeyError, ValueError) as error:
         asked = f"--aa {aa} --train_interpolation {interpolation} --remode {remode}"
         raise ValueError(f"timm cannot augment by {asked}: {first_line(error)}") from error
-    # timm's steps: crop and flips, the policy, then tensors, which `TrainTransform` makes of whole batches.
+    # Keep timm's flips and policy, and replace its crop. `TrainTransform` makes tensors of whole batches instead.
     steps = [*first.transforms, *second.transforms]
     for step in steps:
         if isinstance(step, auto_augment.RandAugment | auto_augment.AutoAugment | auto_augment.AugMixAugment):
@@ -169,10 +169,10 @@ def build_train_transform(
 
 
 def _limit_aspect(image: Image.Image) -> Image.Image:
-    """Crop the middle of an image that is more than `MAX_ASPECT` times as long as wide.
+    """Crop the middle of an image whose longer side is more than `MAX_ASPECT` times the shorter one.
 
-    The centre crop that follows sees less than that, and to resize the shorter side of 20,000 x 1 px to 256 px would
-    take 4 GB.
+    The centre crop that follows uses less than that, and resizing an image of 20,000 x 1 px to a shorter side of 256 px
+    would take 4 GB.
     """
     limit = MAX_ASPECT * min(image.size)
     if max(image.size) <= limit:
@@ -183,7 +183,7 @@ def _limit_aspect(image: Image.Image) -> Image.Image:
 
 
 def build_eval_transform(preprocessing: Preprocessing) -> Transform:
-    """From an RGB image to its middle, float32, (3, input_size, input_size), as timm's validate.py makes it."""
+    """Build the transform from an RGB image to float32, (3, input_size, input_size), as in timm's validate.py."""
     size, mean, std = preprocessing.input_size, preprocessing.mean, preprocessing.std
     first = [upright] if preprocessing.exif_transpose else []
     if preprocessing.native:

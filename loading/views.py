@@ -1,7 +1,7 @@
-"""Random views of training images in two halves: bytes in a loader process, floats in the process that trains.
+"""Random views of training images, made in two halves: bytes in a loader process, floats in the training process.
 
 Loader processes send uint8, a quarter of the memory of float32; a whole batch is normalized and erased on the device.
-All random numbers are drawn in the first half, so the second is a function of what it is given.
+All random numbers are drawn in the first half, so the second half is deterministic.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from timm.data.random_erasing import RandomErasing
 
-SINGLE_THREADED = 32_767  # the most values that an elementwise operation of torch handles in one thread
+SINGLE_THREADED = 32_767  # largest number of values for which torch's elementwise operations use one thread
 
 
 class Views(NamedTuple):
@@ -21,17 +21,17 @@ class Views(NamedTuple):
 
     pixels: torch.Tensor  # uint8, (B, H, W, 3)
     areas: list[tuple[int, int, int, int, int, int]]  # to erase: (image, top, left, height, width, number of values)
-    values: torch.Tensor  # float32, what fills the areas in turn: (3, height, width) or (3, 1, 1) each, flattened
+    values: torch.Tensor  # float32, fill of one area after another: (3, height, width) or (3, 1, 1), flattened
 
 
 def stack_views(pixels: torch.Tensor, views: Sequence[Views]) -> Views:
-    """The views of single images as those of a batch, whose pixels are stacked already."""
+    """Combine the views of single images, whose pixels are already stacked, into the views of a batch."""
     areas = [(number, *area[1:]) for number, view in enumerate(views) for area in view.areas]
     return Views(pixels, areas, torch.cat([view.values for view in views]))
 
 
 class _Areas(list):
-    """Takes the place of an image (3, H, W) in timm's random erasing, and notes what would be written where."""
+    """Stand-in for an image (3, H, W) in timm's random erasing, which records the values and where they would go."""
 
     dtype = torch.float32
 
@@ -49,17 +49,17 @@ class _Areas(list):
 
 @cache
 def _row(channels: tuple[float, ...], width: int, device: torch.device) -> torch.Tensor:
-    """A value of each channel for each pixel of a row, (W * 3,)."""
+    """Repeat the channels' values for each pixel of a row, (W * 3,)."""
     return torch.tensor(channels, device=device).repeat(width)
 
 
 class TrainTransform:
-    """From an RGB image to a random view of it, float32, (3, H, W), normalized, with areas of it erased.
+    """Turn an RGB image into a random view, float32, (3, H, W), which is normalized and has areas erased.
 
     Args:
-        transforms: from an image to an image of the final size.
-        erase: timm's random erasing; None is none.
-        mean, std: of each channel, in [0, 1].
+        transforms: functions from image to image; the last one returns the final size.
+        erase: timm's random erasing, or None.
+        mean, std: per channel of pixels in [0, 1].
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class TrainTransform:
         self.mean, self.std = tuple(mean), tuple(std)
 
     def view(self, image: Image.Image) -> Views:
-        """The first half, of one image; all random numbers are drawn here."""
+        """Make the first half, of one image; all random numbers are drawn here."""
         for transform in self.transforms:
             image = transform(image)
 
-        # timm's random erasing writes into `_Areas`, which note what it would write where.
+        # Let timm's random erasing write into `_Areas` instead of the pixels.
         pixels = torch.from_numpy(np.array(image))
         areas = _Areas(*pixels.shape[:2])
         if self.erase is not None:
@@ -89,14 +89,14 @@ class TrainTransform:
         return Views(pixels[None], noted, torch.cat(values) if values else torch.empty(0))
 
     def finish(self, views: Views, device: torch.device) -> torch.Tensor:
-        """The second half, of a batch: images (B, 3, H, W), float32, on the device, in memory (B, H, W, 3)."""
+        """Make the second half, of a batch: images (B, 3, H, W), float32, on the device, in memory (B, H, W, 3)."""
         pixels, values = views.pixels.to(device, non_blocking=True), views.values.to(device, non_blocking=True)
         width = pixels.shape[2]
         mean, std = _row(self.mean, width, device), _row(self.std, width, device)
         images = torch.empty(pixels.shape, device=device)  # (B, H, W, 3)
 
-        # Normalize. On a CPU by a few rows: they stay in its cache, and torch starts no threads, which would wait for
-        # each other while loader processes have the cores.
+        # Normalize. On a CPU, a few rows at a time: they stay in its cache, and torch starts no threads, which would
+        # wait for each other while loader processes occupy the cores.
         limit = SINGLE_THREADED if device.type == "cpu" else images.numel()
         flat = (tensor.view(-1, 3 * width).split(max(1, limit // (3 * width))) for tensor in (images, pixels))
         for floats, whole in zip(*flat, strict=True):
@@ -117,9 +117,9 @@ class TrainTransform:
 
 
 def finished(batches: Iterator[tuple[Any, Any]], transform: Any, device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """Batches (images, targets) whose views are finished on the device; of other transforms as they are.
+    """Finish the views of batches (images, targets) on the device; batches of other transforms stay as they are.
 
-    A GPU copies, normalizes and erases the next batch in a stream of its own while the network computes with this one.
+    A GPU copies, normalizes and erases the next batch in a separate stream while the network computes with this one.
     """
     if not hasattr(transform, "finish"):
         yield from batches
@@ -133,8 +133,8 @@ def finished(batches: Iterator[tuple[Any, Any]], transform: Any, device: torch.d
         batch = next(done, None)
     while batch is not None:
         main = torch.cuda.current_stream(device)
-        main.wait_stream(side)  # for this batch alone: the next one is not begun yet
-        batch[0].record_stream(main)  # or its memory would be used again in the other stream
+        main.wait_stream(side)  # for this batch only: the next one has not begun yet
+        batch[0].record_stream(main)  # or the other stream could reuse its memory too early
         with torch.cuda.stream(side):
             following = next(done, None)
         yield batch
