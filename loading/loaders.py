@@ -8,6 +8,7 @@ first n samples are the same set for any number of ranks.
 import logging
 import random
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from loading.views import finished
 
 logger = logging.getLogger(__name__)
 
-MAX_TRIES = 100  # training images drawn at random to replace a broken one
+MAX_TRIES = 100  # different training images to try for one place in a batch
 
 
 class _TrainSamples(Dataset):
@@ -40,7 +41,7 @@ class _TrainSamples(Dataset):
     def _sample(self, epoch: int, index: int) -> Sample:
         seed_all(self.seed, epoch, index)
         notes = []
-        for candidate in self._candidates(index):
+        for candidate in islice(self._candidates(index), MAX_TRIES):
             try:
                 image, target = self.dataset.load(candidate)
             except BrokenImageError as error:

@@ -44,7 +44,9 @@ class _Areas(list):
 
     def __setitem__(self, place: tuple[slice, slice, slice], values: torch.Tensor) -> None:
         _, rows, columns = place
-        self.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start, values))
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        if height and width:  # timm rounds the sizes of many small areas, some of them to 0
+            self.append((rows.start, columns.start, height, width, values))
 
 
 @cache

@@ -448,6 +448,25 @@ def test_one_readable_image_is_enough_and_none_is_an_error(folder):
             list(train_loader(dataset, num_workers=num_workers))
 
 
+def test_as_many_images_are_tried_as_the_error_says():
+    class Broken(datasets.ImageDataset):
+        classes, transform, tried = ("a",), staticmethod(to_tensor), []
+
+        def __len__(self):
+            return 500
+
+        def describe(self, index):
+            return str(index)
+
+        def load(self, index):
+            self.tried.append(index)
+            raise BrokenImageError("gone")
+
+    with pytest.raises(ValueError, match="^no readable training image in 100 tries"):
+        list(loaders.build_train_loader(Broken(), Loading(1)))
+    assert len(Broken.tried) == len(set(Broken.tried)) == 100
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_broken_validation_images(folder, num_workers):
     for name in ("a0", "a1", "b1"):
