@@ -1,4 +1,4 @@
-"""Data sets: what each is, opening one by its name, its classes, and ImageNet-ReaL's labels of it."""
+"""Image data sets: opening them by name, matching their classes with a network's, and ImageNet-ReaL's labels."""
 
 import gzip
 import json
@@ -35,9 +35,9 @@ from loading.transforms import Transform
 from loading.views import TrainTransform
 from records.files import first_line
 
-logger = logging.getLogger("data_sets")  # Hugging Face's package sets the level of the one that has its name
+logger = logging.getLogger("data_sets")  # Hugging Face's package sets the level of the logger "datasets"
 
-# What the folders of the two splits are called, in lower case.
+# Common names for the folders of the two splits, in lower case.
 TRAIN_FOLDERS = ("train", "training", "train_images", "trainset")
 VAL_FOLDERS = ("val", "validation", "valid", "test", "testing", "eval", "dev", "val_images", "valset", "testset")
 
@@ -45,9 +45,9 @@ STREAMS = ("hfids", "tfds", "wds")
 
 
 class ImageDataset(Dataset, ABC):
-    """Images with a class each; an item is (transformed image, class)."""
+    """Images with one class each; an item is (transformed image, class)."""
 
-    classes: tuple[str, ...] | None  # names by class index; None where the data set does not say
+    classes: tuple[str, ...] | None  # class names by index; None if the data set does not record them
     transform: Transform  # from an RGB image to (3, H, W)
 
     @abstractmethod
@@ -55,14 +55,14 @@ class ImageDataset(Dataset, ABC):
 
     @abstractmethod
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """The RGB image and its class, without the transform. Raises BrokenImageError."""
+        """Return the RGB image and its class, before the transform. Raises BrokenImageError."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """Name the image in a message."""
+        """Return a name for the image, for messages."""
 
     def apply(self, image: Image.Image, target: Any) -> tuple[torch.Tensor, Any]:
-        """The transform of an image and its target; a class is not changed by it."""
+        """Transform an image and its target. A class is returned unchanged."""
         return self.transform(image), target
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
@@ -70,10 +70,10 @@ class ImageDataset(Dataset, ABC):
 
 
 class FolderDataset(ImageDataset):
-    """A folder of class folders of image files; the classes are the folders' names in sorted order.
+    """A folder with one subfolder of image files per class; the classes are the subfolders' names in sorted order.
 
-    Files that are no images by their extension are left out, and names that begin with a dot; one line of log says how
-    many. Files are only opened when they are loaded.
+    Hidden files, leftovers of archives and file systems, and files without a known image extension are left out. The
+    log counts them, except files that are clearly not images. A file is opened only when its image is loaded.
 
     Raises:
         ValueError: the folder or a part of it is missing, unreadable or empty.
@@ -85,7 +85,7 @@ class FolderDataset(ImageDataset):
         real = Path(os.path.realpath(root))
         left_out, groups, prefix = LeftOut(), {}, len(os.path.join(root, ""))
 
-        # The images of each class folder. A link upwards would make a class of all classes.
+        # Find each class folder's images. A link to a parent folder would be a class with the images of all classes.
         try:
             above = {folder_identity(folder) for folder in (real, *real.parents)}
             for name in left_out.visible(os.listdir(root)):
@@ -100,7 +100,7 @@ class FolderDataset(ImageDataset):
             raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
         left_out.report(self.root)
 
-        # There must be classes, and each must have images.
+        # Check that there are classes, and that each class has images.
         if not groups:
             raise ValueError(f"{self.root} has no class folders: it must hold one folder of images for each class")
         empty = [name for name, paths in groups.items() if not paths]
@@ -109,8 +109,8 @@ class FolderDataset(ImageDataset):
 
         self.classes = tuple(groups)
         self.targets = np.repeat(np.arange(len(groups)), [len(paths) for paths in groups.values()])  # (N,)
-        # An array instead of a list: reading a Python object writes its reference count, and with that every loader
-        # process would come to own a copy of the list.
+        # An array instead of a list: reading a Python object updates its reference count, which would give every loader
+        # process its own copy of the list.
         self._paths = np.array([os.fsencode(path) for paths in groups.values() for path in paths])
 
     def __len__(self) -> int:
@@ -130,7 +130,7 @@ class FolderDataset(ImageDataset):
 
 
 class ArrayDataset(ImageDataset):
-    """Images held in memory: uint8, (N, H, W) or (N, H, W, 3), and their classes (N,). Messages call them `name`."""
+    """Images in memory, uint8, (N, H, W) or (N, H, W, 3), and their classes, (N,). Messages refer to them as `name`."""
 
     def __init__(
         self, images: np.ndarray, targets: Sequence[int], *, classes: Sequence[str], transform: Transform, name: str
@@ -149,9 +149,9 @@ class ArrayDataset(ImageDataset):
 
 
 def read_idx(path: str | os.PathLike) -> np.ndarray:
-    """Read an idx file of bytes (the format of MNIST), gzipped or plain, as uint8.
+    """Read an idx file of bytes (MNIST's format), gzipped or plain, as uint8.
 
-    Raises ValueError where it is none, or incomplete.
+    Raises ValueError if the file cannot be read, is incomplete, or is not an idx file of bytes.
     """
     try:
         content = Path(path).read_bytes()
@@ -170,7 +170,7 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
 
 
 def _fashion_mnist(root: Path, *, train: bool, transform: Transform, download: bool) -> ArrayDataset:
-    """Fashion-MNIST from a folder with its idx files, or from torchvision's root."""
+    """Open Fashion-MNIST from a folder with its idx files, or from torchvision's root."""
     split = "train" if train else "t10k"
     names = f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte"
     raw = root / "FashionMNIST" / "raw"
@@ -205,7 +205,7 @@ def _cifar100(root: Path, *, train: bool, transform: Transform, download: bool) 
 
 
 class TimmDataset(ImageDataset):
-    """A data set of timm's that can be read by index: hfds/ and torch/."""
+    """A timm data set that can be read by index: hfds/ and torch/."""
 
     def __init__(self, source: TimmSource, transform: Transform, *, download: bool = False):
         self.source, self.transform = source, transform
@@ -213,8 +213,8 @@ class TimmDataset(ImageDataset):
         self.classes = timm_classes(self._images)
 
     def __reduce__(self):
-        # Opened anew by a loader process that is not a fork: Hugging Face's objects cannot be unpickled there, because
-        # `datasets` is this file.
+        # A loader process that is not a fork opens the data set again. It cannot unpickle Hugging Face's objects,
+        # because `datasets` is this file there.
         return TimmDataset, (self.source, self.transform)
 
     def __len__(self) -> int:
@@ -228,7 +228,7 @@ class TimmDataset(ImageDataset):
             if not isinstance(self._images, TimmImageDataset):
                 image, target = self._images[index]
                 return to_rgb(image), int(target)
-            # Past timm's own __getitem__, which puts the next image in the place of one that it cannot read.
+            # Bypass timm's __getitem__, which replaces an image that it cannot read with the next one.
             file, target, *_ = self._images.reader[index]
             with file:
                 return decode_image(file), int(target)
@@ -251,23 +251,23 @@ def build_dataset(
             IMNET, image_folder: folders of images, `data_path/train/<class>/*` and `data_path/val/<class>/*`;
             CIFAR: CIFAR-100 as torchvision stores it;
             FMNIST: Fashion-MNIST, a folder with its four idx files, or torchvision's root;
-            hfds/NAME, hfids/NAME, tfds/NAME, wds/, torch/NAME: as timm's `create_dataset` knows them.
-        data_path: its folder. May be None where it is not read.
+            hfds/NAME, hfids/NAME, tfds/NAME, wds/, torch/NAME: timm's data sets, see its `create_dataset`.
+        data_path: the folder of the data set. May be None if no folder is read.
         transform: from an RGB image to (3, H, W).
-        eval_data_path: for the validation split, instead of data_path. For folders of images it is the folder of class
-            folders itself, and data_path may then be the one of the training split.
-        split: the name of its folder in data_path, or of timm's split. None is "train" and "val", and for timm's data
-            sets the first of `EVAL_SPLITS` that there is.
+        eval_data_path: the folder of the validation split, instead of data_path. For folders of images, it directly
+            holds the class folders, and data_path may then directly hold those of the training split.
+        split: the name of the split's folder in data_path, or timm's name for the split. None means "train" or "val";
+            for validation on timm's data sets, it means the first of `EVAL_SPLITS` that exists.
         download: let torchvision or timm download what is missing.
 
     Raises:
-        ValueError: unknown, missing, empty or damaged, or a package is not installed.
+        ValueError: the data set is unknown, missing, empty or damaged, or needs a package that is not installed.
     """
     path = data_path if train or eval_data_path is None else eval_data_path
     root = None if path is None else Path(path)
     prefix, slash, _ = data_set.partition("/")
 
-    # A name that is known, with the folder that it needs.
+    # Check that the name is known, and that the folder is given if it is needed.
     ours = ("IMNET", "image_folder", "CIFAR", "FMNIST")
     if data_set not in ours and not (slash and prefix.lower() in TIMM_PACKAGES):
         known = ", ".join([*ours, *(f"{name}/..." for name in TIMM_PACKAGES)])
@@ -275,7 +275,7 @@ def build_dataset(
     if root is None and (data_set in ours or prefix.lower() in ("wds", "torch")):
         raise ValueError(f"--data_set {data_set} needs --data_path, the folder that holds it")
 
-    # timm's, those of a file, and folders of images.
+    # Open timm's data sets, those held in memory, or folders of images.
     if data_set not in ours:
         kind = StreamDataset if prefix.lower() in STREAMS else TimmDataset
         return kind(TimmSource(data_set, root, train, split), transform, download=download)
@@ -292,7 +292,7 @@ def build_dataset(
 
 
 def _class_folders(root: Path, split: str | None, *, train: bool, own_path: bool) -> Path:
-    """The folder of class folders; `own_path` says that the validation split has a path of its own."""
+    """Find the folder of class folders; `own_path` says that the validation split has its own path."""
     if own_path and not train:
         if split is not None:
             raise ValueError(f"--eval_data_path names the folder of classes itself: leave out --val_split {split}")
@@ -300,7 +300,7 @@ def _class_folders(root: Path, split: str | None, *, train: bool, own_path: bool
     folder = root / (split or ("train" if train else "val"))
     if folder.is_dir() or not root.is_dir():
         return folder
-    # The published script takes the folder of training classes itself where validation has its own path.
+    # If validation has its own path, the published script takes --data_path itself as the folder of training classes.
     if own_path and split is None:
         return root
     flag, known = ("--train_split", TRAIN_FOLDERS) if train else ("--val_split", VAL_FOLDERS)
@@ -313,15 +313,15 @@ def _class_folders(root: Path, split: str | None, *, train: bool, own_path: bool
 def match_classes(
     dataset: ImageDataset | StreamDataset, names: Sequence[str] | None, *, of: str = "the network"
 ) -> tuple[int, ...] | None:
-    """For each class of a validation data set its index in `names`, the classes of the network or training data.
+    """Find the index of each validation class in `names`, the classes of the network or the training data.
 
-    So their order need not be the same, and some may be missing, which the log says. `of` is whose `names` they are.
+    The order of the classes may differ. The log reports missing classes. `of` says in messages whose `names` they are.
 
     Returns:
-        `class_indices` of `Loading`. None where the classes are the same, or one side does not say its own.
+        `class_indices` of `Loading`. None if the classes are the same, or if either side does not record its names.
 
     Raises:
-        ValueError: the data set has a class that is not among `names`, or is there twice.
+        ValueError: the data set has a class that is not among `names`, or appears in them twice.
     """
     if names is None or dataset.classes is None or tuple(names) == dataset.classes:
         return None
@@ -342,16 +342,16 @@ def match_classes(
 
 
 def load_real_labels(path: str | os.PathLike) -> dict[str, list[int]]:
-    """Read ImageNet-ReaL's labels (Beyer et al., arXiv 2006.07159): file name -> the classes that count as right.
+    """Read ImageNet-ReaL's labels (Beyer et al., arXiv 2006.07159): file name -> the classes that count as correct.
 
-    The file is `real.json` as published, a list of lists in the order of ILSVRC2012_val_00000001.JPEG and on, or a dict
-    by file name. An image may have no label at all. "timm" is the file that timm's package brings along.
+    The file is `real.json` as published, a list of label lists, the first for ILSVRC2012_val_00000001.JPEG, or a dict
+    of label lists by file name. An image may have no label. "timm" stands for the file in timm's package.
 
-    Raises ValueError where it is neither.
+    Raises ValueError if the file cannot be read or is neither.
     """
     file = resources.files("timm.data") / "_info" / "imagenet_real_labels.json" if path == "timm" else Path(path)
     try:
-        content = json.loads(file.read_bytes())  # in any UTF, with a byte-order mark or without
+        content = json.loads(file.read_bytes())  # UTF-8, 16 or 32, with or without a byte-order mark
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the ReaL labels {path}: {first_line(error)}") from error
     if isinstance(content, list):
@@ -366,11 +366,11 @@ def load_real_labels(path: str | os.PathLike) -> dict[str, list[int]]:
 def real_targets(
     real: Mapping[str, Sequence[int]], dataset: ImageDataset | StreamDataset, num_classes: int
 ) -> list[list[int]]:
-    """ReaL's labels by the index of the data set, matched by file name; [] for an image that has none.
+    """Return ReaL's labels by index in the data set, matched by file name; [] for an image without labels.
 
     Raises:
-        ValueError: the data set has no file names or two alike, one has no entry, or a label is none of the network's
-            `num_classes`.
+        ValueError: the data set has no file names, two images share a name, an image has no entry, or a label is not
+            one of the network's `num_classes`.
     """
     if not isinstance(dataset, FolderDataset):
         raise ValueError("--real_labels needs image files, it goes with --data_set IMNET or image_folder")

@@ -1,4 +1,4 @@
-"""Train, evaluate or deploy VanillaNet; the only place that sees all the arguments.
+"""Train, evaluate or deploy VanillaNet.
 
 python main.py @recipes/demo.args                                        # one process
 torchrun --nproc_per_node=8 main.py @recipes/vanillanet_6.args --data_path DIR
@@ -9,7 +9,7 @@ python main.py --switch_to_deploy NEW --finetune FILE --data_path DIR    # fuse,
 from options import Arguments, parse_args
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
+    ARGS = parse_args()  # report a wrong flag before the imports below, which take seconds
 
 import copy
 import functools
@@ -58,7 +58,7 @@ def build_train_transform(args: Arguments, preprocessing: Preprocessing) -> tran
 
 
 def build_dataset(args: Arguments, world: utils.World, *, train: bool, transform: transforms.Transform):
-    """One split. Rank 0 opens it first, since that may download it."""
+    """Open one split. Rank 0 goes first, because opening the data set may download it."""
     split = args.train_split if train else args.val_split
     for turn in (True, False):
         if world.is_main is turn:
@@ -76,11 +76,11 @@ def build_dataset(args: Arguments, world: utils.World, *, train: bool, transform
 def build_eval_loader(
     args: Arguments, dataset, world: utils.World, *, classes: Sequence[str] | None, num_classes: int, of: str
 ):
-    """The validation loader, and ReaL's labels by index if there are any.
+    """Return the validation loader, and the ReaL labels by index (None without --real_labels).
 
     Args:
-        classes: the `num_classes` of the network or the training data, with which `match_classes` compares the data's.
-        of: whose they are, for messages.
+        classes: names of the network's or training data's `num_classes` classes, to match with the data set's; or None.
+        of: the owner of `classes`, for messages.
     """
     classes = networks.known_classes(classes, num_classes, dataset.classes)
     indices = datasets.match_classes(dataset, classes, of=of)
@@ -96,7 +96,7 @@ def build_eval_loader(
 
 
 def class_count(args: Arguments, dataset) -> int:
-    """The number of classes, from the data; from --nb_classes for a stream that does not know its own."""
+    """Return the number of classes in the data, or --nb_classes for a stream that does not know its classes."""
     if dataset.classes is None:
         return args.nb_classes
     if args.nb_classes != len(dataset.classes):
@@ -105,7 +105,7 @@ def class_count(args: Arguments, dataset) -> int:
 
 
 def open_source(args: Arguments) -> networks.Network:
-    """The network of --finetune, or of --resume, with the classes that it was trained on."""
+    """Open the network of --finetune or --resume, with the classes it was trained on."""
     own = args.pick(*(flag for flag in ("act_num", "width_mult") if flag in args.typed))
     return networks.open(
         args.finetune or args.resume,
@@ -121,21 +121,21 @@ def open_source(args: Arguments) -> networks.Network:
 
 
 def settle(args: Arguments, network: networks.Network | None, *, train: bool = False) -> Preprocessing:
-    """How images are prepared: as the network's file records it, else as timm has it; a flag wins over both.
+    """Return how images are prepared: by flags, else by the network's file, else by timm's configuration of the model.
 
-    What the file decides goes into `args`, too, for the reports and the record of the run; the log says what a flag
-    overrides.
+    The settings that the file decides are written to `args` as well, for the reports and the record of the run. The log
+    names the recorded values that a flag overrides.
 
     Args:
-        network: that was opened; None for one of random weights, --model.
-        train: for the training of a network, whose data decide whether images are resized.
+        network: the opened network; None for --model with random weights.
+        train: prepare images for training, where without --resize the data decide whether images are resized.
     """
     recorded = network.record.preprocessing if network else {}
     flags = {"data_set": args.data_set}
     if networks.is_vanillanet(network.name if network else args.model):
-        flags["crop_pct"] = None  # the published script's crop follows from the size
+        flags["crop_pct"] = None  # the published script derives the crop from the size
 
-    # A flag counts against what a file records only if it is typed, and against a default from a recipe as well.
+    # A typed flag overrides what a file records and any default; a flag from a recipe overrides only a default.
     mean, std = transforms.mean_and_std(args.imagenet_default_mean_and_std)
     changes: dict[str, Any] = {}
     for flag, values in (
@@ -150,7 +150,7 @@ def settle(args: Arguments, network: networks.Network | None, *, train: bool = F
             if other := {name: recorded[name] for name in values if recorded.get(name, values[name]) != values[name]}:
                 logger.info("--%s %s instead of what %s records, %s", flag, getattr(args, flag), network.source, other)
 
-    # Images are resized as --resize says, or else as the network knows them; training decides that by its data.
+    # Without --resize, the network's preprocessing decides whether images are resized; in training, the data decide.
     preprocessing = network.preprocessing if network else networks.named_preprocessing(args.model)
     native = None if args.resize is None else not args.resize
     if train and native is None:
@@ -161,7 +161,7 @@ def settle(args: Arguments, network: networks.Network | None, *, train: bool = F
     arguments = network.record.arguments if recorded else flags
     preprocessing = networks.prepare(preprocessing, arguments, native=native, **changes)
 
-    # The run's own record says what was settled.
+    # The run's arguments record the settled values.
     args.input_size = preprocessing.input_size
     if network:
         args.model = network.name
@@ -173,7 +173,7 @@ def settle(args: Arguments, network: networks.Network | None, *, train: bool = F
 
 
 def build_model(args: Arguments, num_classes: int) -> nn.Module:
-    """The network on the CPU, initialized from the current seed."""
+    """Build the network on the CPU, initialized from the current seed."""
     own = args.pick(*(flag for flag in ("act_num", "width_mult") if flag in args.given))
     if not networks.is_vanillanet(args.model):
         for flag in own:
@@ -187,11 +187,11 @@ def build_model(args: Arguments, num_classes: int) -> nn.Module:
 def build_teacher(
     args: Arguments, preprocessing: Preprocessing, *, classes: Sequence[str] | None, num_classes: int
 ) -> nn.Module:
-    """The network to learn from, on the CPU in eval mode, for images as `preprocessing` gives them to the student.
+    """Open the teacher, on the CPU in eval mode, for images that `preprocessing` has prepared for the student.
 
-    It is a checkpoint's (--teacher FILE, or --teacher MODEL --teacher_weights FILE), or a model of timm's.
+    The teacher is a checkpoint (--teacher FILE, or --teacher MODEL --teacher_weights FILE) or a pretrained timm model.
     """
-    # A file, a name, or a name with a file.
+    # --teacher is a file, a name, or a name with a file.
     source, name = args.teacher, None
     if args.teacher_weights:
         if networks.is_file(args.teacher):
@@ -205,7 +205,7 @@ def build_teacher(
         flag="--teacher MODEL --teacher_weights FILE" if networks.is_file(source) else "--teacher",
         mend="add --teacher_weights",
     )
-    # Its logits must mean what the student's do.
+    # The teacher's logits must stand for the student's classes, in the same order.
     found = teacher.module.num_classes
     if found != num_classes:
         raise ValueError(f"--teacher {args.teacher} knows {found} classes, the data have {num_classes}")
@@ -232,12 +232,12 @@ def run_eval(
     *,
     confusion: int | None = None,
 ) -> EvalResult | None:
-    """Evaluate on all ranks, or with --dist_eval false on rank 0; the others then return None.
+    """Evaluate on all ranks, or with --dist_eval false on rank 0 only; the other ranks then return None.
 
     Args:
-        confusion: classes of the network, to count its confusion matrix as well.
+        confusion: the network's number of classes, to count the confusion matrix as well.
 
-    Raises `training.EvaluationStopped`, see `training.until_stopped`.
+    Raises `training.EvaluationStopped` as `training.until_stopped` does.
     """
     if not (args.dist_eval or world.is_main):
         return training.meet(world, stop)
@@ -252,11 +252,11 @@ def run_eval(
 
 
 def keep_results(args: Arguments, result: EvalResult, classes: Sequence[str]) -> None:
-    """What --results_file and --confusion ask for."""
+    """Write the files of --results_file and --confusion."""
     if args.results_file:
         scores.write_scores(args.results_file, result, classes)
     if args.confusion:
-        from pictures import confusion, style  # with matplotlib, which takes a second
+        from pictures import confusion, style  # here, because importing matplotlib takes a second
 
         style.save(confusion.confusion_figure(result.confusion.numpy(), classes), Path(args.confusion))
 
@@ -271,7 +271,7 @@ def report_eval(name: str, result: EvalResult, broken: int) -> None:
 
 
 def prepare_eval(args: Arguments, world: utils.World):
-    """What --eval and --switch_to_deploy share: the loader, ReaL labels, and the network, which is on the device."""
+    """Return what --eval and --switch_to_deploy share: the loader, the ReaL labels, and the network on the device."""
     network = open_source(args)
     if args.deploy and not getattr(network.module, "deploy", True):
         raise ValueError(f"--deploy true, but {network.source} is in training form: leave it out")
@@ -286,7 +286,7 @@ def prepare_eval(args: Arguments, world: utils.World):
 
 
 class _Deployed(nn.Module):
-    """A runtime where a network is expected."""
+    """Wraps a runtime as a module, for functions that expect a network."""
 
     def __init__(self, runtime: runtimes.Runtime):
         super().__init__()
@@ -297,7 +297,7 @@ class _Deployed(nn.Module):
 
 
 def calibrate(args: Arguments, world: utils.World, preprocessing: Preprocessing) -> runtimes.Calibration:
-    """Training images, evenly spread, as they are prepared for evaluation."""
+    """Return evenly spread training images, prepared as for evaluation."""
     dataset = build_dataset(args, world, train=True, transform=transforms.build_eval_transform(preprocessing))
     if isinstance(dataset, StreamDataset):
         raise ValueError(f"--data_set {args.data_set} is a stream, which cannot calibrate int8: use export.py")
@@ -306,7 +306,7 @@ def calibrate(args: Arguments, world: utils.World, preprocessing: Preprocessing)
 
 
 def open_exported(args: Arguments, world: utils.World, path: str):
-    """The loader, ReaL labels and runtime of an exported file, with the preprocessing that is written in it."""
+    """Return the loader, ReaL labels and runtime of an exported file, with the preprocessing that the file records."""
     runtime = runtimes.load(path, engine=args.engine, precision=args.precision, device=str(world.device))
     metadata = runtime.metadata
     for flag in ("model", "input_size", "crop_pct"):
@@ -320,7 +320,7 @@ def open_exported(args: Arguments, world: utils.World, path: str):
 
 
 def open_deployed(args: Arguments, world: utils.World, network: networks.Network) -> runtimes.Runtime:
-    """The network in --engine, fused and built here."""
+    """Fuse the network and build it for --engine."""
     return runtimes.load(
         deployed(network).module.cpu(),
         engine=args.engine,
@@ -332,12 +332,12 @@ def open_deployed(args: Arguments, world: utils.World, network: networks.Network
 
 
 def evaluate_checkpoint(args: Arguments, world: utils.World) -> None:
-    """Evaluate a network as it is or, with --engine, fused; or an exported file in its engine."""
-    # What would end the command is looked for before the network is opened, which takes time.
+    """Evaluate a network as it is, fused and built for --engine, or from an exported file."""
+    # Check that the results can be written before opening the network, which takes time.
     for wanted in filter(None, (args.results_file, args.confusion)):
         check_writable(wanted)
 
-    # The network: an exported file in its engine, one that is fused and built for --engine, or as it is.
+    # The network: an exported file in its engine, a network fused and built for --engine, or the network as it is.
     path, runtime = args.finetune or args.resume, None
     if args.engine and runtimes.of_file(path):
         loader, real, runtime = open_exported(args, world, path)
@@ -367,7 +367,7 @@ def evaluate_checkpoint(args: Arguments, world: utils.World) -> None:
 
 
 def other_forms(network: networks.Network) -> Iterator[tuple[str, nn.Module]]:
-    """The network with each of the other weights that its file holds, its average for instance."""
+    """Yield (key, network) for each of the other weights in the network's file, such as a moving average."""
     weights = network.weights
     for key in weights.checkpoint if weights and weights.key else ():
         named = key != weights.key and key.startswith(("model", "state_dict"))
@@ -379,8 +379,8 @@ def other_forms(network: networks.Network) -> Iterator[tuple[str, nn.Module]]:
 
 
 def deploy_checkpoint(args: Arguments, world: utils.World) -> None:
-    """Fuse, compare with the unfused network, write the file once, evaluate all forms side by side."""
-    # Fuse, compare on validation images, write.
+    """Fuse the network, compare both forms, write the fused one, and evaluate all forms side by side."""
+    # Fuse, compare on validation images, and write on rank 0.
     loader, real, network = prepare_eval(args, world)
     target = Path(args.switch_to_deploy)
     fused, difference = write_deployed(
@@ -394,7 +394,7 @@ def deploy_checkpoint(args: Arguments, world: utils.World) -> None:
         is_main=world.is_main,
     )
 
-    # Evaluate the fused network beside the unfused one, and beside the other weights of the file.
+    # Evaluate the fused network, the unfused one, and the other weights in the file.
     used = network.weights.key if network.weights else ""
     forms = {f"train form, {used}" if used else "train form": network.module}
     forms |= {f"train form, {key}": module for key, module in other_forms(network)}
@@ -405,7 +405,7 @@ def deploy_checkpoint(args: Arguments, world: utils.World) -> None:
     if not world.is_main:
         return
 
-    # Rank 0 measures the forms by turns, and prints all of it as one table.
+    # Rank 0 measures the speed of the forms in turns, and prints all results in one table.
     images = next(iter(loader))[0]
     rates = profiling.throughput(list(forms.values()), precision.images(images), autocast=precision.autocast)
     rows = [["", "layers", "params (M)", "MACs (G)", "top-1", *(["ReaL"] if real else []), "images/s"]]
@@ -432,9 +432,9 @@ class Data:
     """What a classifier is trained on.
 
     Attributes:
-        loader, validation: this rank's batches; no validation with --disable_eval.
-        real: ReaL's labels of the validation images by index, if there are any.
-        classes, num_classes: their names, None for a stream that does not know them, and how many there are.
+        loader, validation: this rank's training and validation batches; validation is None with --disable_eval.
+        real: ReaL labels of the validation images by index; None without --real_labels.
+        classes, num_classes: the names of the classes, None for a stream that does not know them, and their number.
         mixup: mixes a training batch; None mixes nothing.
     """
 
@@ -447,9 +447,9 @@ class Data:
 
 
 def build_mixup(args: Arguments, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix of a batch, (B, 3, H, W) and classes (B,), which makes its targets soft (B, classes).
+    """Build timm's mixup and cutmix for images (B, 3, H, W) and classes (B,), which become soft targets (B, classes).
 
-    Returns None if both are off. Raises ValueError for an odd batch size, since images are mixed in pairs.
+    Returns None if both are off. Raises ValueError for an odd batch size, because images are mixed in pairs.
     """
     if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
         return None
@@ -486,9 +486,9 @@ def open_data(args: Arguments, world: utils.World, preprocessing: Preprocessing)
 def open_network(
     args: Arguments, world: utils.World, data: Data, source: networks.Network | None
 ) -> tuple[nn.Module, float]:
-    """The network to train on its device, and lambda to begin with: that of `source`, of --finetune, else 0."""
-    # A new network, or that of --finetune with a classifier for these classes.
-    utils.seed_everything(args.seed)  # the same on all ranks, so that the initial weights are
+    """Return the network on its device, and its initial lambda: that of `source`, or 0 if new or by --restart_decay."""
+    # A new network, or the one of --finetune with a classifier for these classes.
+    utils.seed_everything(args.seed)  # the same on all ranks, so that they start from the same weights
     start_slope = 0.0
     if source:
         if getattr(source.module, "deploy", False):
@@ -498,7 +498,7 @@ def open_network(
     else:
         model = build_model(args, data.num_classes)
 
-    # Flags that the network decides about.
+    # Check the flags that depend on the network.
     asked, layers = args.layer_decay_num_layers, len(getattr(model, "stages", ()))
     if layers and asked != layers:
         args.moot("layer_decay_num_layers", f"--layer_decay_num_layers {asked}, but {args.model} has {layers}")
@@ -506,7 +506,7 @@ def open_network(
         ends = f"--epochs {args.epochs} ends before --decay_epochs {args.decay_epochs}"
         logger.warning(f"{ends}: lambda will not reach 1, so the network cannot be deployed")
 
-    # In its place; what is frozen must be so before the optimizer takes its parameters.
+    # Move the network to its device, and freeze parameters before the optimizer collects those to train.
     model = training.place(args, model, world.device)
     if args.freeze_stages is not None:
         freeze(model, args.freeze_stages)
@@ -514,7 +514,7 @@ def open_network(
 
 
 def open_objective(args: Arguments, world: utils.World, data: Data, preprocessing: Preprocessing) -> Classification:
-    """The loss of a batch, to which --teacher adds its part."""
+    """Build the loss of a batch, to which --teacher adds a distillation term."""
     precision = training.build_precision(args, world.device)
     distiller = None
     if args.teacher:
@@ -531,7 +531,7 @@ def open_objective(args: Arguments, world: utils.World, data: Data, preprocessin
 
 
 def open_schedule(args: Arguments, steps_per_epoch: int) -> Schedule:
-    """Half a cosine for learning rate and weight decay, after a warm-up of the former."""
+    """Build the schedule: warm-up and half a cosine for the learning rate, half a cosine for the weight decay."""
     total_steps = args.epochs * steps_per_epoch
     flag, warmup_steps = "warmup_steps", args.warmup_steps
     if warmup_steps <= 0:
@@ -547,15 +547,15 @@ def open_schedule(args: Arguments, steps_per_epoch: int) -> Schedule:
 
 
 def train(args: Arguments, world: utils.World) -> None:
-    """A run: data, network, state, and then epoch by epoch, as `training.fit` shows it."""
+    """Train a classifier: open the data and the network, build the state and the task, and call `training.fit`."""
     stop = utils.StopRequest()
 
-    # Data, prepared as the network wants them, and the network, which may begin with the weights of --finetune.
+    # The data, prepared for the network, and the network, which may start from the weights of --finetune.
     source = open_source(args) if args.finetune else None
     preprocessing = settle(args, source, train=True)
     data = open_data(args, world, preprocessing)
     model, start_slope = open_network(args, world, data, source)
-    del source  # with the tensors of its file
+    del source  # frees the tensors of its file
 
     # The loss, and the state that the run changes.
     objective = open_objective(args, world, data, preprocessing)
@@ -564,7 +564,7 @@ def train(args: Arguments, world: utils.World) -> None:
     if args.compile:
         model.compile()
 
-    # What of the loop is classification's own.
+    # The parts of the loop that only classification has.
     def slope(epoch: int) -> float:
         start = state.start_slope
         return activation_slope(epoch, decay_epochs=args.decay_epochs, linear=args.decay_linear, start=start)

@@ -1,4 +1,4 @@
-"""A network with what must travel with it, and the one door to it: a name, a hub's address, or a file of weights.
+"""A network with its preprocessing, classes and loss, opened from a model's name, a hub address or a file of weights.
 
 network = networks.open("outputs/demo/checkpoint-best.pth")
 network = networks.open("vanillanet_6=weights.safetensors")
@@ -35,13 +35,13 @@ from records.files import first_line
 
 logger = logging.getLogger(__name__)
 
-# Where the weights are in a checkpoint of ours, of the published code, of timm; the first that is there is taken.
+# Keys of the weights in our checkpoints, the published code's and timm's; the first key present is used.
 AVERAGE_FIRST = "model_ema|state_dict_ema|model|module|state_dict"
 NETWORK_FIRST = "model|module|state_dict|model_ema|state_dict_ema"
 SUFFIXES = (".pth", ".pt", ".tar", ".ckpt", ".bin", ".safetensors")
 HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
 CROSS_ENTROPY, BINARY_CROSS_ENTROPY = "cross_entropy", "binary_cross_entropy"  # as torch.nn.functional names them
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, of pixels in [0, 1]
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, for pixels in [0, 1]
 
 
 # -- what a file records
@@ -49,17 +49,17 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of e
 
 @dataclass(frozen=True)
 class Record:
-    """What a file says of its network beside the weights, as far as that is valid; None where it says nothing."""
+    """What a file records about its network besides the weights; None or empty where it records nothing valid."""
 
-    model: str | None = None  # the name in timm
-    classes: tuple[str, ...] | None = None  # the names of the logits in order
-    slope: float | None = None  # lambda that it was trained with
-    loss: str | None = None  # `cross_entropy` or `binary_cross_entropy`
+    model: str | None = None  # the model's name in timm
+    classes: tuple[str, ...] | None = None  # class names in the order of the logits
+    slope: float | None = None  # lambda of the saved network
+    loss: str | None = None  # the training loss, `cross_entropy` or `binary_cross_entropy`
     preprocessing: Mapping[str, Any] = field(default_factory=dict)  # fields of `Preprocessing`
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # the flags of the run that wrote it
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # the flags of the run that wrote the file
 
 
-# Each of these returns a valid value in the form that is used here, and else raises an error, see `read_record`.
+# Each check returns a valid value in the form used here, and raises an error for any other value; see `read_record`.
 
 
 def _ensure(value: Any, valid: bool) -> Any:
@@ -90,7 +90,7 @@ def _whole(value: Any, low: int = 0) -> int:
 
 
 def _size(value: Any) -> int:
-    return _whole(value[-1] if isinstance(value, list | tuple) and len(value) == 3 else value, 1)  # timm's: (3, H, W)
+    return _whole(value[-1] if isinstance(value, list | tuple) and len(value) == 3 else value, 1)  # timm: (3, H, W)
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    """A list of names, a dict of them by index, or one of indices by name, as torchvision's `class_to_idx`."""
+    """Class names from a list, a dict of names by index, or one of indices by name (torchvision's `class_to_idx`)."""
     if isinstance(value, Mapping):
         by_index = value if all(str(key).isdigit() for key in value) else {index: name for name, index in value.items()}
         by_index = {int(index): name for index, name in by_index.items()}
@@ -107,7 +107,7 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(map(str, _ensure(value, valid)))
 
 
-# What a file may record of `Preprocessing`, with the check of each field and its arguments.
+# Fields of `Preprocessing` that a file may record, each with its check and the arguments of the check.
 FIELDS = {
     "input_size": (_size,),
     "mean": (_channels, float("-inf")),
@@ -121,13 +121,13 @@ FIELDS = {
 
 
 def read_record(checkpoint: Mapping[str, Any], path: str | Path = "the checkpoint") -> Record:
-    """What a checkpoint records, taken with care, since it may be another program's; what is not valid is named in a
-    warning and passed over."""
+    """Read what a checkpoint records about its network. Another program may have written it, so invalid values are
+    skipped with a warning."""
     passed_over: dict[str, None] = {}
 
     def take(values: Mapping[str, Any], name: str, valid: Callable[..., Any], *limits: Any) -> Any:
         value = values.get(name)
-        if value is None or (isinstance(value, str) and not value):  # as timm's flags that were not given
+        if value is None or (isinstance(value, str) and not value):  # how timm records a flag that was not given
             return None
         try:
             return valid(value, *limits)
@@ -137,14 +137,14 @@ def read_record(checkpoint: Mapping[str, Any], path: str | Path = "the checkpoin
 
     arguments = take(checkpoint, "args", _mapping) or {}
     found: dict[str, Any] = {}
-    # A run of ours or of the published code says it by a flag, and has evaluated by a crop and filter of its own.
+    # Our runs and the published code's record the normalization as a flag and evaluate with their own crop and filter.
     if "imagenet_default_mean_and_std" in arguments:
         imagenet = take(arguments, "imagenet_default_mean_and_std", _instance, bool)
         found["mean"], found["std"] = transforms.mean_and_std(imagenet is not False)
         found |= {"interpolation": "bicubic", "crop_pct": None}
         size = take(arguments, "input_size", _size)
         found["native"] = size is not None and transforms.keeps_native_size(str(arguments.get("data_set")), size)
-    # Our own record and the flags of a run of ours say the same, as far as flags can say it.
+    # In our checkpoints, `preprocessing` and the flags agree, as far as there are flags for its fields.
     for values in (take(checkpoint, "preprocessing", _mapping) or {}, arguments):
         given = {name: take(values, name, *check) for name, check in FIELDS.items()}
         found |= {name: value for name, value in given.items() if value is not None}
@@ -154,12 +154,12 @@ def read_record(checkpoint: Mapping[str, Any], path: str | Path = "the checkpoin
     if loss is None and "bce_loss" in arguments:
         loss = BINARY_CROSS_ENTROPY if take(arguments, "bce_loss", _instance, bool) else CROSS_ENTROPY
     slope = take(checkpoint, "act_learn", _number, 0, 1)
-    if slope is None and "decay_epochs" in arguments:  # a published checkpoint, of which lambda follows from these
+    if slope is None and "decay_epochs" in arguments:  # a published checkpoint: lambda follows from the epoch
         epoch, ramp = take(checkpoint, "epoch", _whole), take(arguments, "decay_epochs", _whole)
         if epoch is not None and ramp is not None:
             slope = activation_slope(epoch, decay_epochs=ramp, linear=arguments.get("decay_linear", True) is not False)
     model = take(arguments, "model", _instance, str) or take(checkpoint, "arch", _instance, str)
-    if model and model.startswith(HUBS):  # an address ends in the model's name
+    if model and model.startswith(HUBS):  # timm's hub addresses end in the model's name
         model = model.rpartition("/")[2]
     record = Record(model, take(checkpoint, "classes", _names), slope, loss, found, arguments)
     if passed_over:
@@ -169,26 +169,26 @@ def read_record(checkpoint: Mapping[str, Any], path: str | Path = "the checkpoin
 
 @dataclass(frozen=True)
 class Weights:
-    """A file of weights: the tensors by name, and what the file says of them."""
+    """A file of weights: its tensors by name, and what it records about their network."""
 
     path: str
     tensors: Mapping[str, torch.Tensor]  # the state dict
-    key: str  # what they were under in the file; empty where the file is a state dict itself
+    key: str  # the tensors' key in the file; empty if the file itself is a state dict
     record: Record
-    checkpoint: Mapping[str, Any]  # all that the file holds
-    choice: str = ""  # a line for the user on which weights these are, where the file holds several
+    checkpoint: Mapping[str, Any]  # the whole content of the file
+    choice: str = ""  # tells the user which weights were taken, if the file holds several
 
 
 def read(path: str | Path, *, key: str | None = None, order: str = AVERAGE_FIRST, prefix: str = "") -> Weights:
-    """The weights in a file, onto the CPU; the log says which ones, where it holds several.
+    """Read the weights in a file onto the CPU. If the file holds several state dicts, the log says which one is taken.
 
     Args:
-        key: of the weights, `|` separates alternatives; None takes those of `order`, or the whole file.
-        order: likewise, for a key of None.
-        prefix: what the names are prefixed with; names without it are left out.
+        key: key of the weights; `|` separates alternatives. None tries the keys in `order`, then the whole file.
+        order: alternatives for a `key` of None, separated in the same way.
+        prefix: prefix to strip from the tensors' names; tensors without it are left out.
 
     Raises:
-        ValueError: it cannot be read, or does not hold them.
+        ValueError: the file cannot be read, or does not hold such weights.
     """
     checkpoint = load_checkpoint(path)
     tensors = checkpoint_weights(checkpoint, key=key or order, whole_file=key is None, prefix=prefix, path=path)
@@ -206,15 +206,15 @@ def read(path: str | Path, *, key: str | None = None, order: str = AVERAGE_FIRST
 
 @dataclass(frozen=True)
 class Network:
-    """A network with what must travel with it."""
+    """A network with its preprocessing, classes and loss."""
 
-    module: nn.Module  # images (N, 3, H, W) -> logits (N, classes); on the CPU in eval mode, as it was opened
-    name: str  # of the model in timm
-    preprocessing: Preprocessing  # how an image becomes its input
-    classes: tuple[str, ...] | None = None  # the names of the logits in order, None where they are not known
-    loss: str = CROSS_ENTROPY  # that it was trained with, or `binary_cross_entropy`
-    source: str = ""  # what it was opened from
-    weights: Weights | None = None  # of the file that it was opened from; None for a name or address
+    module: nn.Module  # images (N, 3, H, W) -> logits (N, classes); `open` leaves it on the CPU in eval mode
+    name: str  # the model's name in timm
+    preprocessing: Preprocessing  # how an image is turned into the network's input
+    classes: tuple[str, ...] | None = None  # class names in the order of the logits; None if they are unknown
+    loss: str = CROSS_ENTROPY  # the training loss, this or `binary_cross_entropy`
+    source: str = ""  # what the network was opened from
+    weights: Weights | None = None  # the file that the network was opened from; None for a name or an address
 
     @property
     def slope(self) -> float:
@@ -227,7 +227,7 @@ class Network:
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of its file; empty without one."""
+        """The SHA-256 of the file of weights; empty for a network without a file."""
         if self.weights is None:
             return ""
         with Path(self.weights.path).open("rb") as file:
@@ -235,30 +235,30 @@ class Network:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes in words, numbered where nothing is known of them."""
+        """Names of the classes for people; numbers where no names are known."""
         number = self.module.num_classes
         return class_labels(self.classes or _imagenet_names(number), number)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint of the network holds beside its weights and `args`, for `read_record`."""
+        """Preprocessing, loss and classes, as a checkpoint records them for `read_record`."""
         return describe(self.preprocessing, self.loss, self.classes)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return probabilities(logits, self.loss)
 
     def prepared(self, **changes: Any) -> "Network":
-        """The network for images that are prepared otherwise, see `prepare`."""
+        """Return the network with changes to its preprocessing, see `prepare`."""
         return replace(self, preprocessing=prepare(self.preprocessing, self.record.arguments, **changes))
 
     def for_classes(self, classes: Sequence[str] | int, *, keep: bool = False) -> "Network":
-        """The network with a classifier for these classes: its own, or a new one if it was trained on others.
+        """Return the network with a classifier for these classes: its own, or a new one if it was trained on others.
 
         Args:
-            classes: their names, or where these are not known their number.
-            keep: keep the classifier for as many other classes.
+            classes: the names of the classes, or their number if the names are unknown.
+            keep: keep the classifier even if the classes differ; their number must be the same.
 
         Raises:
-            ValueError: `keep` for another number of classes.
+            ValueError: `keep` with a different number of classes.
         """
         number = classes if isinstance(classes, int) else len(classes)
         names = None if isinstance(classes, int) else tuple(classes)
@@ -280,15 +280,15 @@ class Network:
 def prepare(
     preprocessing: Preprocessing, arguments: Mapping[str, Any], *, native: bool | None = None, **changes: Any
 ) -> Preprocessing:
-    """The preprocessing with other fields, of which None leaves one as it is.
+    """Return the preprocessing with some fields changed; None leaves a field as it is.
 
     Args:
-        arguments: the flags of the run that it is of. With another size, images are resized or not as that run would
-            have done it, and a crop that was not asked for is that of the new size.
-        native: do not resize, or do, whatever that run did.
+        arguments: the flags of the run that `preprocessing` comes from. For another input size, images are resized only
+            if that run would have resized them, and a crop_pct that the run did not set becomes the new size's default.
+        native: True does not resize images and False does, whatever that run did.
 
     Raises:
-        ValueError: a crop of images that are not resized.
+        ValueError: a crop_pct for images that are not resized.
     """
     changes = {name: value for name, value in changes.items() if value is not None}
     size = changes.get("input_size", preprocessing.input_size)
@@ -302,23 +302,23 @@ def prepare(
         arguments.get("crop_pct", own) is None and own == transforms.default_crop_pct(preprocessing.input_size)
     )
     if native or default:
-        changes.setdefault("crop_pct", None)  # that of the new size
+        changes.setdefault("crop_pct", None)  # the new size's default
     return replace(preprocessing, **changes)
 
 
 def describe(preprocessing: Preprocessing, loss: str, classes: Sequence[str] | None) -> dict[str, Any]:
-    """What a checkpoint records of these, in plain data."""
+    """Return what a checkpoint records of preprocessing, loss and classes, as plain data."""
     fields = {name: list(x) if isinstance(x, tuple) else x for name, x in vars(preprocessing).items()}
     return {"preprocessing": fields, "loss": loss} | ({"classes": list(classes)} if classes else {})
 
 
 def probabilities(logits: torch.Tensor, loss: str) -> torch.Tensor:
-    """Of each class, (N, classes): the sigmoid of the logits after binary cross-entropy, or else their softmax."""
+    """Probabilities of the classes, (N, classes): sigmoid of the logits for binary cross-entropy, otherwise softmax."""
     return logits.sigmoid() if loss == BINARY_CROSS_ENTROPY else logits.softmax(1)
 
 
 def class_labels(classes: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """The classes in words: names of ImageNet's folders (n01440764) are spelled out, unknown ones are numbered."""
+    """Names of the classes for people: ImageNet's folder names (n01440764) in words, numbers for unknown classes."""
     if classes is None or len(classes) != num_classes:
         return tuple(f"class {index}" for index in range(num_classes))
     imagenet = ImageNetInfo()
@@ -327,7 +327,7 @@ def class_labels(classes: Sequence[str] | None, num_classes: int) -> tuple[str, 
 
 
 def _imagenet_names(num_classes: int) -> tuple[str, ...] | None:
-    """The names of ImageNet's folders, if that is how many there are."""
+    """The names of ImageNet's folders if `num_classes` is their number, otherwise None."""
     imagenet = ImageNetInfo()
     return tuple(imagenet.label_names()) if num_classes == imagenet.num_classes() else None
 
@@ -335,8 +335,8 @@ def _imagenet_names(num_classes: int) -> tuple[str, ...] | None:
 def known_classes(
     classes: Sequence[str] | None, num_classes: int, found: Sequence[str] | None
 ) -> tuple[str, ...] | None:
-    """The names of a network's classes; those of ImageNet's folders for a network without names, if there are 1000 and
-    the data's, `found`, are among them."""
+    """Return the names of a network's classes. A network of 1000 classes without names gets ImageNet's folder names if
+    the data's class names, `found`, are among them."""
     imagenet = _imagenet_names(num_classes)
     if classes is None and imagenet and found and set(found) <= set(imagenet):
         return imagenet
@@ -344,18 +344,18 @@ def known_classes(
 
 
 def unlabelled(labels: Sequence[str], found: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The names of classes that an exported file has in words (`class_labels`), as the data set, `found`, has them."""
+    """Undo `class_labels` for the labels in an exported file, given the class names of the data set, `found`."""
     if tuple(labels) == class_labels(None, len(labels)):
         return None
     imagenet = _imagenet_names(len(labels))
     if imagenet and tuple(labels) == class_labels(imagenet, len(imagenet)):
-        return imagenet if found and set(found) <= set(imagenet) else None  # which may just have been guessed
+        return imagenet if found and set(found) <= set(imagenet) else None  # `Network.labels` may have guessed them
     names = dict(zip(class_labels(found, len(found)), found, strict=True)) if found else {}
     return tuple(names.get(label, label) for label in labels)
 
 
 def warn_of_other_preprocessing(preprocessing: Preprocessing, checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """Warn if a run that goes on from a checkpoint prepares its images otherwise than before."""
+    """Warn if a run that continues from a checkpoint prepares its images differently."""
     recorded = read_record(checkpoint, path).preprocessing
     other = {name: value for name, value in recorded.items() if value not in (None, getattr(preprocessing, name))}
     if other:
@@ -363,28 +363,28 @@ def warn_of_other_preprocessing(preprocessing: Preprocessing, checkpoint: Mappin
 
 
 def config_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
-    """How timm's configuration of a model (`pretrained_cfg`) has images prepared."""
+    """Return the preprocessing in timm's configuration of a model (`pretrained_cfg`)."""
     found = resolve_data_config(pretrained_cfg=dict(config) or {"mean": None})
     fields = {name: found[name] for name in ("crop_pct", "interpolation", "crop_mode")}
     return Preprocessing(found["input_size"][-1], mean=tuple(found["mean"]), std=tuple(found["std"]), **fields)
 
 
 def named_preprocessing(name: str) -> Preprocessing:
-    """How the model of this name in timm has images prepared."""
+    """Return the preprocessing of the timm model with this name."""
     config = timm.models.get_pretrained_cfg(name)
     return config_preprocessing(config.to_dict() if config else {})
 
 
 def check_name(name: str, flag: str, *, family: str = "") -> None:
-    """Raise ValueError, which names `flag`, if timm knows no such model; `family` narrows the list it points to."""
+    """Raise ValueError, naming `flag`, if timm has no such model; `family` narrows the list in the message."""
     if not timm.models.is_model(name.split(".")[0]):
         raise ValueError(f"{flag} {name} is not known; see timm.list_models({family!r})")
 
 
 def check_input_size(module: nn.Module, size: int, what: str) -> None:
-    """Raise ValueError, which names `what`, if the network cannot take images of size x size px.
+    """Raise ValueError, naming `what`, if the network cannot take images of size x size px.
 
-    Its shapes are tried on the meta device, where nothing is computed; its mode is put back.
+    The check runs on the meta device, which only computes shapes, and restores the network's mode.
     """
     tensors = chain(module.named_parameters(), module.named_buffers())
     training = module.training
@@ -394,21 +394,21 @@ def check_input_size(module: nn.Module, size: int, what: str) -> None:
             functional_call(module.eval(), {name: tensor.to("meta") for name, tensor in tensors}, args=(image,))
     except (RuntimeError, AssertionError, ValueError) as error:
         cause = first_line(error)
-        if "meta" not in cause:  # a network that mixes devices cannot be tried so
+        if "meta" not in cause:  # a network that mixes devices cannot be checked this way
             raise ValueError(f"{what} cannot take --input_size {size}: {cause}") from error
     finally:
         module.train(training)
 
 
 def set_slope(slope: float, *modules: nn.Module) -> None:
-    """Set lambda in the networks that have one; other timm models do not."""
+    """Set lambda in the networks that have one; other timm models are left alone."""
     for module in modules:
         if hasattr(module, "change_act"):
             module.change_act(slope)
 
 
 class Renormalized(nn.Module):
-    """The network for images (N, 3, H, W) that are normalized with `given` mean and std, where it wants others."""
+    """Adapt a network to images (N, 3, H, W) that are normalized with `given` mean and std instead of `wanted`."""
 
     def __init__(self, network: nn.Module, *, given: Normalization, wanted: Normalization):
         super().__init__()
@@ -423,7 +423,7 @@ class Renormalized(nn.Module):
         return self.network(torch.addcmul(self.shift, images, self.scale))
 
 
-# -- the door
+# -- opening a network
 
 
 def is_vanillanet(name: str) -> bool:
@@ -431,11 +431,11 @@ def is_vanillanet(name: str) -> bool:
 
 
 def shape_arguments(name: str, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The arguments of the model `name` that the shapes in a state dict tell.
+    """Return the arguments of the model `name` that follow from the shapes in a state dict.
 
-    For any timm model that is the number of classes; for a VanillaNet also the form, the channels, and n of the series
-    activation. Its strides and adaptive pools are in no tensor: they are the variant's. What a state dict of something
-    else does not tell is left out, and loading it then says what does not fit.
+    For any timm model this is the number of classes; for a VanillaNet also the form, the channels, and n of the series
+    activation. Strides and adaptive pools leave no trace in the tensors, so the variant's apply. Arguments that cannot
+    be found in another network's state dict are left out; loading it then reports what does not fit.
     """
     if not is_vanillanet(name):
         classifier = timm.get_pretrained_cfg_value(name, "classifier")
@@ -450,7 +450,7 @@ def shape_arguments(name: str, weights: Mapping[str, torch.Tensor]) -> dict[str,
     if f"{head}.weight" in weights:
         found["num_classes"] = len(weights[f"{head}.weight"])
     if f"{act}.weight" in weights:
-        found["act_num"] = weights[f"{act}.weight"].shape[-1] // 2  # a kernel of 2n + 1
+        found["act_num"] = weights[f"{act}.weight"].shape[-1] // 2  # kernel size 2n + 1
     dims = [len(weights[layer]) for layer in (f"{stem}.weight", *stages) if layer in weights]
     if len(dims) == len(VARIANTS[name.split(".")[0]]["dims"]):
         found.update(dims=dims, width_mult=1.0)
@@ -458,7 +458,7 @@ def shape_arguments(name: str, weights: Mapping[str, torch.Tensor]) -> dict[str,
 
 
 def is_file(source: str | Path) -> bool:
-    """Whether a source of a network is a file, be it a missing one, and no name of a model or address of a hub."""
+    """Whether `source` is a file, existing or not, rather than a model's name or a hub address."""
     text = str(source)
     return os.path.isfile(text) or (not text.startswith(HUBS) and (os.sep in text or text.endswith(SUFFIXES)))
 
@@ -476,22 +476,22 @@ def open(
     mend: str = "",
     **arguments: Any,
 ) -> Network:
-    """A network on the CPU in eval mode, with its weights and lambda, and what travels with it.
+    """Open a network on the CPU in eval mode, with its weights, lambda, preprocessing, classes and loss.
 
     Args:
-        source: a file of weights (a checkpoint of ours, of the published code or of timm, safetensors), MODEL=FILE for
-            one that does not record its model, a name in timm, or an address: hf-hub:OWNER/NAME, local-dir:FOLDER.
-        name: of the model, for a file, in place of the one that it records.
-        fallback: likewise, for a file that records none.
-        key, order, prefix: of the weights in a file, as for `read`.
-        pretrained: load the weights of a name or address.
-        flag, mend: what the user named it by, and can do where there are no weights, for messages.
-        arguments: of the model in timm; they win over those that the tensors tell.
+        source: a file of weights (our checkpoints, the published code's or timm's, safetensors), MODEL=FILE for a file
+            that does not record its model, a model's name in timm, or an address: hf-hub:OWNER/NAME, local-dir:FOLDER.
+        name: the model's name for a file; overrides the name that the file records.
+        fallback: the model's name for a file that records none.
+        key, order, prefix: select the weights in a file, see `read`.
+        pretrained: load the pretrained weights of a name or an address.
+        flag, mend: for messages: the flag that names the model, and advice if there are no pretrained weights.
+        arguments: arguments of the timm model; they override those found from the tensors' shapes.
 
     Raises:
-        ValueError: there is no such model or file, it cannot be read, or the weights do not fit.
+        ValueError: there is no such model or file, the file cannot be read, or the weights do not fit.
     """
-    # What is meant: MODEL=FILE, a name or an address, or else a file.
+    # Tell MODEL=FILE, a name or an address, and a file apart.
     model, equals, file = str(source).partition("=")
     if equals and not os.path.isfile(source) and os.sep not in model:
         name, source = model, file
@@ -501,7 +501,7 @@ def open(
         return _open_name(str(source), pretrained=pretrained, flag=flag, mend=mend, arguments=arguments)
     if not pretrained:
         raise ValueError(f"--random_weights is for a model's name, and {source} is a file of weights")
-    # Which model the weights are of: as the user says, or the file, or the caller.
+    # Find the model of the weights: first `name`, then what the file records, then `fallback`.
     weights = read(source, key=key, order=order, prefix=prefix)
     record = weights.record
     wanted, name = name, name or record.model or fallback
@@ -510,12 +510,12 @@ def open(
     check_name(name, flag)
     if wanted is not None and record.model not in (None, wanted):
         logger.info("%s %s instead of %s, which %s records", flag, wanted, record.model, source)
-    # Its arguments: from the shapes of the tensors, if the caller does not set them.
+    # Find the model's arguments from the shapes of the tensors, unless the caller sets them.
     _check_arguments(name, arguments, flag)
     told = shape_arguments(name, weights.tensors)
     if "width_mult" in arguments:
         told.pop("dims", None)
-    # timm's own record of arguments comes last: a tensor's shape and a caller know better.
+    # The arguments that timm recorded have the lowest priority: the tensors' shapes and the caller know better.
     extra = record.arguments.get("model_kwargs")
     try:
         module = timm.create_model(name, **(dict(extra or {}) | told | arguments))
@@ -526,13 +526,13 @@ def open(
         module = timm.create_model(name, **(told | arguments))
     load_weights(module, weights.tensors, path=source)
     set_slope(1.0 if record.slope is None else record.slope, module)
-    # As the file records it, and as timm has it for what it does not record.
+    # Preprocessing as the file records it; timm's configuration fills in the rest.
     images = dict(record.preprocessing) | ({"crop_pct": None} if record.preprocessing.get("native") else {})
     images = replace(config_preprocessing(module.pretrained_cfg), **images)
     classes = record.classes
     fashion = tuple(torchvision.datasets.FashionMNIST.classes)
     if classes is None and record.arguments.get("data_set") == "FMNIST" and module.num_classes == len(fashion):
-        classes = fashion  # which older checkpoints do not name
+        classes = fashion  # older checkpoints do not record these names
     if classes is not None and len(classes) != module.num_classes:
         logger.warning(
             "%s: passed over its %d names of classes: there are %d", source, len(classes), module.num_classes
@@ -542,7 +542,7 @@ def open(
 
 
 def _check_arguments(name: str, arguments: Mapping[str, Any], flag: str) -> None:
-    """Raise ValueError for arguments of a VanillaNet that another model does not have."""
+    """Raise ValueError if a model other than a VanillaNet is given arguments that only VanillaNet has."""
     for own in ("act_num", "width_mult", "deploy"):
         if own in arguments and not is_vanillanet(name):
             raise ValueError(f"--{own} belongs to VanillaNet, {flag} {name} has no such thing")

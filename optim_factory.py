@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer, and the schedules as pure functions of a step."""
+"""Parameter groups, the optimizer, freezing, and schedules as pure functions of the step or epoch."""
 
 import inspect
 import math
@@ -19,12 +19,12 @@ from torch import nn
 
 
 def cosine_schedule(step: float, total_steps: float, *, base: float, final: float, warmup_steps: int = 0) -> float:
-    """A linear warm-up followed by half a cosine, as the published code has it: the value `base` comes twice.
+    """Linear warm-up, then half a cosine. As in the published code, the last warm-up step already has the value `base`.
 
     Args:
-        step: optimizer steps taken so far, counted from 0; the value is the one to take the next step with.
-        total_steps: length of the whole schedule; from there on the value is `final`.
-        warmup_steps: length of the warm-up, which begins at 0; a single step has the value 0, and 0 is no warm-up.
+        step: number of optimizer steps taken so far; the value is for the next step.
+        total_steps: length of the whole schedule; from this step on, the value is `final`.
+        warmup_steps: length of the warm-up, which starts at 0. A single warm-up step has the value 0.
     """
     if step < warmup_steps:
         return base * step / max(warmup_steps - 1, 1)
@@ -37,22 +37,22 @@ def cosine_schedule(step: float, total_steps: float, *, base: float, final: floa
 def step_schedule(
     step: int, *, base: float, milestones: Sequence[int], gamma: float = 0.1, warmup_steps: int = 0
 ) -> float:
-    """A linear warm-up from 0, then `base`, multiplied by `gamma` at each milestone, also at one within the warm-up.
+    """Linear warm-up from 0, then `base`, multiplied by `gamma` at each milestone, even one within the warm-up.
 
-    `step` counts the optimizer steps taken so far; the value is the one to take the next step with.
+    `step` is the number of optimizer steps taken so far; the value is for the next step.
     """
     value = base * gamma ** sum(step >= milestone for milestone in milestones)
     return value * step / warmup_steps if step < warmup_steps else value
 
 
 def activation_slope(epoch: int, *, decay_epochs: int, linear: bool = True, start: float = 0.0) -> float:
-    """Lambda of an epoch (paper, Deep Training Strategy): from `start` at epoch 0 to exactly 1 at `decay_epochs`.
+    """Lambda of an epoch (paper, Deep Training Strategy), from `start` at epoch 0 up to exactly 1 at `decay_epochs`.
 
     Args:
         epoch: counted from 0; lambda is constant within an epoch.
-        decay_epochs: length of the ramp; 0 trains without deep training, lambda 1 throughout.
-        linear: epoch / decay_epochs; otherwise half a cosine.
-        start: lambda of the network that training begins with, 1 for a finished one.
+        decay_epochs: length of the ramp; 0 turns deep training off, with lambda 1 throughout.
+        linear: the ramp is epoch / decay_epochs; otherwise it is half a cosine.
+        start: lambda of the network before training; 1 for a network that has finished its ramp.
     """
     if epoch >= decay_epochs:
         return 1.0
@@ -63,20 +63,20 @@ def activation_slope(epoch: int, *, decay_epochs: int, linear: bool = True, star
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups, in the order of the published code, so that its checkpoints resume.
+    """Build the optimizer's parameter groups in the published code's order, so that its checkpoints can be resumed.
 
-    Biases, other one-dimensional parameters (BatchNorms), and what the model's `no_weight_decay()` names do not decay.
-    Without layer decay there are two groups: the parameters that decay, and the others. With `layer_decay` below 1
-    there are two a layer, whose learning rate is scaled by layer_decay ** (layers + 1 - l): the stem is layer 0, the
-    classifier the last, and the model's `group_matcher` counts those between.
+    Biases, other one-dimensional parameters (BatchNorms) and those that the model's `no_weight_decay()` names do not
+    decay. Without layer decay there are two groups: the parameters that decay, and the others. With `layer_decay` below
+    1 there are two for each layer l, with the learning rate scaled by layer_decay ** (layers + 1 - l). The stem is
+    layer 0, the classifier is the last one, and the model's `group_matcher` numbers the layers in between.
 
     Returns:
-        Groups of `params`, `weight_decay` and `lr_scale`, which `set_hyperparameters` reads.
+        Groups with `params`, `weight_decay`, and `lr_scale` for `set_hyperparameters`.
     """
     spared = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
     if hasattr(model, "no_weight_decay"):
         spared += model.no_weight_decay()
-    # The groups are asked for with a decay of 1 and scaled, because timm puts everything into one group where it is 0.
+    # Build the groups with a decay of 1 and scale it, because timm puts all parameters into one group if it is 0.
     shared = {"weight_decay": 1.0, "no_weight_decay_list": spared, "weight_decay_exclude_1d": True}
     if layer_decay < 1.0:
         groups = param_groups_layer_decay(model, layer_decay=layer_decay, **shared)
@@ -97,13 +97,13 @@ def _optimizer_info(opt: str) -> OptimInfo:
 
 
 def taken_by(opt: str) -> list[str]:
-    """Which of eps, betas and momentum one of timm's optimizers takes. ValueError for an unknown one."""
+    """Return which of eps, betas and momentum timm's optimizer `opt` takes. Raises ValueError if it is unknown."""
     return [name for name in ("eps", "betas", "momentum") if getattr(_optimizer_info(opt), f"has_{name}")]
 
 
 def fusible(opt: str) -> bool:
-    """Whether one of timm's optimizers is one of torch's that can be fused."""
-    if opt.lower().startswith("lookahead_"):  # its optimizer is behind another, which hands on no `found_inf`
+    """Whether timm's optimizer `opt` is a PyTorch optimizer with a fused implementation."""
+    if opt.lower().startswith("lookahead_"):  # Lookahead does not pass `found_inf` on to the optimizer it wraps
         return False
     return "fused" in inspect.signature(get_optimizer_class(opt.lower(), bind_defaults=False)).parameters
 
@@ -119,13 +119,13 @@ def build_optimizer(
     betas: Sequence[float] | None = None,
     momentum: float | None = None,
 ) -> torch.optim.Optimizer:
-    """One of timm's optimizers over the `parameter_groups` of the model, with what it takes of the other settings.
+    """Build timm's optimizer `opt` over the model's `parameter_groups`, with those of the other settings that it takes.
 
-    On a GPU it is fused where torch has it so: one kernel for many parameters, and none for the guard's copies.
+    On a GPU, PyTorch's fused implementation is used where there is one: it updates many parameters in one kernel, and
+    without a gradient scaler `engine.FiniteGuard` needs no copies of them.
 
     Raises:
-        ValueError: an unknown optimizer, one that needs second derivatives or is not installed, or as many betas as it
-            does not have.
+        ValueError: `opt` is unknown, not usable here or needs second derivatives, or the number of betas is wrong.
     """
     info = _optimizer_info(opt)
     if info.second_order:
@@ -139,12 +139,12 @@ def build_optimizer(
             kwargs["fused"] = True
         groups = parameter_groups(model, weight_decay=weight_decay, layer_decay=layer_decay)
         return create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=weight_decay, **kwargs)
-    except (AssertionError, ImportError) as error:  # of one from a package that is not installed, or for GPUs only
+    except (AssertionError, ImportError) as error:  # its package is not installed, or it is for GPUs only
         raise ValueError(f"--opt {opt} cannot be used here: {error}") from error
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Write a step's learning rate, scaled by group, and weight decay into the groups that have one."""
+    """Set the learning rate of a step, scaled for each group, and the weight decay of the groups that decay."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
         if group["weight_decay"] > 0:
@@ -156,20 +156,20 @@ def _keep_statistics(module: nn.Module, _inputs: Any) -> None:
 
 
 def freeze(model: nn.Module, stages: int | str) -> None:
-    """Keep the stem and the first stages of a model of timm's as they are, the statistics of their BatchNorms included.
+    """Freeze the stem and the first stages of a timm model, including the statistics of their BatchNorms.
 
     Args:
-        stages: how many; "all" leaves the classifier alone to be trained. ValueError if there are not as many.
+        stages: the number of stages; "all" freezes everything but the classifier. ValueError if there are fewer.
     """
     if stages == "all":
         heads = model.pretrained_cfg["classifier"]
         if hasattr(model, "change_act"):
-            heads = "cls"  # VanillaNet's two convolutions and the BatchNorm between them
+            heads = "cls"  # VanillaNet's classifier: two convolutions and a BatchNorm
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
         frozen = {name for name, _ in model.named_parameters() if not name.startswith(heads)}
     else:
         groups = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
-        count = max(groups.values()) - 1  # without the stem, 0, and the classifier, the last one
+        count = max(groups.values()) - 1  # without the stem (group 0) and the classifier (the last group)
         if stages > count:
             raise ValueError(f"--freeze_stages {stages}: there are {count} stages; all leaves the classifier alone")
         frozen = {name for name, group in groups.items() if group <= stages}
@@ -178,4 +178,4 @@ def freeze(model: nn.Module, stages: int | str) -> None:
             parameter.requires_grad_(False)
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{name}.weight" in frozen:
-            module.register_forward_pre_hook(_keep_statistics)  # `train()` of the whole model reaches it, too
+            module.register_forward_pre_hook(_keep_statistics)  # in a hook, because the model's `train()` would undo it

@@ -1,9 +1,9 @@
 """The command line: flags in groups, checks across flags, and `@recipes/name.args` files.
 
-The published flags are a contract (a frozen list in the tests guards it). A flag that could have no effect in the given
-combination is an error that names the flags, never ignored; one that only a recipe sets is a line in the log.
+The published flags are a contract, which a frozen list in the tests guards. A typed flag that cannot have an effect in
+the given combination is an error that names the flags; if only a recipe sets the flag, a line in the log says so.
 
-Every command parses before it imports torch, which takes seconds, so this file imports nothing that does.
+Importing torch takes seconds, so every command parses its flags first, and nothing imported here imports torch.
 """
 
 import argparse
@@ -32,7 +32,7 @@ RECIPES = (
 )
 
 
-# -- types of values; `metavar` is how the help shows them
+# -- types for argparse; the help shows a type's `metavar`
 
 
 BOOLEANS = dict.fromkeys(("true", "1", "yes", "on", "t", "y"), True)
@@ -40,7 +40,7 @@ BOOLEANS |= dict.fromkeys(("false", "0", "no", "off", "f", "n"), False)
 
 
 def boolean(text: str) -> bool:
-    """A type for argparse: true or false, in the spellings that people use."""
+    """A type for argparse: true or false, in the usual spellings."""
     if text.lower() not in BOOLEANS:
         raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
     return BOOLEANS[text.lower()]
@@ -50,7 +50,7 @@ boolean.metavar = "true|false"
 
 
 def number(kind: type, *, low: float | None = None, high: float | None = None, above: float | None = None):
-    """A type for argparse: a number in a range, whose message names the range."""
+    """Return a type for argparse: a number in a range. Its error message names the range."""
 
     def convert(text: str):
         try:
@@ -79,13 +79,13 @@ stages.metavar = "N|all"
 def file_path(text: str) -> str:
     """A type for argparse: the path of a file or folder, in which `~` is the user's home.
 
-    The shell does not expand `~` in `--flag=~/x`, and nobody does in a recipe.
+    The shell does not expand `~` in `--flag=~/x`, and it never sees the text of a recipe.
     """
     return os.path.expanduser(text)
 
 
 def path(text: str) -> Path:
-    """A type for argparse: as `file_path`, as a pathlib path."""
+    """A type for argparse: like `file_path`, but returns a pathlib path."""
     return Path(file_path(text))
 
 
@@ -103,13 +103,13 @@ SHARE = number(float, above=0, high=1)
 
 
 class Arguments(argparse.Namespace):
-    """The values of all flags, which alone `vars` shows, and where they come from.
+    """The values of all flags, and where they come from. `vars` shows the values only.
 
     Attributes:
-        typed: names of the flags on the command line itself, sorted.
-        given: those and the flags of recipes.
-        defaults: the values of flags that are not given.
-        notes: lines for the log about flags of recipes that have no effect.
+        typed: sorted names of the flags on the command line itself.
+        given: sorted names of the flags on the command line or in a recipe.
+        defaults: default values of all flags.
+        notes: lines for the log about flags that a recipe sets without effect.
     """
 
     __slots__ = ("defaults", "given", "notes", "typed")
@@ -119,11 +119,11 @@ class Arguments(argparse.Namespace):
         self.defaults, self.given, self.notes, self.typed = {}, [], [], []
 
     def pick(self, *flags: str) -> dict[str, Any]:
-        """The values of some flags, to be passed on as keyword arguments."""
+        """Return the values of some flags as a dict of keyword arguments."""
         return {flag: getattr(self, flag) for flag in flags}
 
     def moot(self, flag: str, message: str) -> None:
-        """The flag's value cannot take effect: ValueError if it was typed, a line in the log if a recipe set it."""
+        """Report a flag without effect: a ValueError if the flag was typed, a line in the log if a recipe set it."""
         if flag in self.typed:
             raise ValueError(message)
         note = f"--{flag} of a recipe is passed over: {message}"
@@ -132,16 +132,16 @@ class Arguments(argparse.Namespace):
             logger.info("%s", note)
 
     def needs(self, flags: str, condition: object, mend: str) -> None:
-        """`pass_over` each of the flags that asks for something if `condition` does not hold.
+        """Call `pass_over` for each flag that asks for something, unless `condition` holds.
 
-        The names of several flags stand between spaces.
+        `flags` names one or more flags, separated by spaces.
         """
         for flag in flags.split():
             if getattr(self, flag) not in (False, None) and not condition:
                 self.pass_over(flag, f"--{flag} has no effect here; {mend}")
 
     def excludes(self, first: str, second: str) -> None:
-        """ValueError if both flags ask for something. A typed one wins over one of a recipe, which gets its default."""
+        """Raise ValueError if both flags ask for something; if only one was typed, reset the other to its default."""
         if getattr(self, first) in (False, None) or getattr(self, second) in (False, None):
             return
         if (first in self.typed) == (second in self.typed):
@@ -150,14 +150,14 @@ class Arguments(argparse.Namespace):
         self.pass_over(loser, f"--{loser} has no effect beside --{winner}")
 
     def pass_over(self, flag: str, message: str) -> None:
-        """As `moot`; the value of a recipe becomes the default, as if it had not been given."""
+        """Report a flag like `moot`, then reset it to its default, as if the recipe had not set it."""
         self.moot(flag, message)
         setattr(self, flag, self.defaults[flag])
         self.given = [name for name in self.given if name != flag]
 
 
 class _Help(argparse.HelpFormatter):
-    """Shows the default of every flag, unless its help text ends in brackets and so says it."""
+    """Shows the default of every flag, unless the flag's help text already states a default in brackets."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32)
@@ -184,13 +184,13 @@ def canonical(token: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Recipes, bare booleans, and dashes in flags. An error is one line on standard error and exit code 2."""
+    """A parser with recipes, bare booleans and dashes in flags. Errors are one line on stderr and exit code 2."""
 
     def __init__(self, **options):
         super().__init__(**{"epilog": RECIPES, "formatter_class": _Help, "allow_abbrev": False, **options})
 
     def format_help(self) -> str:
-        """As argparse does it; the first line has only what the command cannot do without."""
+        """Format the help as argparse does, but with a usage line that names only the required arguments."""
         if not self._subparsers:
             needed = [action for action in self._actions if action.required]
             usage = argparse.HelpFormatter(self.prog, width=1000)
@@ -202,7 +202,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Arguments:
-        """As argparse does it; an unknown flag is answered with the one that is most like it."""
+        """Parse as argparse does; the error for an unknown flag also suggests the most similar flag."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
@@ -214,10 +214,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         tokens = [canonical(token) for token in (sys.argv[1:] if args is None else args)]
         namespace = namespace or Arguments()
-        if self._subparsers:  # the parser of the command that is named reads the recipes
+        if self._subparsers:  # the subcommand's own parser reads the recipes
             return super().parse_known_args(tokens, namespace)
 
-        # What recipes say comes first, so that what is typed wins.
+        # Flags of recipes come first, so that typed flags win.
         recipes: list[str] = []
         for token in tokens:
             if token.startswith("@"):
@@ -237,9 +237,9 @@ class Parser(argparse.ArgumentParser):
         return {action.dest for action in actions if action is not None}
 
     def _with_values(self, tokens: Sequence[str]) -> list[str]:
-        """The tokens with each boolean flag joined to its value: `--use_amp`, `--use_amp true` -> `--use_amp=true`.
+        """Join each boolean flag to its value: `--use_amp` and `--use_amp true` -> `--use_amp=true`.
 
-        Where positional arguments could follow a flag, only what reads as true or false is taken for its value.
+        If the parser has positional arguments, only a spelling of true or false counts as the flag's value.
         """
         positional = any(not action.option_strings for action in self._actions)
         found: list[str] = []
@@ -256,7 +256,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _read_recipe(self, file: str, found: list[str], inside: tuple[str, ...] = ()) -> None:
-        """Append the flags and values of a recipe to `found`; a run's args.yaml states all flags and replaces it."""
+        """Append a recipe's flags and values to `found`; a run's args.yaml sets all flags, so it replaces `found`."""
         file = file_path(file)
         try:
             if file in inside:
@@ -276,7 +276,7 @@ class Parser(argparse.ArgumentParser):
                 found.append(canonical(token))
 
     def _tokens_of(self, values: Any) -> list[str]:
-        """The flags and values of an args.yaml, without those that are at their defaults because nobody gave them."""
+        """Return the flags and values of an args.yaml, except flags that were not given and are at their defaults."""
         if not isinstance(values, dict):
             raise ValueError("it is no args.yaml of a run")
         given = values.pop("given", None) or ()
@@ -292,10 +292,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
-    """The flags of every command that trains; `set_defaults` gives them other defaults.
+    """Add the flags of every command that trains. A command can change their defaults with `set_defaults`.
 
     Args:
-        first: the group of the flags that most runs need, which the help shows first.
+        first: the group of flags that most runs need, which the help shows first.
     """
     add = first.add_argument
     add("--batch_size", type=COUNT, default=64, help="number of images in a batch of each process")
@@ -459,7 +459,7 @@ def build_parser() -> Parser:
 
 
 def check_training_flags(args: Arguments, *, exports: bool = False) -> None:
-    """The checks of what `add_training_flags` adds, with --deploy and --switch_to_deploy. Raises ValueError, a line.
+    """Check the flags of `add_training_flags`, --deploy and --switch_to_deploy. Raises ValueError with one line.
 
     Args:
         exports: the command neither trains nor evaluates, but writes the network in another format.
@@ -486,7 +486,7 @@ def check_training_flags(args: Arguments, *, exports: bool = False) -> None:
 
 
 def _check(args: Arguments) -> None:
-    """Reject combinations in which a flag that was given cannot do anything. Raises ValueError, a line naming them."""
+    """Reject combinations in which a typed flag has no effect. Raises ValueError with one line that names the flags."""
     check_training_flags(args)
     args.needs("resplit", False, "it belongs to augmentation in splits, which is not done; leave --resplit out")
     args.needs("bce_target_thresh", args.bce_loss, "add --bce_loss")
@@ -498,7 +498,7 @@ def _check(args: Arguments) -> None:
     args.needs("decay_linear", args.decay_epochs > 0, "--decay_epochs is 0, so there is no ramp")
     args.needs("real_labels", not args.disable_eval, "--disable_eval is true")
     args.needs("remode recount", args.reprob > 0, "--reprob is 0")
-    jitters = args.aa.lower() in ("", "none") or "3a" in args.aa  # timm's three-augment policies bring none
+    jitters = args.aa.lower() in ("", "none") or "3a" in args.aa  # timm's 3-augment policies keep color jitter
     args.needs("color_jitter", jitters, "it is replaced by --aa; add --aa none")
     args.needs("teacher_weights distill_alpha distill_tau", args.teacher, "add --teacher")
     teacher_file = args.teacher_weights or (args.teacher and Path(args.teacher).is_file())
@@ -512,7 +512,7 @@ def _check(args: Arguments) -> None:
         if value and not value.endswith(suffixes):
             raise ValueError(f"--{flag} must end in {' or '.join(suffixes)}, not be {value}")
     args.needs("precision", args.engine, "add --engine")
-    # Precision and memory format are the engine's too, but recipes set those of training.
+    # --engine also decides precision and memory format, but recipes set --use_amp and --channels_last for training.
     args.needs("compile", args.engine is None, "--engine compile does that")
     for flag, most in (("scale", 1.0), ("ratio", math.inf)):
         low, high = getattr(args, flag)
@@ -527,12 +527,12 @@ def _check(args: Arguments) -> None:
 def parse_checked(
     parser: Parser, argv: Sequence[str] | None, check: Callable[[Arguments], None], *, launched: bool = False
 ) -> Arguments:
-    """Parse a command, the process's own for None, and check it.
+    """Parse `argv`, or the process's own command line for None, and check the result.
 
-    Errors, also a ValueError of `check`, end the process with exit code 2 and one line on standard error.
+    An error, including a ValueError from `check`, ends the process with exit code 2 and one line on standard error.
 
     Args:
-        launched: the command goes on with `utils.launch`, by which the first of its processes logs `notes`.
+        launched: the command continues with `utils.launch`, which logs the notes on the first process.
     """
     args = parser.parse_args(argv)
     try:
@@ -545,12 +545,12 @@ def parse_checked(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
-    """The arguments of main.py; see `parse_checked`."""
+    """Parse and check the arguments of main.py; see `parse_checked`."""
     return parse_checked(build_parser(), argv, _check, launched=True)
 
 
 def save_args(args: Arguments, path: Path) -> None:
-    """Write the arguments, all of them, as YAML, and which were given; `@` in front of the file gives them back."""
+    """Write all arguments as YAML, with the names of the given ones; `@` before the file's path reads them back."""
     text = yaml.safe_dump({**vars(args), "given": args.given}, sort_keys=True)
     try:
         path.write_text(text)

@@ -1,7 +1,7 @@
-"""A training run: the loop over epochs that every command which trains calls, and what it leaves in its folder.
+"""A training run: the loop over epochs, which all commands that train share, and the files that a run writes.
 
 A command opens its data and network, builds a `TrainState` and a `Task`, and calls `fit`. Like the commands, this file
-sees the arguments as a whole.
+takes the arguments as a whole.
 """
 
 import copy
@@ -28,7 +28,7 @@ from records.checkpoints import CheckpointFolder, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# What a resumed run keeps, of the flags that its command has; --resume_new_sched lets all but the optimizer change.
+# The flags that a resumed run must not change, if its command has them; --resume_new_sched allows all except --opt.
 SCHEDULE_FLAGS = (
     "epochs", "lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "weight_decay_end", "lr_steps",
     "lr_gamma", "opt", "opt_betas", "opt_eps", "momentum", "layer_decay", "update_freq", "decay_epochs", "decay_linear",
@@ -47,19 +47,19 @@ def layout_of(args: Arguments) -> torch.memory_format:
 
 
 def broken_count(world: utils.World, loader) -> int:
-    """How many images of a loader could not be read, over all ranks."""
+    """Return the number of images that the loader could not read, over all ranks."""
     return len(set().union(*world.gather(loader.broken)))
 
 
 class EvaluationStopped(Exception):
-    """A signal came during the evaluation. The state is saved, and a run that goes on begins the evaluation again."""
+    """A signal arrived during the evaluation. The run saves its state; when resumed, it repeats the evaluation."""
 
 
 def until_stopped(loader: Any, world: utils.World, stop: utils.StopRequest | None, *, name: str) -> Iterator[Any]:
-    """The batches of an evaluation, called `name` on rank 0's bar, up to a signal; then all ranks meet.
+    """Yield the batches of an evaluation until a signal arrives, behind a progress bar on rank 0 that shows `name`.
 
     Raises:
-        EvaluationStopped: on all ranks, after the last batch, if any of them received a signal that `stop` remembers.
+        EvaluationStopped: on all ranks, after their last batches, if `stop` has received a signal on any of them.
     """
     for batch in logs.progress(loader, description=f"eval {name}", total=len(loader), enabled=world.is_main):
         if stop is not None and stop.received is not None:
@@ -69,27 +69,27 @@ def until_stopped(loader: Any, world: utils.World, stop: utils.StopRequest | Non
 
 
 def meet(world: utils.World, stop: utils.StopRequest | None) -> None:
-    """The end of `until_stopped`, for a rank that has no batches."""
+    """Wait for all ranks, and raise as `until_stopped` does at its end; a rank without batches calls this directly."""
     if world.any(stop is not None and stop.received is not None):
         raise EvaluationStopped
 
 
-# -- what a command brings
+# -- what a command provides
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a run trains: all in which one command that trains differs from another.
+    """What a run trains: everything that differs between the commands that train.
 
     Attributes:
-        loader: this rank's training batches, as `loading.loaders.TrainLoader` gives them.
-        evaluate: metrics of the networks, each of which comes with their prefix; rank 0 has to know them. May raise
-            EvaluationStopped, on all ranks. None without validation data.
-        score: the metric by which a checkpoint is the best, without prefix; the higher the better.
-        describe: gives what a checkpoint holds beside the state.
-        restored: takes a checkpoint that is resumed, and its path; ValueError if it is of other data.
-        slope: lambda by epoch; None where there is no deep training.
-        panels: of curves.png.
+        loader: this rank's training batches, with the interface of `loading.loaders.TrainLoader`.
+        evaluate: takes networks by prefix and returns their metrics, named with the prefix. Only rank 0's are used. May
+            raise EvaluationStopped, on all ranks. None without validation data.
+        score: the metric that decides which checkpoint is best, without its prefix; higher is better.
+        describe: returns what a checkpoint holds besides the state.
+        restored: called with a checkpoint that is resumed and its path; raises ValueError if it is of other data.
+        slope: returns lambda of an epoch; None without deep training.
+        panels: the panels of curves.png.
     """
 
     loader: Any
@@ -104,7 +104,7 @@ class Task:
 
 
 def loading_of(args: Arguments, world: utils.World) -> Loading:
-    """How this rank's batches are loaded."""
+    """Return the settings with which this rank loads its batches."""
     return Loading(
         rank=world.rank,
         world_size=world.size,
@@ -116,9 +116,9 @@ def loading_of(args: Arguments, world: utils.World) -> Loading:
 
 
 def place(args: Arguments, model: nn.Module, device: torch.device) -> nn.Module:
-    """A network on the device in its memory format, with the BatchNorms and the gradient checkpointing asked for."""
+    """Move a network to the device and its memory format, and apply --grad_checkpointing and --sync_bn."""
     model = model.to(device, memory_format=layout_of(args))
-    set_grad_checkpointing(getattr(model, "network", model), args.grad_checkpointing)  # a detector's network
+    set_grad_checkpointing(getattr(model, "network", model), args.grad_checkpointing)  # a detector wraps its network
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
@@ -127,8 +127,8 @@ def place(args: Arguments, model: nn.Module, device: torch.device) -> nn.Module:
 def build_state(
     args: Arguments, world: utils.World, model: nn.Module, *, loader: Any, objective: Objective, classes: int
 ) -> TrainState:
-    """The state at the beginning of a run of `model`, which is in its place; the log says how large the run is."""
-    # Optimizer, which not every setting goes with, and averages.
+    """Build the initial state of a run of `model`, which is already on its device, and log the size of the run."""
+    # The optimizer, which may not take every setting, and the averages.
     for name, flag in {"eps": "opt_eps", "betas": "opt_betas", "momentum": "momentum"}.items():
         if name not in taken_by(args.opt):
             args.moot(flag, f"--opt {args.opt} takes no {name}; leave --{flag} out")
@@ -146,7 +146,7 @@ def build_state(
     }
 
     # A step is a window of --update_freq batches.
-    steps = -(-len(loader) // args.update_freq)  # the last one of an epoch may be of fewer batches
+    steps = -(-len(loader) // args.update_freq)  # the last step of an epoch may have fewer batches
     logger.info(
         f"{args.model}: {count_params(model) / 1e6:.3f} M parameters, {classes} classes, {steps} steps an epoch of "
         f"{args.batch_size * args.update_freq * world.size} images, on {world.device}"
@@ -165,7 +165,7 @@ def build_state(
 
 
 def checked_warmup(args: Arguments, flag: str, *, warmup_steps: int, total_steps: int) -> int:
-    """The steps of the warm-up, which `flag` sets. ValueError if they leave nothing; 0 if a recipe's do."""
+    """Return `warmup_steps`. If they fill the whole run, return 0 if a recipe set `flag`, else raise ValueError."""
     if warmup_steps < total_steps:
         return warmup_steps
     message = f"the warm-up ({warmup_steps} steps) leaves nothing of --epochs {args.epochs}: lower --{flag}"
@@ -179,20 +179,20 @@ def checked_warmup(args: Arguments, flag: str, *, warmup_steps: int, total_steps
 
 
 def fit(args: Arguments, state: TrainState, task: Task, stop: utils.StopRequest) -> None:
-    """Train to the last epoch: for each, train, save, evaluate, log, save.
+    """Train up to the last epoch. Each epoch is trained, saved, evaluated, logged, and saved again.
 
     Args:
-        state: of a new run; --resume and --auto_resume move it to where the earlier run was.
-        stop: asked after each step. After a signal the state is saved, and the process ends with its exit code.
+        state: the state of a new run, into which --resume and --auto_resume load that of an earlier run.
+        stop: checked after each step. After a signal, the state is saved and the process ends with `stop.exit_code`.
     """
     world, progress = state.world, state.progress
-    if world.device.type == "cpu":  # a step's activations are larger than what glibc keeps: a fifth of its time
+    if world.device.type == "cpu":  # glibc would return freed activations to the system, a fifth of a step's time
         utils.keep_freed_memory()
     last_epoch = min(args.epochs, args.early_stop_epochs or args.epochs)
     utils.seed_everything(args.seed + world.rank)  # dropout and mixup differ between ranks
     run = RunFolder(args, state, task)
     run.restore()
-    asked = args.resume_new_sched if args.resume else not args.auto_resume  # a finished run may be called again
+    asked = args.resume_new_sched if args.resume else not args.auto_resume  # restarting a finished run is no error
     if asked and progress.epoch >= last_epoch:
         raise ValueError(f"the run would begin with epoch {progress.epoch} of {last_epoch}: raise --epochs")
     run.open_logs()
@@ -203,7 +203,7 @@ def fit(args: Arguments, state: TrainState, task: Task, stop: utils.StopRequest)
         if task.slope is not None:
             networks.set_slope(task.slope(epoch), state.model, *(average.module for average in state.averages.values()))
 
-        # Train what is left of the epoch, which is nothing if the run was ended in its evaluation.
+        # Train the rest of the epoch. Nothing is left of it if the earlier run ended during the evaluation.
         finished = progress.step >= state.steps_per_epoch or _train_epoch(args, state, task, run, stop)
         if not finished or world.any(stop.received is not None):
             run.save()
@@ -212,7 +212,7 @@ def fit(args: Arguments, state: TrainState, task: Task, stop: utils.StopRequest)
         world.sync_buffers(state.model, *(average.module for average in state.averages.values()))
         row, names = run.row(), []
 
-        # Evaluate. The epoch is saved before, since a broken validation image must not cost it.
+        # Evaluate. Save the epoch first, because a broken validation image must not cost it.
         if task.evaluate is not None and (epoch % args.test_freq == 0 or epoch >= args.test_epoch or last):
             if last or (epoch + 1) % args.save_ckpt_freq == 0:
                 run.save(trained=True)
@@ -224,7 +224,7 @@ def fit(args: Arguments, state: TrainState, task: Task, stop: utils.StopRequest)
             row |= found
             names = _improved(state, found, task.score)
 
-        # Log and save. The row comes first: a run killed in between repeats the epoch and replaces the row.
+        # Log and save. Log first: a run that is killed in between repeats the epoch and replaces its row.
         run.epoch_sinks.log(row, epoch)
         progress.next_epoch()
         state.meter.sums.zero_()
@@ -236,8 +236,8 @@ def fit(args: Arguments, state: TrainState, task: Task, stop: utils.StopRequest)
 
 
 def _train_epoch(args: Arguments, state: TrainState, task: Task, run: "RunFolder", stop: utils.StopRequest) -> bool:
-    """Train to the end of the epoch or to a signal. Returns whether it was the end."""
-    # The batches that are left of the epoch, all of them unless the run goes on in its middle.
+    """Train to the end of the epoch or until a signal. Returns whether the epoch was finished."""
+    # The remaining batches of the epoch: all of them, unless the run resumes in the middle of it.
     progress, world, loader = state.progress, state.world, task.loader
     loader.set_epoch(progress.epoch, start_sample=progress.samples)
     remaining = loader.remaining_batches
@@ -250,7 +250,7 @@ def _train_epoch(args: Arguments, state: TrainState, task: Task, run: "RunFolder
     )
     first_step = progress.epoch * state.steps_per_epoch
 
-    # Between steps: a signal ends the epoch, and --save_ckpt_steps saves in its middle.
+    # After each step: a signal ends the epoch, and --save_ckpt_steps saves in the middle of it.
     def after_step() -> bool:
         if world.any(stop.received is not None):
             return True
@@ -273,7 +273,7 @@ def _train_epoch(args: Arguments, state: TrainState, task: Task, run: "RunFolder
 
 
 def _evaluated(args: Arguments, state: TrainState) -> dict[str, nn.Module]:
-    """The network, as `test`, and with --model_ema_eval its averages, each by the prefix of its metrics."""
+    """Return the networks to evaluate by metric prefix: `test`, and with --model_ema_eval the averages."""
     found = {"test": state.model}
     for key, average in state.averages.items() if args.model_ema_eval else ():
         moved = copy.deepcopy(average.module).to(state.world.device) if args.model_ema_force_cpu else average.module
@@ -282,7 +282,7 @@ def _evaluated(args: Arguments, state: TrainState) -> dict[str, nn.Module]:
 
 
 def _improved(state: TrainState, found: Mapping[str, float], score: str) -> list[str]:
-    """The names under which this checkpoint is the best: `best`, and of averages `best-ema`, `best-ema-0.99`."""
+    """Update `state.best` and return the names that improved: `best`, and for averages `best-ema`, `best-ema-0.99`."""
     names = {"best": "test"} | {
         f"best-{prefix}".replace("_", "-"): prefix for prefix in (key.removeprefix("model_") for key in state.averages)
     }
@@ -296,10 +296,10 @@ def _improved(state: TrainState, found: Mapping[str, float], score: str) -> list
 
 
 class RunFolder:
-    """What a run leaves behind: checkpoints, curves and logs in --output_dir; without that, lines on the console.
+    """What a run writes: checkpoints, curves and logs in --output_dir, if it is given, and logs in other places.
 
     Attributes:
-        step_sinks, epoch_sinks: what takes the numbers of a step, and of an epoch; nothing on ranks other than 0.
+        step_sinks, epoch_sinks: take the numbers of each step and each epoch; they do nothing on ranks other than 0.
     """
 
     def __init__(self, args: Arguments, state: TrainState, task: Task):
@@ -310,12 +310,12 @@ class RunFolder:
             args.moot("save_ckpt_steps", f"--save_ckpt_steps {args.save_ckpt_steps}: {stream}")
 
     def save(self, *, trained: bool = False, names: Sequence[str] = ()) -> None:
-        """Save if there is a folder to save to; all ranks call it, rank 0 writes, and all learn of a failure.
+        """Save a checkpoint if the run keeps any. All ranks must call this: rank 0 writes, and a failure raises on all.
 
-        In the middle of an epoch nothing is saved of a run on a stream, which could not go on there.
+        A run on a stream saves nothing in the middle of an epoch, because it could not resume there.
 
         Args:
-            trained: the epoch has been trained and is about to be evaluated. The file has the epoch's name already.
+            trained: the epoch is trained but not yet evaluated; the file already gets the name of the finished epoch.
             names: further names of the file, such as `best`.
         """
         progress = self.state.progress
@@ -330,10 +330,10 @@ class RunFolder:
         self.state.world.from_main(lambda: self.checkpoints.save(checkpoint, epoch=epoch, step=step, names=names))
 
     def restore(self) -> None:
-        """Go on from --resume or, with --auto_resume true, from the newest valid checkpoint of the folder."""
+        """Resume from --resume or, with --auto_resume true, from the newest valid checkpoint in the folder."""
         args, world = self.args, self.state.world
 
-        # Which checkpoint? A folder that holds some is gone on with on request only.
+        # Choose the checkpoint. A folder that already holds checkpoints is continued only on request.
         path, existing = args.resume, []
         if self.checkpoints is not None:
             existing = self.checkpoints.places()
@@ -346,7 +346,7 @@ class RunFolder:
         if not path:
             return
 
-        # Its state, if it is of the same schedules and data.
+        # Load the checkpoint's state if its schedules and data are those of this run.
         checkpoint = load_checkpoint(path)
         self._check_schedules(checkpoint, path)
         self.state.load_state_dict(checkpoint, path=path, new_settings=args.resume_new_sched)
@@ -354,7 +354,7 @@ class RunFolder:
         progress = self.state.progress
         logger.info("resumed %s: epoch %d, step %d", path, progress.epoch, progress.step)
 
-        # Newer ones would be taken for this run's by a later --auto_resume.
+        # A later --auto_resume would mistake newer checkpoints in the folder for this run's.
         place = progress.epoch, checkpoint.get("step", 0)
         newer = [file for where, file in existing if where > place and not file.samefile(path)]
         if newer and args.resume and args.save_ckpt:
@@ -362,7 +362,7 @@ class RunFolder:
             raise ValueError(f"{newest}: move them away, or choose another --output_dir")
 
     def _check_schedules(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
-        """A resumed run keeps its schedules unless --resume_new_sched says otherwise, and always its optimizer."""
+        """Raise ValueError if a resumed run changes --opt, or its schedules without --resume_new_sched."""
         old = networks.read_record(checkpoint, path).arguments
         if old.get("opt", self.args.opt) != self.args.opt:
             other = f"--opt {self.args.opt} cannot go on with the state of --opt {old['opt']} in {path}"
@@ -373,12 +373,12 @@ class RunFolder:
                 raise ValueError(f"{other}: add --resume_new_sched to change it")
 
     def open_logs(self) -> None:
-        """Open the sinks at the place where the state is; what an earlier run logged after it goes."""
+        """Open the sinks at the state's place in the run, and drop what an earlier run logged after it."""
         args, progress = self.args, self.state.progress
         self.step_sinks, self.epoch_sinks, self.wandb = logs.Sinks(), logs.Sinks(), None
         if not self.state.world.is_main:
             return
-        # The console and the folder. CSV and JSON lines are cut to the place where the run goes on.
+        # The console and the folder, whose CSV and JSON Lines files are cut off where the run resumes.
         labels = ("step", "epoch")
         sinks: dict[str, list[logs.Sink]] = {label: [logs.ConsoleSink(label)] for label in labels}
         if args.output_dir:
@@ -390,7 +390,7 @@ class RunFolder:
             sinks["step"].append(logs.JsonLinesSink(folder / "log.jsonl", next_step))
         else:
             logger.warning("without --output_dir nothing of this run is kept: no checkpoint, no curve, no log")
-        # Where others look: TensorBoard and Weights & Biases.
+        # TensorBoard and Weights & Biases.
         events = args.log_dir or (Path(args.output_dir) / "tensorboard" if args.output_dir else None)
         if events:
             for label in labels:
@@ -408,7 +408,7 @@ class RunFolder:
         self.step_sinks, self.epoch_sinks = logs.Sinks(*sinks["step"]), logs.Sinks(*sinks["epoch"])
 
     def row(self) -> dict[str, float]:
-        """What the epoch's row says of training: the meter's averages over all ranks, and where the schedules are."""
+        """Return the epoch's training columns: averages over all ranks, schedule values, and broken images, if any."""
         state, task, world = self.state, self.task, self.state.world
         sums = dict(zip(state.meter.names, world.sum(state.meter.sums.clone()).tolist(), strict=True))
         lr, weight_decay = task.schedule(state.progress.updates)
@@ -419,7 +419,7 @@ class RunFolder:
         return row | ({"broken_images": broken} if broken else {})
 
     def leave(self, stop: utils.StopRequest) -> None:
-        """End after a signal; the state has been saved."""
+        """Close the logs and end the process after a signal; the caller has saved the state."""
         kept, progress = "no checkpoints, nothing saved", self.state.progress
         if self.checkpoints is not None and self.args.save_ckpt:
             kept = "the state is saved, --auto_resume true goes on"
@@ -431,7 +431,7 @@ class RunFolder:
         raise SystemExit(max(self.state.world.gather(stop.exit_code)))
 
     def close(self) -> None:
-        """End after the last epoch."""
+        """Close the logs after the last epoch; with --wandb_ckpt, upload the last checkpoint first."""
         if self.args.wandb_ckpt and self.wandb is not None:
             self.wandb.save(str(self.checkpoints.folder / "checkpoint-last.pth"), policy="now")
         self.step_sinks.close()

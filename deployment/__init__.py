@@ -1,1 +1,1 @@
-"""What the commands that deploy a network share: fusing and comparing, exporting, predicting."""
+"""The parts that the commands for deployment share: fusing and comparing, exporting, predicting."""

@@ -1,4 +1,4 @@
-"""Writing a network to a file that an engine runs, once the file was compared with the network."""
+"""Write a network to a file for an engine, after comparing the file with the network, or to safetensors."""
 
 import shutil
 import tempfile
@@ -13,7 +13,7 @@ from networks import Network
 from records.checkpoints import save_checkpoint
 from records.files import writing
 
-# The largest difference from PyTorch in float32, relative to the largest logit. A file beyond it is not written.
+# The largest allowed difference from PyTorch in float32, relative to the largest logit.
 TOLERANCES = {"default": 1e-2, "fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2, "int8": 2.5e-1}
 COMPARED_IMAGES = 32
 
@@ -28,20 +28,20 @@ def write_exported(
     batch_size: int,
     tolerance: float | None = None,
 ) -> str:
-    """Export, compare with the network itself, and put the files in their place if they agree.
+    """Export a network, compare the exported file with it, and move the files into place if the two agree.
 
     Args:
-        images: to compare on, (N, 3, H, W).
-        tolerance: None is that of the precision in `TOLERANCES`.
+        images: the images to compare on, (N, 3, H, W).
+        tolerance: the largest allowed relative difference; None takes it from `TOLERANCES` by precision.
 
     Returns:
-        The comparison in words.
+        A description of the comparison for the user.
 
     Raises:
-        ValueError: they differ by more than `tolerance`; nothing is written then.
+        ValueError: the two differ by more than `tolerance`; nothing is written then.
     """
     engine = runtimes.find(target.engine)
-    engine.check(target)  # before the folder is made
+    engine.check(target)  # before the folder is created
     tolerance = TOLERANCES[target.precision] if tolerance is None else tolerance
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def write_exported(
                 f"largest logit difference from PyTorch in float32, relative: {difference:.1e}; "
                 f"the same class for {same} of {len(images)} images"
             )
-            if not difference <= tolerance:  # so that nan is refused, too
+            if not difference <= tolerance:  # also refuses NaN
                 raise ValueError(f"{comparison}: more than {tolerance:g}, nothing written")
             for file in files:
                 shutil.move(file, path.parent / file.name)
@@ -64,10 +64,10 @@ def write_exported(
 
 
 def write_safetensors(network: Network, path: Path) -> Path:
-    """Write the weights as safetensors, with what travels with them in its metadata, and timm's `config.json` beside.
+    """Write the network's weights and metadata to a safetensors file, and timm's `config.json` beside it.
 
-    So `networks.open(path)` reads it, and `timm.create_model("local-dir:FOLDER", pretrained=True)` where VanillaNet is
-    registered.
+    Both `networks.open(path)` and, where the VanillaNet variants are registered,
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` can read the result.
 
     Returns:
         The path of the configuration.
@@ -91,7 +91,7 @@ def write_safetensors(network: Network, path: Path) -> Path:
     data |= {"interpolation": images.interpolation, "crop_mode": images.crop_mode, "crop_pct": images.crop_pct or 1.0}
     labels = {"label_names": list(network.classes)} if network.classes else {}
     with writing(config), tempfile.TemporaryDirectory(prefix="writing-", dir=path.parent) as folder:
-        # timm writes weights of its own beside it, without our record in their metadata: these are not kept.
+        # timm also writes a file of weights, but without our metadata, so only its config.json is kept.
         save_for_hf(network.module, folder, model_config=labels, data_config=data, safe_serialization=True)
         shutil.move(Path(folder) / "config.json", config)
     return config

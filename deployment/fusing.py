@@ -1,4 +1,4 @@
-"""From a network in training form to the one that is deployed: fused, compared with what it was, and written."""
+"""Convert a network from train form to deploy form: fuse a copy, compare it with the original, and write it."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -17,12 +17,12 @@ from deployment.images import RECORDED
 from networks import Network
 from records.checkpoints import save_checkpoint
 
-TOLERANCE = 1e-4  # the largest difference of the fused network's answers, relative to the largest
+TOLERANCE = 1e-4  # the largest allowed difference of the fused network's answers, relative to the largest answer
 COMPARED_BATCHES = 4
 
 
 def deployed(network: Network) -> Network:
-    """The network in deploy form. ValueError if its lambda is below 1, so that it cannot be fused."""
+    """Return the network in deploy form. Raises ValueError if lambda is below 1, where it cannot be fused."""
     return replace(network, module=reparameterize_model(network.module))
 
 
@@ -35,12 +35,12 @@ def open_deployed(
     crop_pct: float | None = None,
     random_weights: bool = False,
 ) -> Network:
-    """A network in deploy form, on the CPU in eval mode, opened by `networks.open`.
+    """Open a network with `networks.open` and return it in deploy form, on the CPU in eval mode.
 
     Args:
-        model, model_key: the `name` of the model, and the `key` of its weights.
-        input_size, crop_pct: instead of those that the network records.
-        random_weights: do without the pretrained weights of a name.
+        model, model_key: `name` and `key` of `networks.open`.
+        input_size, crop_pct: override the values that the network records.
+        random_weights: do not load the pretrained weights of a model's name.
     """
     mend = "give a checkpoint, or add --random_weights true to measure speed alone"
     network = networks.open(source, name=model, key=model_key, pretrained=not random_weights, mend=mend)
@@ -50,7 +50,7 @@ def open_deployed(
 
 
 def metadata_of(network: Network) -> runtimes.Metadata:
-    """What a program needs to know besides the network, for an exported file."""
+    """Return the metadata for an exported file: what a program needs to know besides the network."""
     images = {name: getattr(network.preprocessing, name) for name in RECORDED}
     return runtimes.Metadata(
         model=network.name, classes=network.labels, loss=network.loss, checkpoint=network.digest, **images
@@ -59,10 +59,10 @@ def metadata_of(network: Network) -> runtimes.Metadata:
 
 @torch.no_grad()
 def largest_difference(module: nn.Module, fused: nn.Module, batches: Iterable[torch.Tensor]) -> float:
-    """The largest |fused - unfused| logit over the first batches, relative to the largest |unfused|, in float32.
+    """Return the largest |fused - unfused| of the logits, relative to the largest |unfused|.
 
     Args:
-        batches: images (N, 3, H, W) on the device of both, of which `COMPARED_BATCHES` are looked at.
+        batches: images (N, 3, H, W) on the device of both networks; the first `COMPARED_BATCHES` batches are compared.
     """
     difference = scale = 0.0
     for images in islice(batches, COMPARED_BATCHES):
@@ -83,19 +83,19 @@ def write_deployed(
     layout: torch.memory_format = torch.contiguous_format,
     is_main: bool = True,
 ) -> tuple[nn.Module, float]:
-    """Fuse a copy of a network, compare it with the network, and write the checkpoint of the deploy form.
+    """Fuse a copy of a network, compare it with the original, and write a checkpoint of the deploy form.
 
-    From now on the process does without TensorFloat-32: by its rounding alone the two forms differ by some 1e-2.
+    TensorFloat-32 stays off for the rest of the process: its rounding alone makes the two forms differ by some 1e-2.
 
     Args:
         module: a classifier or a detector in eval mode.
-        compare: the largest relative difference of the answers of two networks.
-        answers: what these are called in an error.
-        record: what the checkpoint holds beside the weights.
-        is_main: write; the other ranks only compare.
+        compare: returns the largest relative difference between two networks' answers.
+        answers: what error messages call the answers.
+        record: further entries of the checkpoint.
+        is_main: write the checkpoint; the other ranks only compare.
 
     Returns:
-        The fused network, and the difference.
+        The fused network and the difference.
 
     Raises:
         ValueError: there is nothing to fuse, lambda is below 1, or the answers differ; nothing is written then.
@@ -104,11 +104,11 @@ def write_deployed(
         raise ValueError(f"{type(module).__name__} has no deploy form")
     if getattr(module, "deploy", False):
         raise ValueError("the network is in deploy form already: --eval true evaluates it")
-    # A copy is fused, so that both forms are there to be compared and evaluated.
+    # Fuse a copy, so that both forms can be compared and evaluated.
     fused = copy.deepcopy(module)
     fused.switch_to_deploy()
-    fused.to(memory_format=layout)  # what fusing returns is contiguous
-    # Compared on real data before anything is written.
+    fused.to(memory_format=layout)  # fusing returns contiguous tensors
+    # Compare before anything is written.
     runtimes.set_tf32("fp32", str(device))
     difference = compare(module, fused)
     if not difference <= TOLERANCE:

@@ -1,4 +1,4 @@
-"""Real images to calibrate, compare or predict on, prepared as a network wants them."""
+"""The preprocessing that a network needs, and real images to calibrate and compare on."""
 
 import os
 from collections.abc import Sequence
@@ -14,31 +14,31 @@ from runtimes import Metadata
 EMBEDDED = Path(__file__).parents[1] / "data" / "fashion-mnist"
 
 
-# What an exported file records of `Preprocessing`, by the same names.
+# The fields of `Preprocessing` that an exported file records, under the same names.
 RECORDED = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode")
 
 
 def transform(metadata: Metadata) -> Transform:
-    """From an RGB image to the input of the network that the metadata belong to, (3, input_size, input_size)."""
+    """Build the transform from an RGB image to the input of the metadata's network, (3, input_size, input_size)."""
     fields = {name: getattr(metadata, name) for name in RECORDED}
     return build_eval_transform(Preprocessing(**fields, native=metadata.crop_pct is None))
 
 
 def spread(length: int, count: int) -> Sequence[int]:
-    """`count` places evenly spread over `length`, or all of them."""
+    """Indices of `count` items spread evenly over `length` items, or of all items if there are fewer."""
     return [i * length // count for i in range(count)] if length > count else range(length)
 
 
 def real_images(prepare: Transform, count: int, *, path: str | Path | None, data_set: str) -> torch.Tensor:
-    """Preprocessed images to calibrate or compare on, evenly spread, (n, 3, H, W) with n up to `count`.
+    """Load preprocessed images to calibrate or compare on, spread evenly over the data, (n, 3, H, W) with n <= `count`.
 
     Args:
-        path: of the data set; None takes the embedded test images of Fashion-MNIST.
-        data_set: as `datasets.build_dataset` knows them, of which the training split is taken; `image_folder` is any
-            folder with images somewhere in it.
+        path: the path of the data set; None takes the embedded test images of Fashion-MNIST.
+        data_set: as for `datasets.build_dataset`, whose training split is used. For IMNET and image_folder, `path` may
+            be any folder with images somewhere in it.
 
     Raises:
-        ValueError: the folder cannot be read or has no image, or one is broken.
+        ValueError: the folder cannot be read or has no images, or an image is broken.
     """
     if path is not None and data_set in ("IMNET", "image_folder"):
         paths = list_images([os.fspath(path)])

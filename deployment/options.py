@@ -1,18 +1,18 @@
-"""The flags that say which network is deployed and how its images are prepared; imports no torch."""
+"""Flags for the network to deploy and for the preparation of its images. Does not import torch."""
 
 from typing import Any
 
 from options import COUNT, SHARE, Arguments, Parser, boolean, file_path
 
-# What `add_network_flags` adds: flags that choose or prepare a network, which an exported file settles itself.
+# The flags of `add_network_flags`. They choose or prepare a network; an exported file has these choices built in.
 CHOICES = ("model", "model_key", "input_size", "crop_pct", "random_weights")
 CALIBRATION_FLAGS = ("calib_data", "calib_count", "data_set", "int8_depthwise")
 NETWORK_FLAGS = (*CHOICES, *CALIBRATION_FLAGS)
-SUFFIXES = (".csv", ".json")  # of the files that predictions are written to
+SUFFIXES = (".csv", ".json")  # of files of predictions
 
 
 def add_network_flags(parser: Parser) -> None:
-    """The flags that the commands which deploy a network share."""
+    """Add the flags that the commands for deployment share."""
     add = parser.add_argument
     add("--model", metavar="NAME", help="model's name in timm, for a checkpoint that does not record it")
     add("--model_key", metavar="KEY", help="key of the weights in the checkpoint [model_ema, or else model]")
@@ -31,5 +31,5 @@ def add_network_flags(parser: Parser) -> None:
 
 
 def network_choices(args: Arguments) -> dict[str, Any]:
-    """What `add_network_flags` was given, for `deployment.fusing.open_deployed`."""
+    """Return the values of `CHOICES`, as arguments of `deployment.fusing.open_deployed`."""
     return {flag: getattr(args, flag) for flag in CHOICES}

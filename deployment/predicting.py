@@ -1,4 +1,4 @@
-"""What images show, by a network in any engine and format."""
+"""Classify images with a network in any engine and format."""
 
 import os
 import sys
@@ -14,22 +14,22 @@ from loading.images import BrokenImageError, decode_image, upright
 from records.logs import write_json, write_rows
 from runtimes import Runtime
 
-Prediction = dict[str, Any]  # a class of an image: the row of a file, by the names in COLUMNS
-COLUMNS = ("path", "rank", "class", "index", "chance")  # rank 1 is the likeliest, chance is in [0, 1]
+Prediction = dict[str, Any]  # a class predicted for an image: a row of the output file, with the keys in COLUMNS
+COLUMNS = ("path", "rank", "class", "index", "chance")  # rank 1 is the most likely class; chance is in [0, 1]
 
 
 def predict(
     runtime: Runtime, paths: Sequence[str], *, top: int, batch_size: int = 1
 ) -> Iterator[tuple[str, list[Prediction] | BrokenImageError]]:
-    """For each file its path, and its likeliest classes, best first, or what is wrong with it.
+    """Yield each file's path with its most likely classes, best first, or with the error if it cannot be read.
 
-    Images are turned upright by their EXIF orientation, since people look at them so. For what a chance is see
+    Images are turned upright by their EXIF orientation, because that is how people see them. Chances are computed by
     `networks.probabilities`.
 
     Args:
-        runtime: with metadata.
-        top: how many classes of each.
-        batch_size: images in a call.
+        runtime: a runtime with metadata.
+        top: the number of classes for each image.
+        batch_size: the number of images in each call of the runtime.
     """
     prepare, classes = transform(runtime.metadata), runtime.metadata.classes
     for first in range(0, len(paths), batch_size):
@@ -53,16 +53,16 @@ def predict(
 
 
 def printable(path: str, encoding: str | None = None) -> str:
-    """The path as standard output, or a file of this encoding, can show it: bytes that are no text are spelled out."""
+    """The path in a form that standard output, or a file of this encoding, can show: undecodable bytes are escaped."""
     encoding = encoding or sys.stdout.encoding or "utf-8"
     return os.fsencode(path).decode(encoding, errors="backslashreplace")
 
 
 def write_predictions(path: str | Path, predictions: Sequence[Prediction]) -> None:
-    """Write a row for each class of each image: .csv with a header, or .json as a list.
+    """Write one row for each class of each image, as .csv with a header or as a .json list.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: the file cannot be written.
     """
     path = Path(path)
     rows = [{**found, "path": printable(found["path"], "utf-8")} for found in predictions]

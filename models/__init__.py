@@ -2,6 +2,6 @@
 
 from . import vanillanet
 from .fusion import fold_bn, merge_pointwise
-from .vanillanet import *  # noqa: F403  the published way to reach an entry point is `models.vanillanet_9`
+from .vanillanet import *  # noqa: F403  entry points are published as `models.vanillanet_9`
 
 __all__ = [*vanillanet.__all__, "fold_bn", "merge_pointwise"]

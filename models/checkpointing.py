@@ -1,12 +1,12 @@
-"""Gradient checkpointing: less of the forward pass is kept for the backward pass, which computes the rest again.
+"""Gradient checkpointing: keep fewer results of the forward pass, and recompute the rest in the backward pass.
 
-`activations` keeps what convolutions and other matrix products return, which is what costs time, and computes
-normalizations, activations and pools again. Pools are among these because keeping their results, with an index of 64
-bits for each, costs VanillaNet-6 13 MiB an image more and saves no time that could be measured.
+`activations` keeps the results of convolutions and other matrix products, which take most of the time. Normalizations,
+activations and pools are recomputed. Keeping the results of the pools, with a 64-bit index for each, would cost
+VanillaNet-6 another 13 MiB per image and save no measurable time.
 
-`full` keeps the input of each part of the network, and of the products only those that are long, where a number that is
-kept saves much work. Computing VanillaNet-6 again as a whole adds a quarter to the time of its step;
-without the long products it adds an eighth, for 3 MiB an image.
+`full` keeps the input of each part of the network, and the results of long products only, where each stored value
+saves much work. Recomputing all of VanillaNet-6 adds a quarter to the time of a training step; without the long
+products, recomputing adds an eighth, at a cost of 3 MiB per image.
 """
 
 import inspect
@@ -22,20 +22,20 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 __all__ = ["MODES", "checkpointed", "set_grad_checkpointing"]
 
 MODES = ("none", "activations", "full")
-LONG = 2048  # multiplications for one number of the result
+LONG = 2048  # multiplications per value of the result
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.convolution.default, _aten.mm.default, _aten.addmm.default, _aten.bmm.default}
 _PRODUCTS |= {getattr(_aten, name).default for name in dir(_aten) if name.startswith("_scaled_dot_product")}
-# What is kept passes through hooks on saved tensors, so that they can count it; older PyTorch has no such option.
+# Pass the kept tensors through saved-tensor hooks, so that hooks can count them; older PyTorch lacks this option.
 _HOOKS = {name: True for name in inspect.signature(checkpoint).parameters if name == "respect_saved_tensors_hooks"}
 
 
 @contextmanager
 def _second_pass(module: nn.Module, kept: AbstractContextManager) -> Iterator[None]:
-    """BatchNorms move copies of their running statistics, which are thrown away at the end.
+    """Let BatchNorms update copies of their running statistics while recomputing, and discard the copies at the end.
 
-    They are not just told to keep none: that saves fewer tensors for the backward pass than the first forward pass
-    did, which checkpointing takes for an error.
+    If the statistics were turned off instead, BatchNorms would save fewer tensors for the backward pass than in the
+    first forward pass, which checkpointing reports as an error.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     own = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
@@ -70,10 +70,10 @@ def _contexts(module: nn.Module, mode: str) -> tuple[AbstractContextManager, Abs
 
 
 def checkpointed(function: Callable, module: nn.Module, mode: str, *args: Any, **kwargs: Any) -> Any:
-    """`function(*args, **kwargs)`, of which the backward pass keeps what `mode` says.
+    """Call `function(*args, **kwargs)`, keeping for the backward pass only what `mode` says.
 
     Args:
-        module: whose BatchNorm statistics move once, although the function is computed twice.
+        module: the module whose BatchNorm statistics are updated only once, although the function runs twice.
         mode: `activations` or `full`.
     """
     if not torch.is_grad_enabled():
@@ -81,26 +81,26 @@ def checkpointed(function: Callable, module: nn.Module, mode: str, *args: Any, *
     if not torch.compiler.is_compiling():
         contexts = partial(_contexts, module, mode)
         return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **_HOOKS, **kwargs)
-    # The compiler traces the first pass, takes what it moves from there, and plans the second pass by itself.
+    # The compiler takes the buffer updates from its trace of the first pass, and plans the second pass itself.
     return checkpoint(function, *args, use_reentrant=False, context_fn=_CONTEXTS[mode], **kwargs)
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """Modules with layers of their own that stand in a row with others: ResNet's bottlenecks, Swin's blocks."""
+    """Return the innermost entries of Sequentials and ModuleLists that have children: ResNet's and Swin's blocks."""
     rows = [module for module in network.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
     blocks = {child for row in rows for child in row if any(True for _ in child.children())}
     return [block for block in blocks if not any(inner in blocks for inner in block.modules() if inner is not block)]
 
 
 def set_grad_checkpointing(network: nn.Module, mode: str) -> None:
-    """Train a network with gradient checkpointing from now on: a VanillaNet by its stages, any other by its blocks.
+    """Turn on gradient checkpointing: for the stem and stages of a VanillaNet, or the blocks of any other network.
 
     Args:
-        network: as built; a timm model or features of one.
-        mode: of `MODES`.
+        network: a timm model or its features, as built.
+        mode: one of `MODES`.
 
     Raises:
-        ValueError: the network has no blocks, as AlexNet has none.
+        ValueError: the network has no blocks; AlexNet, for example.
     """
     if mode == "none":
         return

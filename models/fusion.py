@@ -1,7 +1,7 @@
 """The algebra that makes a trained VanillaNet shallow (paper, Deep Training Strategy).
 
 Both functions are pure: they read their arguments, compute in float64 and return a new plain layer in the dtype of the
-first argument. They know nothing of the network; a module decides what of itself to pass.
+first argument. They know nothing about the network; each module decides which of its layers to pass.
 """
 
 import torch
@@ -11,10 +11,10 @@ from torch import nn
 
 @torch.no_grad()
 def _conv_like(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
-    """A Conv2d with the geometry of `conv`, holding `weight` and `bias`, contiguous in the strict sense.
+    """Return a Conv2d with the geometry of `conv`, and with `weight` and `bias` in strictly contiguous memory.
 
-    The values are copied into freshly allocated parameters. A result of matrix algebra may carry strides on its size-1
-    dimensions that read as channels-last, and a convolution that believes them runs on a slow path.
+    The values are copied into newly allocated parameters. A matrix product may return strides for dimensions of size 1
+    that look like channels-last, and a convolution with such strides takes a slow path.
     """
     layer = nn.Conv2d(
         conv.in_channels,
@@ -35,7 +35,7 @@ def _conv_like(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.
 
 
 def _bias(conv: nn.Conv2d) -> torch.Tensor:
-    """The bias of `conv` in float64, (out,), zero where it has none."""
+    """Return the bias of `conv` in float64, (out,), or zeros if `conv` has no bias."""
     if conv.bias is None:
         return conv.weight.new_zeros(conv.out_channels, dtype=torch.float64)
     return conv.bias.double()
@@ -43,7 +43,7 @@ def _bias(conv: nn.Conv2d) -> torch.Tensor:
 
 @torch.no_grad()
 def fold_bn(conv: nn.Conv2d, bn: nn.modules.batchnorm._BatchNorm) -> nn.Conv2d:
-    """One convolution equal to `bn(conv(x))` in eval mode.
+    """Return one convolution equal to `bn(conv(x))` in eval mode.
 
     BN(y) = gamma (y - mean) / sqrt(var + eps) + beta is an affine map of each output channel, so with
     s = gamma / sqrt(var + eps) the weight becomes s W and the bias s (b - mean) + beta.
@@ -53,7 +53,7 @@ def fold_bn(conv: nn.Conv2d, bn: nn.modules.batchnorm._BatchNorm) -> nn.Conv2d:
         bn: affine BatchNorm over `out` channels with running statistics.
 
     Raises:
-        ValueError: the BatchNorm has another width, no affine parameters or no running statistics.
+        ValueError: the widths differ, or the BatchNorm has no affine parameters or no running statistics.
     """
     if bn.num_features != conv.out_channels:
         raise ValueError(f"cannot fold a BatchNorm of {bn.num_features} channels into {conv.out_channels}")
@@ -67,17 +67,17 @@ def fold_bn(conv: nn.Conv2d, bn: nn.modules.batchnorm._BatchNorm) -> nn.Conv2d:
 
 @torch.no_grad()
 def merge_pointwise(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
-    """One convolution equal to `second(first(x))`, where `second` is 1x1 (paper, Deep Training Strategy).
+    """Return one convolution equal to `second(first(x))`, where `second` is 1x1 (paper, Deep Training Strategy).
 
-    W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2). `first` may have any kernel, stride and padding: `second` acts on
-    its outputs only, so zero padding before `first` stays what it is.
+    W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2). `first` may have any kernel, stride and padding, because
+    `second` acts only on the outputs of `first`, which leaves the zero padding of `first` unaffected.
 
     Args:
         first: weight (mid, in, kh, kw).
         second: weight (out, mid, 1, 1), stride 1, no padding.
 
     Raises:
-        ValueError: `second` is not pointwise, either one is grouped, or the widths do not meet.
+        ValueError: `second` is not pointwise, either convolution is grouped, or the widths do not match.
     """
     pointwise = second.kernel_size == (1, 1) and second.stride == (1, 1) and second.padding == (0, 0)
     if not pointwise or second.groups != 1 or first.groups != 1:

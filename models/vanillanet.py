@@ -1,11 +1,12 @@
-"""VanillaNet, an image classifier of 5 to 13 layers without shortcuts and attention.
+"""VanillaNet, an image classifier of 5 to 13 layers without shortcuts or attention.
 
-Chen, Wang, Guo, Tao, "VanillaNet: the Power of Minimalism in Deep Learning", NeurIPS 2023, https://arxiv.org/abs/2305.12972
+Chen, Wang, Guo, Tao, "VanillaNet: the Power of Minimalism in Deep Learning", NeurIPS 2023,
+https://arxiv.org/abs/2305.12972
 
-The network has two forms with the same function. In the *train form* every layer is a pair of convolutions with a
-nonlinearity between them that fades out during training ("Deep Training Strategy" in the paper). Once it has faded
-the pair is linear, and `switch_to_deploy` merges it into one convolution: the *deploy form* really has 5 to 13 layers.
-The series-informed activation makes up for the depth ("Series Informed Activation Function").
+The network has two forms. In the *train form*, every layer is a pair of convolutions, and the nonlinearity between them
+fades out during training ("Deep Training Strategy" in the paper). The faded pair is linear, so `switch_to_deploy` can
+merge it into one convolution without changing the function: the *deploy form* really has 5 to 13 layers. The
+series-informed activation makes up for the lack of depth ("Series Informed Activation Function").
 """
 
 from collections.abc import Callable, Sequence
@@ -35,10 +36,10 @@ BN_EPS = 1e-6
 class FadingReLU(nn.Module):
     """The nonlinearity of deep training, A'(x) = (1 - lambda) ReLU(x) + lambda x (paper, Deep Training Strategy).
 
-    Lambda is a LeakyReLU's slope: 0 gives ReLU, 1 the identity, which is returned at no cost. It is held twice, as a
-    Python number and as a tensor, because each has a reader that the other cannot serve: the number decides in eager
-    mode without waiting for the device, the tensor lets a compiled graph see a new value without being compiled again.
-    Neither is in the state dict. Any shape, the shape is kept.
+    Lambda is the negative slope of a LeakyReLU: 0 gives ReLU, 1 gives the identity, which is free in eager mode. Lambda
+    is stored twice, as a Python number and as a tensor, and neither is in the state dict. Eager mode reads the number,
+    because reading the tensor would wait for the device. A compiled graph reads the tensor, because each new number
+    would make it compile again. The input may have any shape, and the output has the same shape.
     """
 
     def __init__(self, device=None, dtype=None):
@@ -47,22 +48,21 @@ class FadingReLU(nn.Module):
         self.register_buffer("slope_tensor", torch.ones((), device=device, dtype=dtype), persistent=False)
 
     def set_slope(self, slope: float) -> None:
-        """Set lambda in place. Raises ValueError outside [0, 1]."""
+        """Set lambda in place. Raises ValueError for a value outside [0, 1]."""
         if not 0.0 <= slope <= 1.0:
             raise ValueError(f"the slope of the fading activation must be in [0, 1], not {slope}")
         self.slope = float(slope)
         self.slope_tensor.fill_(slope)
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves and conversions end with the exact value, since a cast rounds it and `to_empty` leaves it undefined."""
+        """Restore the exact value after a move or conversion: a cast rounds it, and `to_empty` leaves it undefined."""
         super()._apply(fn, recurse)
         self.slope_tensor.fill_(self.slope)
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # While compiling, the number must not be read: the graph would be guarded on it. The three operators that the
-        # tensor needs are fused into the normalization before them then; run one by one they are several times slower
-        # than the single operator that takes a number.
+        # A compiled graph would be guarded on the number, so it uses the tensor. The compiler fuses the three operators
+        # into the normalization before them; run eagerly, they are several times slower than `leaky_relu`.
         if torch.compiler.is_compiling():
             return torch.where(x > 0, x, x * self.slope_tensor)
         return x if self.slope == 1.0 else F.leaky_relu(x, negative_slope=self.slope)
@@ -74,12 +74,12 @@ class FadingReLU(nn.Module):
 class SeriesActivation(nn.Conv2d):
     """The series-informed activation (paper, Series Informed Activation Function), (N, C, H, W) -> (N, C, H, W).
 
-    A_s(x)[h, w, c] = sum over i, j in {-n..n} of a[i, j, c] ReLU(x[h + i, w + j, c]), then BatchNorm: a ReLU followed
-    by a depthwise convolution of (2n+1) x (2n+1). The deploy form has the BatchNorm folded into weight and bias.
+    A_s(x)[h, w, c] = sum over i, j in {-n..n} of a[i, j, c] ReLU(x[h + i, w + j, c]) is a ReLU followed by a depthwise
+    (2n+1) x (2n+1) convolution. A BatchNorm follows; the deploy form has it folded into the weight and bias.
 
     Args:
-        dim: channels C.
-        act_num: n; 0 leaves one weight a channel, a plain ReLU up to scale.
+        dim: number of channels C.
+        act_num: n; with 0, each channel has a single weight, which only scales its ReLU.
         deploy: build the deploy form.
     """
 
@@ -102,7 +102,7 @@ class SeriesActivation(nn.Conv2d):
         return self.bn(x)
 
     def switch_to_deploy(self) -> None:
-        """Fold the BatchNorm in. A second call does nothing."""
+        """Fold the BatchNorm into the convolution. A second call does nothing."""
         if self.bn is None:
             return
         folded = fold_bn(self, self.bn)
@@ -117,7 +117,7 @@ def _conv_bn(dim: int, dim_out: int, kernel_size: int = 1, stride: int = 1, padd
 
 
 def _check_faded(slope: float) -> None:
-    """Merging a pair whose nonlinearity still acts would give another function."""
+    """Raise ValueError unless lambda is 1: merging a pair whose nonlinearity still acts would change the function."""
     if slope != 1.0:
         raise ValueError(
             f"the activation slope is {slope}: pairs of layers can be merged only at 1, where they are linear; "
@@ -129,12 +129,12 @@ class Block(nn.Module):
     """One stage, (N, dim, H, W) -> (N, dim_out, H / stride, W / stride): 1x1 convolution(s), max-pool, activation.
 
     Args:
-        dim: input channels.
-        dim_out: output channels.
+        dim: number of input channels.
+        dim_out: number of output channels.
         act_num: n of the series activation.
-        stride: kernel and stride of the max-pool; 1 has none.
-        deploy: build the deploy form, one convolution `conv` in the place of `conv1` and `conv2`.
-        ada_pool: pool adaptively to this height and width instead; 0 or None: by `stride`.
+        stride: kernel size and stride of the max-pool; 1 leaves the pool out.
+        deploy: build the deploy form, in which one convolution `conv` replaces `conv1` and `conv2`.
+        ada_pool: height and width of the output of an adaptive max-pool; 0 or None pools by `stride` instead.
     """
 
     __jit_unused_properties__ = ("act_learn", "deploy")
@@ -153,7 +153,7 @@ class Block(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         for name in ("conv1", "relu", "conv2", "conv"):
-            self.register_module(name, None)  # both forms' slots: a fused block's parameters have a built one's order
+            self.register_module(name, None)  # both forms' slots: fused and built deploy forms order parameters alike
         self.conv1 = None if deploy else _conv_bn(dim, dim, **dd)
         self.relu = None if deploy else FadingReLU(**dd)
         self.conv2 = None if deploy else _conv_bn(dim, dim_out, **dd)
@@ -170,20 +170,20 @@ class Block(nn.Module):
 
     @property
     def act_learn(self) -> float:
-        """Lambda; 1 in deploy form."""
+        """Lambda, the slope of the fading activation; 1 in deploy form."""
         return 1.0 if self.relu is None else self.relu.slope
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.conv is not None:
             x = self.conv(x)  # (N, dim, H, W) -> (N, dim_out, H, W)
         else:
-            x = self.conv1(x)
-            x = self.conv2(self.relu(x))  # (N, dim, H, W) -> (N, dim_out, H, W)
+            x = self.conv1(x)  # (N, dim, H, W) -> (N, dim, H, W)
+            x = self.conv2(self.relu(x))  # -> (N, dim_out, H, W)
         x = self.pool(x)  # -> (N, dim_out, H / stride, W / stride)
         return self.act(x)
 
     def switch_to_deploy(self) -> None:
-        """Fuse in place. A second call does nothing; ValueError while lambda is below 1."""
+        """Fuse into the deploy form, in place. A second call does nothing. Raises ValueError if lambda is below 1."""
         if self.deploy:
             return
         _check_faded(self.act_learn)
@@ -196,23 +196,23 @@ class VanillaNet(nn.Module):
     """The network (paper, A Vanilla Neural Architecture), (N, in_chans, H, W) -> (N, num_classes).
 
     Args:
-        in_chans: input channels.
-        num_classes: classes; 0 leaves the classifier out, and the output is the pooled features.
-        dims: channels of the stem and of each stage, one more than `strides`.
-        drop_rate: dropout before the classifier.
+        in_chans: number of input channels.
+        num_classes: number of classes; 0 leaves out the classifier, so that the network returns the pooled features.
+        dims: number of channels of the stem and of each stage; one entry more than `strides`.
+        drop_rate: probability of dropout before the classifier.
         act_num: n of the series activations; 3 for classification, 4 for detection.
         strides: max-pool stride of each stage.
         deploy: build the deploy form.
-        ada_pool: adaptive pool size of each stage (0: pool by stride). The stem then has stride 3 and padding 1.
+        ada_pool: adaptive pool size of each stage; 0 pools by stride. If given, the stem has stride 3 and padding 1.
         width_mult: factor on `dims`.
-        global_pool: timm's pool types: avg, max, avgmax, catavgmax; an empty string keeps the map, (N, classes, h, w).
-        img_size: with `ada_pool`, the input size to adapt the pool sizes to; the sizes given are for 224.
-        act_learn: lambda to begin with, as of a network saved in the middle of its ramp; see `change_act`.
-        device, dtype: of the parameters.
+        global_pool: timm's pool type: avg, max, avgmax or catavgmax; an empty string keeps the map, (N, classes, h, w).
+        img_size: input size to adapt the sizes in `ada_pool` to, which are for 224.
+        act_learn: initial lambda, for example of a network saved in the middle of its ramp; see `change_act`.
+        device, dtype: device and data type of the parameters.
 
     Raises:
-        ValueError: lists whose lengths do not fit, a stride below 1, a width without channels, an unknown pool type,
-            `img_size` without `ada_pool`, lambda outside [0, 1] or below 1 in deploy form.
+        ValueError: list lengths do not match, a stride is below 1, a layer has no channels, the pool type is unknown,
+            `img_size` is not square or lacks `ada_pool`, or lambda is outside [0, 1] or not 1 in deploy form.
     """
 
     __jit_unused_properties__ = ("act_learn", "deploy")
@@ -251,7 +251,7 @@ class VanillaNet(nn.Module):
         if min(strides, default=0) < 1:
             raise ValueError(f"there must be stages, with strides of 1 or more, not {strides}")
         dd = {"device": device, "dtype": dtype}
-        self._fusion = workarounds.RootFusion(self)  # first, so that timm's walk reaches it before the parts
+        self._fusion = workarounds.RootFusion(self)  # first child, so that timm fuses the network before its parts
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = dims[-1]
@@ -263,7 +263,7 @@ class VanillaNet(nn.Module):
             pools = _adapt_pools(pools, strides, img_size, stem_stride, stem_padding)
         stem = {"kernel_size": 4, "stride": stem_stride, "padding": stem_padding, **dd}
         for name in ("stem1", "relu", "stem2", "stem", "stages", "cls1", "cls2", "cls"):
-            self.register_module(name, None)  # both forms' slots, so that fusing under timm's walk adds no child
+            self.register_module(name, None)  # both forms' slots: fusing adds no child while timm iterates
         if deploy:
             self.stem = nn.Sequential(
                 nn.Conv2d(in_chans, dims[0], **stem), SeriesActivation(dims[0], act_num, deploy, **dd)
@@ -298,7 +298,7 @@ class VanillaNet(nn.Module):
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
-            # In float32: a draw in bfloat16 often meets the end of its range, and comes out as 2 instead of some 0.02.
+            # Draw in float32: a bfloat16 draw often rounds to the end of its range and becomes 2 instead of about 0.02.
             weight = trunc_normal_(torch.empty_like(module.weight, dtype=torch.float32), std=0.02)
             with torch.no_grad():
                 module.weight.copy_(weight)
@@ -308,8 +308,8 @@ class VanillaNet(nn.Module):
     def _build_head(self, num_classes: int, global_pool: str, deploy: bool, **dd) -> None:
         if global_pool.removeprefix("fast") not in ("", "avg", "max", "avgmax", "catavgmax"):
             raise ValueError(f"global_pool must be one of timm's pool types, not {global_pool!r}")
-        self.global_pool = global_pool  # where timm's save_for_hf looks for it
-        pool = SelectAdaptivePool2d(pool_type=global_pool)
+        self.global_pool = global_pool  # timm's save_for_hf reads this attribute
+        pool = SelectAdaptivePool2d(pool_type=global_pool)  # (N, num_features, h, w) -> (N, head_hidden_size, 1, 1)
         self.head_hidden_size = self.num_features * pool.feat_mult()
         self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
         features = [pool, nn.Dropout(self.drop_rate)]
@@ -326,7 +326,7 @@ class VanillaNet(nn.Module):
 
     @property
     def deploy(self) -> bool:
-        """True for the deploy form."""
+        """Whether the network is in deploy form."""
         return self.stem is not None
 
     @property
@@ -336,10 +336,10 @@ class VanillaNet(nn.Module):
 
     @torch.jit.ignore
     def change_act(self, slope: float) -> None:
-        """Set lambda (paper, Deep Training Strategy) everywhere in the network.
+        """Set lambda, the slope of all fading activations (paper, Deep Training Strategy).
 
         Raises:
-            ValueError: outside [0, 1], or below 1 on a deployed network, which has no such activation left.
+            ValueError: the slope is outside [0, 1], or not 1 for a deployed network, which has no fading activation.
         """
         if self.deploy and slope != 1.0:
             raise ValueError(f"a deployed network has no fading activation to set to {slope}")
@@ -349,7 +349,7 @@ class VanillaNet(nn.Module):
         self._record(act_learn=self.act_learn)
 
     def _record(self, **kwargs) -> None:
-        """What timm's save_for_hf writes down, so that create_model builds the network that the weights belong to."""
+        """Record arguments for timm's save_for_hf, so that create_model builds the network that the weights fit."""
         self._model_args = {**getattr(self, "_model_args", {}), **kwargs}
 
     @torch.jit.ignore
@@ -357,7 +357,7 @@ class VanillaNet(nn.Module):
         """Fuse into the deploy form, in place (paper, Deep Training Strategy). A second call does nothing.
 
         Raises:
-            ValueError: lambda is below 1, where fusing would change the function; nothing has been touched then.
+            ValueError: lambda is below 1, where fusing would change the function; the network is left as it was.
         """
         if self.deploy:
             return
@@ -381,41 +381,41 @@ class VanillaNet(nn.Module):
     # -- forward
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, H, W) -> (N, dims[0], H/4, W/4); a third instead of a quarter with `ada_pool`."""
+        """(N, in_chans, H, W) -> (N, dims[0], H/4, W/4); with `ada_pool`, H/3 and W/3."""
         if self.stem is not None:
             return self.stem(x)
         x = self.stem1(x)  # (N, in_chans, H, W) -> (N, dims[0], H/4, W/4)
-        return self.stem2(self.relu(x))
+        return self.stem2(self.relu(x))  # the same shape
 
     @torch.jit.ignore
     def _run(self, part: Callable, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return checkpointed(part, module, self.checkpoint_mode, x) if self.grad_checkpointing else part(x)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, H, W) -> (N, num_features, H/32, W/32), unpooled."""
+        """(N, in_chans, H, W) -> (N, num_features, h, w), unpooled; all variants without `ada_pool` have h = H/32."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = self._run(self.forward_stem, self, x)
             for stage in self.stages:
                 x = self._run(stage, stage, x)
             return x
-        x = self.forward_stem(x)
-        return self.stages(x)
+        x = self.forward_stem(x)  # (N, in_chans, H, W) -> (N, dims[0], H/4, W/4)
+        return self.stages(x)  # -> (N, num_features, h, w)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """(N, num_features, h, w) -> (N, num_classes), or pooled features (N, head_hidden_size)."""
+        """(N, num_features, h, w) -> (N, num_classes); with `pre_logits`, pooled features (N, head_hidden_size)."""
         if self.cls is not None:
             x = self.cls[1](self.cls[0](x)) if pre_logits else self.cls(x)
         elif pre_logits or self.num_classes == 0:
-            x = self.cls1[1](self.cls1[0](x))
+            x = self.cls1[1](self.cls1[0](x))  # (N, num_features, h, w) -> (N, head_hidden_size, 1, 1)
         else:
-            x = self.cls2(self.relu(self.cls1(x)))
+            x = self.cls2(self.relu(self.cls1(x)))  # (N, num_features, h, w) -> (N, num_classes, 1, 1)
         return self.flatten(x)  # (N, num_classes, 1, 1) -> (N, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.forward_features(x)  # (N, in_chans, H, W) -> (N, num_features, H/32, W/32)
+        x = self.forward_features(x)  # (N, in_chans, H, W) -> (N, num_features, h, w)
         return self.forward_head(x)  # -> (N, num_classes)
 
-    # -- what timm asks of a model
+    # -- timm's model interface
 
     @torch.jit.ignore
     def forward_intermediates(
@@ -427,18 +427,18 @@ class VanillaNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ):
-        """The feature maps at the levels of `feature_info`, each from the last stage before a downsampling.
+        """Return the feature maps at the levels of `feature_info`, each from the last layer at its resolution.
 
         Args:
-            x: (N, in_chans, H, W).
-            indices: levels to return: a number (the last so many), a list (negative counts from the end), or all.
-            norm: accepted for timm's sake; there is no final norm to apply.
-            stop_early: skip the stages after the last level asked for.
-            output_fmt: NCHW, the only layout.
-            intermediates_only: leave the final features out.
+            x: images (N, in_chans, H, W).
+            indices: levels to return: a number n for the last n, a list (negative from the end), or None for all.
+            norm: accepted for compatibility with timm; the network has no final norm.
+            stop_early: skip the stages after the last requested level.
+            output_fmt: NCHW, the only supported layout.
+            intermediates_only: return only the list of maps, without the final features.
 
         Returns:
-            A list of (N, C, h, w), or the final features and that list.
+            A list of maps (N, C, h, w), or a pair of the final features and this list.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be NCHW, not {output_fmt}")
@@ -457,7 +457,7 @@ class VanillaNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the given levels do not need: the stages after the last one and, by default, the classifier."""
+        """Drop the stages after the last given level and, by default, the classifier. Returns the level indices."""
         take, last = feature_take_indices(len(self._levels), indices=indices)
         cut = self._levels[last] < len(self.stages)
         if cut:
@@ -465,20 +465,20 @@ class VanillaNet(nn.Module):
             self._levels = self._levels[: last + 1]
             self.feature_info = self.feature_info[: last + 1]
             self.num_features = self.feature_info[last]["num_chs"]
-        if prune_head or cut:  # a classifier for other features than these is of no use
+        if prune_head or cut:  # the classifier does not fit the features of an earlier stage
             self.reset_classifier(0, "")
         return take
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
-        """The convolutions that make the logits: two in train form, one in deploy form; Identity without classes."""
+        """Return the convolutions of the logits: two in train form, one in deploy form; Identity without classes."""
         if not self.num_classes:
             return nn.Identity()
         return self.cls[2] if self.deploy else (self.cls1[2], self.cls2[0])
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new, freshly initialized classifier for `num_classes`; 0 removes it. `global_pool` None keeps the pool."""
+        """Build a new, initialized classifier for `num_classes`; 0 removes it. `global_pool` None keeps the pool."""
         if global_pool is None:
             global_pool = self.global_pool
         self.num_classes = num_classes
@@ -490,17 +490,17 @@ class VanillaNet(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True, mode: str = "full") -> None:
-        """Keep less for the backward pass, which computes the rest again; see `checkpointing.MODES`."""
+        """Keep fewer tensors for the backward pass and recompute the rest; `checkpointing` describes the modes."""
         self.grad_checkpointing, self.checkpoint_mode = enable, mode
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups for layer decay: the stem, each stage, the classifier; the same coarse and fine."""
+        """Return the groups for layer decay: the stem, each stage, the classifier; `coarse` makes no difference."""
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)", "head": r"^cls"}
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """No parameter beyond the biases and BatchNorms, which every optimizer set-up spares."""
+        """Return no names, because every optimizer set-up already spares biases and BatchNorms."""
         return set()
 
 
@@ -512,11 +512,11 @@ def _feature_levels(strides: Sequence[int]) -> tuple[int, ...]:
 def _adapt_pools(
     pools: Sequence[int], strides: Sequence[int], img_size: int | tuple[int, int], stem_stride: int, stem_padding: int
 ) -> tuple[int, ...]:
-    """The adaptive pool sizes for another input size; the rule, ceil(size / stride), gives 38, 19, 10 at 224."""
+    """Adapt the pool sizes to another input size. The rule, ceil(size / stride), gives 38, 19, 10 at 224."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if height != width:
         raise ValueError(f"adaptive pooling is square, img_size {height}x{width} is not")
-    if height == 224:  # which the sizes given belong to
+    if height == 224:  # the input size that `pools` is for
         return tuple(pools)
     size, adapted = (height + 2 * stem_padding - 4) // stem_stride + 1, []
     for pool, stride in zip(pools, strides, strict=True):
@@ -526,14 +526,14 @@ def _adapt_pools(
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, *, fuse: bool = False) -> dict[str, Any]:
-    """The weights in a released checkpoint, less the classifier if the model has other classes.
+    """Return the weights in a released checkpoint, without the classifier if the model has other classes.
 
-    Sets the model's lambda where the file records it. timm then drops the convolutions named in `classifier` itself,
-    but knows nothing of the BatchNorm between them. It also no longer loads strictly, so the names of the rest are
-    compared here. With `fuse` the model is wanted in deploy form, and the file may hold either form.
+    Also sets the model's lambda if the file records one. With other classes, timm drops the two convolutions named in
+    `classifier`, but not the BatchNorm between them, and no longer loads strictly, so this function compares all names
+    outside the classifier. With `fuse`, the model is to become a deploy form, and the file may hold either form.
 
     Raises:
-        RuntimeError: the names of the stem or of the stages are not the model's.
+        RuntimeError: names in the stem or the stages differ from the model's.
     """
     if fuse and "stem.0.weight" in state_dict:
         model.switch_to_deploy()
@@ -551,7 +551,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, *, fuse: 
     return {name: value for name, value in state_dict.items() if same_classes or not name.startswith("cls")}
 
 
-# -- variants: dims in units of 128 * 4 channels (paper, the table of architectures)
+# -- variants, with dims in units of 128 * 4 channels (paper, table of architectures)
 
 _UNIT = 128 * 4
 
@@ -583,7 +583,7 @@ VARIANTS = {
 
 
 def _name_deployed_layers(model: nn.Module) -> None:
-    """Where timm finds the first convolution and the classifier of a network, or of a wrapper of it, in deploy form."""
+    """Tell timm the first convolution and the classifier of the deploy form. `model` is the network or a wrapper."""
     model._traits = {**getattr(model, "_traits", {}), "first_conv": "stem.0"}
     if cfg := getattr(model, "pretrained_cfg", None):
         layers = {"first_conv": "stem.0", "classifier": "cls.2"}
@@ -617,7 +617,7 @@ default_cfgs = generate_default_cfgs(
 
 def _create_vanillanet(variant: str, pretrained: bool = False, deploy: bool = False, **kwargs) -> VanillaNet:
     kwargs = dict(VARIANTS[variant], **kwargs)
-    # What is released is the train form, so a pretrained deploy form is built so, loaded, and fused then.
+    # The released weights are of the train form, so a pretrained deploy form is built and loaded as that, then fused.
     fuse = pretrained and deploy
     with torch.serialization.safe_globals(SAFE_GLOBALS):
         model = build_model_with_cfg(
@@ -628,18 +628,18 @@ def _create_vanillanet(variant: str, pretrained: bool = False, deploy: bool = Fa
             feature_cfg={
                 "out_indices": tuple(range(len(_feature_levels(kwargs["strides"])))),
                 "feature_cls": "getter",
-                "flatten_sequential": True,  # for feature_cls list and dict, which find only children of the network
+                "flatten_sequential": True,  # because feature_cls list and dict find only direct children
             },
             deploy=deploy and not fuse,
             **kwargs,
         )
     if fuse:
-        network = getattr(model, "model", model)  # features_only wraps it
+        network = getattr(model, "model", model)  # features_only wraps the network
         if not isinstance(network, VanillaNet):
             raise ValueError("features of a pretrained deploy form are there through feature_cls='getter' only")
         network.switch_to_deploy()
         if network.num_classes not in (0, network.pretrained_cfg["num_classes"]):
-            network.reset_classifier(network.num_classes)  # two fresh layers, merged, would be far too small
+            network.reset_classifier(network.num_classes)  # merged, two fresh layers would be far too small
     if deploy:
         _name_deployed_layers(model)
     return model

@@ -1,6 +1,6 @@
-"""What the network does only because a library does not. Each says which one, and how to find out that it may go.
+"""Work-arounds for limits of libraries. Each names the library, and says when the work-around can be removed.
 
-`tests/test_workarounds.py` asks the libraries themselves: a test of it fails once its work-around is not needed.
+`tests/test_workarounds.py` tests the libraries themselves: a test fails once its work-around is no longer needed.
 """
 
 import torch
@@ -9,19 +9,19 @@ from torch import nn
 
 
 class RootFusion(nn.Module):
-    """Passes `switch_to_deploy` on to the network that holds it.
+    """A child of the network that passes `switch_to_deploy` on to the network.
 
-    timm 1.0.31 and before: `timm.utils.reparameterize_model` calls the children of the module that it is given, never
-    that module itself. No issue of timm's reports it, since its own networks fuse in their blocks alone; VanillaNet
-    fuses its stem and classifier, too, so it keeps this parameterless child to be reached through. The child is the
-    identity, because timm's feature list runs all children of a network in their order.
+    Up to timm 1.0.31, `timm.utils.reparameterize_model` fuses the children of its argument, but never the argument
+    itself. No timm issue reports this, because timm's own networks fuse only in their blocks. VanillaNet also fuses its
+    stem and classifier, so timm reaches the network through this child, which has no parameters. The child is the
+    identity, because timm's feature list runs all children of a network in order.
 
-    May go when `reparameterize_model` calls `switch_to_deploy` of its argument.
+    Can be removed when `reparameterize_model` calls `switch_to_deploy` of its argument.
     """
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self._network = (network,)  # in a tuple, where it is not registered as a submodule
+        self._network = (network,)  # a tuple hides the network from submodule registration
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -30,18 +30,18 @@ class RootFusion(nn.Module):
         self._network[0].switch_to_deploy()
 
 
-@torch.fx.wrap  # a symbolic trace does not know the map's size
+@torch.fx.wrap  # as one node, because a symbolic trace does not know the map's size
 def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
-    """`F.conv2d(x, weight, padding=padding, groups=C)` of (N, C, H, W) with (C, 1, 2p+1, 2p+1), in a quicker form.
+    """A faster `F.conv2d(x, weight, padding=padding, groups=C)` for x (N, C, H, W) and weight (C, 1, 2p+1, 2p+1).
 
-    oneDNN 3.12, in PyTorch 2.14, and before: where the kernel is larger than the map, `jit:avx2` does not take the
-    gradient of the weight, and `gemm:jit` multiplies small matrices image by image: half of a training step at 48 px on
-    a processor without AVX-512. The padding that `jit:avx2` takes is limited by its registers, as
-    https://github.com/uxlfoundation/oneDNN/issues/742 explains for dense convolutions; it was closed as a question.
-    So taps that meet nothing but the zero padding are left out, and the padding that the map needs to be as large as
-    the kernel is written out. The sum keeps its terms.
+    Up to oneDNN 3.12 (PyTorch 2.14), `jit:avx2` does not compute the gradient of the weight where the kernel is larger
+    than the map. `gemm:jit` then multiplies small matrices image by image, which takes half of a training step at 48 px
+    on a processor without AVX-512. The registers limit the padding that `jit:avx2` supports, as
+    https://github.com/uxlfoundation/oneDNN/issues/742 explains for dense convolutions; the issue was closed as a
+    question. This function therefore leaves out taps that meet only zero padding, and pads the map explicitly until it
+    is as large as the kernel. All terms of the sum from within the map remain.
 
-    May go when ONEDNN_VERBOSE=all names `jit:avx2` for the plain convolution's `backward_weights`.
+    Can be removed when ONEDNN_VERBOSE=all names `jit:avx2` for the plain convolution's `backward_weights`.
     """
     height, width = x.shape[-2:]
     if not x.is_cpu or min(height, width) > 2 * padding:
