@@ -22,28 +22,28 @@ from utils import World
 
 logger = logging.getLogger(__name__)
 
-Schedule = Callable[[int], tuple[float, float]]  # of the optimizer steps taken: learning rate and weight decay
+Schedule = Callable[[int], tuple[float, float]]  # optimizer steps taken -> learning rate, weight decay
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integer types by their size in bytes
 
 
 class NonFiniteError(utils.RunError):
-    """A loss or gradient is not finite; the message names ranks and step. The parameters are as they were before it."""
+    """Raised for a loss or gradient that is not finite. The parameters are as they were before that step."""
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """What autocast left in 16 bits as float32; float64 stays."""
+    """Convert 16-bit results of autocast to float32; float64 stays as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def build_criterion(*, mixing: bool, smoothing: float, bce: bool, bce_target_thresh: float | None) -> nn.Module:
-    """The training loss over (N, classes) logits.
+    """Return the training loss over (N, classes) logits.
 
     Args:
-        mixing: targets are soft, (N, classes), from mixup or cutmix, with the smoothing already in them.
-        smoothing: of hard targets, (N,).
-        bce: binary cross-entropy of every class instead of cross-entropy over the classes.
-        bce_target_thresh: make targets above it 1 and the others 0.
+        mixing: targets are soft, (N, classes), and already smoothed, as mixup and cutmix return them.
+        smoothing: label smoothing of hard targets, (N,).
+        bce: use binary cross-entropy of each class instead of cross-entropy over the classes.
+        bce_target_thresh: with `bce`, set targets above this threshold to 1 and the others to 0.
     """
     if bce:
         return BinaryCrossEntropy(smoothing=0.0 if mixing else smoothing, target_threshold=bce_target_thresh)
@@ -54,12 +54,12 @@ def build_criterion(*, mixing: bool, smoothing: float, bce: bool, bce_target_thr
 
 @dataclass(frozen=True)
 class Precision:
-    """Where and how the arithmetic runs; the one path through every precision.
+    """Device, precision and memory format of the computation. All precisions share one code path.
 
     Args:
-        device: of the network.
-        dtype: of autocast; None computes in float32.
-        layout: the memory format of images.
+        device: the network's device.
+        dtype: autocast's dtype; None computes in float32.
+        layout: memory format of the images.
     """
 
     device: torch.device
@@ -70,7 +70,7 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """A gradient scaler for float16, which does nothing in the other precisions."""
+        """Return a gradient scaler for float16, which does nothing in the other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def images(self, images: torch.Tensor) -> torch.Tensor:
@@ -79,16 +79,16 @@ class Precision:
 
 @dataclass(frozen=True)
 class Distiller:
-    """Logit distillation (Hinton et al., 2015): part of the loss asks for the teacher's softened class distribution.
+    """Logit distillation (Hinton et al., 2015): part of the loss matches the teacher's softened class distribution.
 
-    loss = (1 - alpha) hard + alpha tau^2 KL(softmax(teacher / tau) || softmax(student / tau)); tau^2 keeps the size of
-    the gradients.
+    loss = (1 - alpha) hard + alpha tau^2 KL(softmax(teacher / tau) || softmax(student / tau)); tau^2 preserves the
+    scale of the gradients.
 
     Args:
-        teacher: in eval mode, (N, 3, H, W) -> (N, classes); sees the images that the student sees, mixed as they are.
-        alpha: share of the teacher, in [0, 1].
+        teacher: network in eval mode, (N, 3, H, W) -> (N, classes); it sees the student's images, mixed or not.
+        alpha: weight of the teacher's term, in [0, 1].
         tau: temperature.
-        precision: of the student, under which the teacher runs as well.
+        precision: the student's precision, in which the teacher runs as well.
     """
 
     teacher: nn.Module
@@ -109,20 +109,20 @@ class Distiller:
 
 
 class FiniteGuard:
-    """Keeps a non-finite loss or gradient of any rank from reaching the parameters, and stops all ranks together.
+    """Keeps a non-finite loss or gradient on any rank from reaching the parameters, and stops all ranks together.
 
-    On the CPU the verdict is read before the optimizer steps. On a GPU reading it would make the host wait for the
-    device in every step, so the step is taken and undone on the device, from a copy of the parameters, and the error is
-    raised when the verdict is next read: at a logging step, before a save, at the epoch's end. A fused optimizer of
-    torch's needs no copy: it skips the step itself, if its `found_inf` says so.
+    On the CPU, the verdict is read before the optimizer steps. On a GPU, reading it would make the host wait for the
+    device in every step. Instead, a bad step is undone on the device from a copy of the parameters, and the error is
+    raised when the verdict is next read: at a logging step, before a save, or at the end of the epoch. torch's fused
+    optimizers need no copy, because they skip the step themselves if their `found_inf` is set.
 
-    Gradients are examined before they are averaged over the ranks, where infinity on one would be on all of them.
+    Gradients are examined before they are averaged over the ranks, which would spread one rank's infinity to all ranks.
 
     Args:
         model: the network that the optimizer changes, unwrapped.
         world: the processes that stop together.
-        deferred: read the verdict late; None does so wherever the network is not on the CPU.
-        fused: the optimizer if it is one of torch's fused ones, and no gradient scaler has its `found_inf` already.
+        deferred: read the verdict late; None defers it unless the network is on the CPU.
+        fused: the optimizer, if it is one of torch's fused ones and no gradient scaler sets its `found_inf` already.
     """
 
     LOSS, GRADIENT = 1, 2
@@ -141,7 +141,7 @@ class FiniteGuard:
         self.deferred = self.device.type != "cpu" if deferred is None else deferred
         self.fused = fused if self.deferred else None
         undone = self.parameters if self.deferred and fused is None else []
-        # Copies of the bits: those of the parameters themselves would hang on to the graph of every step before.
+        # Copy detached bits: copies of the parameters themselves would keep the graphs of all earlier steps alive.
         self.bits = [p.detach().view(BITS[p.element_size()]) for p in undone]
         self.backup = [torch.empty_like(bits) for bits in self.bits]
         self.verdict = torch.zeros(world.size, dtype=torch.int32, device=self.device)
@@ -152,23 +152,23 @@ class FiniteGuard:
                 parameter.register_hook(self._watch)
 
     def _watch(self, gradient: torch.Tensor) -> None:
-        # By its norm, as `examine` judges a single process: one pass over the gradient, where isfinite takes several.
+        # Test the norm, as `examine` does for a single process: it takes one pass over the gradient, isfinite several.
         self.local_gradient |= ~torch.isfinite(torch.linalg.vector_norm(gradient))
 
     def examine(self, loss: torch.Tensor, grad_norm: torch.Tensor, *, step: int, scaled: bool) -> None:
-        """Judge this step. Raises NonFiniteError at once on the CPU.
+        """Judge this step. Raises NonFiniteError at once unless the verdict is deferred.
 
         Args:
-            loss: of this rank, summed over the step.
-            grad_norm: of the averaged gradients.
-            scaled: a gradient scaler is on and skips steps of non-finite gradients itself, so only the loss counts.
+            loss: this rank's mean loss over the batches of the step.
+            grad_norm: norm of the gradients after averaging over the ranks.
+            scaled: a gradient scaler is on. It skips steps with non-finite gradients itself, so only the loss counts.
         """
-        # This rank's verdict; a loss that is not finite explains a gradient that is not.
+        # This rank's verdict. A non-finite loss takes precedence, because it explains a non-finite gradient.
         code = torch.where(torch.isfinite(loss), 0, self.LOSS).to(torch.int32)
         if not scaled:
             bad_gradient = self.local_gradient if self.world.distributed else ~torch.isfinite(grad_norm)
             code = torch.where(bad_gradient & (code == 0), self.GRADIENT, code).to(torch.int32)
-        # All ranks' verdicts, of which the first bad one stays.
+        # All ranks' verdicts. Keep the first bad one.
         codes = torch.zeros_like(self.verdict)
         codes[self.world.rank] = code
         codes = self.world.sum(codes)
@@ -177,7 +177,7 @@ class FiniteGuard:
         self.bad_step = torch.where(first, step, self.bad_step)
         self.local_gradient.zero_()
 
-        # Stop here, or make ready for an optimizer step that may have to be undone or skipped.
+        # Stop here, or prepare for an optimizer step that may have to be undone or skipped.
         if not self.deferred:
             self.check()
         elif self.fused is None:
@@ -186,16 +186,16 @@ class FiniteGuard:
             self.fused.grad_scale, self.fused.found_inf = None, (self.bad_step >= 0).float()
 
     def undo_if_bad(self) -> None:
-        """After the optimizer's step on a GPU: put the parameters back if the verdict on it, or one before, was bad."""
+        """Undo the optimizer's step if this verdict or an earlier one was bad. Does nothing if there is no backup."""
         if self.backup:
-            # As integers, in which a NaN times 0 is 0: three kernels over many tensors instead of two for each tensor.
+            # As integers, a NaN times 0 is 0. Three kernels run over many tensors, instead of two for each tensor.
             good = (self.bad_step < 0).to(torch.int32)
             torch._foreach_mul_(self.bits, good)
             torch._foreach_mul_(self.backup, 1 - good)
             torch._foreach_add_(self.bits, self.backup)
 
     def check(self) -> None:
-        """Read the verdict; raises NonFiniteError, on all ranks alike."""
+        """Read the verdict. Raises NonFiniteError, on all ranks, if it is bad."""
         step = int(self.bad_step)
         if step < 0:
             return
@@ -209,13 +209,13 @@ class FiniteGuard:
 
 @dataclass
 class Progress:
-    """Where training stands; all of it goes into a checkpoint.
+    """How far training has come. A checkpoint records all of it.
 
     Attributes:
-        epoch: counted from 0.
-        step: accumulation windows finished in this epoch, skipped ones included: the place in the data.
+        epoch: the current epoch, counted from 0.
+        step: accumulation windows finished in this epoch, including skipped ones: the place in the data.
         updates: optimizer steps taken in the whole run: the place in the schedules.
-        samples: images of this epoch that all ranks have taken together.
+        samples: images of this epoch trained on so far, over all ranks.
     """
 
     epoch: int = 0
@@ -228,22 +228,22 @@ class Progress:
 
 
 class TrainState:
-    """Everything that a run changes, which is what a checkpoint holds.
+    """Everything that a run changes and a checkpoint saves.
 
     Args:
-        model: the network on its device, as checkpoints, averages and evaluation take it.
-        meter: the epoch's sums on this rank, of the objective's names.
-        scaler: see `Precision.scaler`; None scales nothing.
-        averages: moving averages of the weights, by their key in a checkpoint.
-        steps_per_epoch: accumulation windows of an epoch.
-        start_epoch: that a new run begins with.
-        broken: indices of the training images that could not be read; the loader adds to it.
-        world: the processes among which the run is spread; None is this one alone.
+        model: the network on its device, unwrapped, as checkpoints, averages and evaluation use it.
+        meter: this rank's sums of the epoch, named as in `Objective.sums`.
+        scaler: gradient scaler, see `Precision.scaler`; None scales nothing.
+        averages: moving averages of the weights, by their keys in a checkpoint.
+        steps_per_epoch: accumulation windows per epoch.
+        start_epoch: epoch with which a new run begins.
+        broken: indices of the training images that could not be read; the loader adds to this set.
+        world: the processes that share the run; None for this process alone.
 
     Attributes:
-        network: what batches go through: the model, or DistributedDataParallel around it.
-        best: the best score so far, by the name of the checkpoint that has it.
-        start_slope: lambda of the network that the run began with.
+        network: the network that batches go through: the model, or DistributedDataParallel around it.
+        best: the best score so far, by the name of the checkpoint with this score.
+        start_slope: lambda of the network with which the run began.
     """
 
     def __init__(
@@ -278,9 +278,9 @@ class TrainState:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What the rest of the run depends on. A collective: every rank calls it.
+        """Return everything that the rest of the run depends on. This is a collective: every rank must call it.
 
-        `epoch` is the last one that was finished, or with `step` above 0 the one that `step` steps were taken of.
+        `epoch` is the last finished epoch or, if `step` is above 0, the epoch in which `step` steps have been taken.
         """
         progress = self.progress
         own = {
@@ -304,16 +304,16 @@ class TrainState:
         }
 
     def load_state_dict(self, checkpoint: Mapping[str, Any], *, path: str | Path, new_settings: bool = False) -> None:
-        """Go on from a checkpoint, of the published code, too, which holds less.
+        """Resume from one of our checkpoints, or from the published code's, which hold less.
 
-        With another number of processes an epoch has another number of steps; the place in it stays.
+        With a different number of processes, an epoch has a different number of steps; the place in the epoch is kept.
 
         Args:
-            path: of the checkpoint, for messages.
-            new_settings: keep this run's settings of the optimizer instead of the checkpoint's.
+            path: path of the checkpoint, for messages.
+            new_settings: keep this run's optimizer settings instead of the checkpoint's.
 
         Raises:
-            CheckpointError: something is missing, or does not fit.
+            CheckpointError: something is missing or does not fit.
         """
         absent = [key for key in ("model", "optimizer", "epoch", *self.averages) if key not in checkpoint]
         if absent:
@@ -339,7 +339,7 @@ class TrainState:
         self.best.update(checkpoint.get("best", {}))
         self.start_slope = checkpoint.get("start_slope", self.start_slope)
 
-        # What each process had for itself.
+        # The state that each process has for itself.
         ranks = checkpoint.get("ranks") or []
         self.broken.update(index for rank in ranks for index in rank["broken"])
         if len(ranks) == self.world.size:
@@ -353,7 +353,7 @@ class TrainState:
 
     def _load_optimizer(self, saved: Mapping[str, Any], *, path: str | Path, new_settings: bool) -> None:
         own = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
-        # Fused or not is this run's, since a run that began on the CPU may go on on a GPU.
+        # `fused` is this run's choice, because a run that began on the CPU may be resumed on a GPU.
         fused = self.optimizer.defaults.get("fused")
         groups = [{**group, "fused": fused} if "fused" in group else group for group in saved["param_groups"]]
         try:
@@ -370,32 +370,32 @@ class TrainState:
 
 
 class Objective(Protocol):
-    """What a batch is trained for.
+    """The loss of a training batch, and the sums for the training metrics.
 
     Attributes:
-        sums: names of what a call adds to the meter; `count`, the number of images, is one of them.
+        sums: names of the sums that a call returns for the meter, among them `count`, the number of images.
     """
 
     sums: Sequence[str]
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
-        """The loss, a scalar of float32 or more to take the gradient of, and the batch's sums by name."""
+        """Return the loss, a differentiable scalar in float32 or wider, and the batch's sums by name."""
         ...
 
     def averages(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """What an epoch's row says of the training data, from the sums of all batches."""
+        """Return the training metrics of an epoch's row, from the sums over all batches."""
         ...
 
 
 @dataclass(frozen=True)
 class Classification:
-    """The loss of images (N, 3, H, W) with class indices (N,).
+    """The classification loss of images (N, 3, H, W) with class indices (N,).
 
     Args:
-        criterion: of logits (N, classes) and targets, see `build_criterion`.
-        precision: to compute in; the loss is taken in float32 at least.
+        criterion: loss of logits (N, classes) and targets, see `build_criterion`.
+        precision: precision of the network; the loss is computed in float32 or wider.
         mixup: mixes a batch and makes its targets soft.
-        distiller: adds a teacher's part to the loss.
+        distiller: adds a teacher's term to the loss.
     """
 
     criterion: nn.Module
@@ -406,7 +406,7 @@ class Classification:
 
     def averages(self, sums: Mapping[str, float]) -> dict[str, float]:
         averages = {"train_loss": sums["loss"] / sums["count"]}
-        if self.mixup is None:  # else the labels are not what the batch was trained for
+        if self.mixup is None:  # with mixup, the batch is not trained on its labels
             averages["train_acc1"] = 100 * sums["correct"] / sums["count"]
         return averages
 
@@ -443,16 +443,16 @@ def train_one_epoch(
 ) -> bool:
     """Train over `batches` to the end of the epoch, or until `after_step` asks to stop.
 
-    The host waits for the device at logging steps and in `after_step` only, except that float16's scaler waits by
-    itself.
+    The host waits for the device only at logging steps and in `after_step`, except that the gradient scaler for
+    float16 waits in every step.
 
     Args:
-        state: changed in place.
-        batches: what is left of the epoch.
-        num_batches: how many `batches` holds.
-        log: takes the numbers of a step.
-        update_freq: batches accumulated for one optimizer step.
-        clip_grad: largest norm of the gradients, in any precision.
+        state: the run's state, changed in place.
+        batches: the remaining batches of the epoch.
+        num_batches: number of batches in `batches`.
+        log: receives the metrics of a logging step.
+        update_freq: number of batches to accumulate for one optimizer step.
+        clip_grad: maximum norm of the gradients, in any precision; None does not clip them.
         after_step: called after every step; True ends the epoch early.
 
     Returns:
@@ -465,17 +465,17 @@ def train_one_epoch(
     progress, optimizer, scaler, guard = state.progress, state.optimizer, state.scaler, state.guard
     iterator, remaining = iter(batches), num_batches
     while remaining > 0:
-        # Schedules count optimizer steps, so that a step which the scaler skips does not move them.
+        # Schedules count optimizer steps, so a step that the scaler skips does not advance them.
         lr, weight_decay = schedule(progress.updates)
         set_hyperparameters(optimizer, lr, weight_decay)
 
-        # Forward and backward. A window's loss is the mean of its batches; the epoch's last window may be shorter.
+        # Forward and backward. A window's loss is the mean over its batches; the epoch's last window may be shorter.
         window = min(update_freq, remaining)
         remaining -= window
         loss, images = 0.0, 0
         for micro in range(window):
             batch = next(iterator)
-            averaging = micro == window - 1 or not state.world.distributed  # over the ranks: once a window is enough
+            averaging = micro == window - 1 or not state.world.distributed  # over the ranks, once per window
             with nullcontext() if averaging else state.network.no_sync():
                 batch_loss, sums = objective(state.network, batch)
                 scaler.scale(batch_loss / window).backward()
@@ -489,7 +489,7 @@ def train_one_epoch(
         if clip_grad is not None:
             nn.utils.clip_grads_with_norm_(guard.parameters, clip_grad, grad_norm)
 
-        # Guard and step: what is not finite on any rank must not reach the parameters.
+        # Guard and step: non-finite values on any rank must not reach the parameters.
         guard.examine(loss, grad_norm, step=progress.step, scaled=scaler.is_enabled())
         skipped = _step(optimizer, scaler)
         guard.undo_if_bad()
@@ -497,13 +497,13 @@ def train_one_epoch(
         progress.step += 1
         progress.samples += images * state.world.size
 
-        # Averages follow the steps that were taken.
+        # Averages follow only the steps that were taken.
         if not skipped:
             progress.updates += 1
             for average in state.averages.values():
                 average.update(state.model)
 
-        # Log: the one place where the numbers of a step are read.
+        # Log. Only logging reads the numbers of a step from the device.
         log.images += images * state.world.size
         if remaining == 0 or progress.step % log.every == 0:
             guard.check()
@@ -514,8 +514,8 @@ def train_one_epoch(
 
 
 def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
-    """Step, or let the scaler skip it. Returns whether it was skipped."""
-    scale = scaler.get_scale()  # 1 for one that is off
+    """Take an optimizer step, unless the scaler skips it. Returns whether it was skipped."""
+    scale = scaler.get_scale()  # 1 if the scaler is off
     scaler.step(optimizer)
     scaler.update()
     skipped = scaler.get_scale() < scale
@@ -526,14 +526,14 @@ def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> boo
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What `evaluate` found, over all ranks.
+    """Results of `evaluate`, over all ranks.
 
     Attributes:
-        count: images seen.
-        loss: mean cross-entropy, each image weighted the same.
-        acc1, acc5: top-1 and top-5 accuracy in percent; top-5 of fewer than five classes is over all of them.
-        real_acc1: top-1 in percent against ImageNet-ReaL's labels, over the images that have one; None without them.
-        confusion: images of true class i that were taken for class j, int64 (classes, classes); None if not asked for.
+        count: number of images evaluated.
+        loss: mean cross-entropy, with the same weight for each image.
+        acc1, acc5: top-1 and top-5 accuracy in percent; with fewer than five classes, top-5 is over all of them.
+        real_acc1: top-1 accuracy in percent on ImageNet-ReaL, over the images that have its labels; None without ReaL.
+        confusion: images of true class i predicted as class j, int64 (classes, classes); None if not requested.
     """
 
     count: int
@@ -560,19 +560,19 @@ def evaluate(
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
     confusion: int | None = None,
 ) -> EvalResult:
-    """Evaluate in eval mode; the model's mode is put back afterwards.
+    """Evaluate the model in eval mode, and restore its mode afterwards.
 
     Args:
-        model: (N, 3, H, W) -> (N, classes), not wrapped: ranks may have different numbers of batches.
+        model: (N, 3, H, W) -> (N, classes); unwrapped, because ranks may have different numbers of batches.
         batches: images, targets (N,) and each image's index in the data set, (N,).
-        real_targets: by index, the labels that count as right.
+        real_targets: for each index, the labels that count as correct.
         reduce: sums a tensor over the ranks.
-        confusion: classes of the network; given, the confusion matrix is counted as well.
+        confusion: number of classes; if given, the confusion matrix is counted as well.
 
     Raises:
-        ValueError: there was no image.
+        ValueError: there are no images.
     """
-    # Sums stay on the device: nothing is read before the last batch.
+    # Sums stay on the device, and nothing is read before the last batch.
     training = model.training
     model.eval()
     meter = SumMeter(("loss", "correct1", "correct5", "count"), precision.device)
@@ -597,7 +597,7 @@ def evaluate(
             predictions.append((index, top[:, 0]))
     model.train(training)
 
-    # ReaL's labels, of which an image may have several or none; then all sums over the ranks.
+    # Count ReaL's labels, of which an image may have several or none. Then sum everything over the ranks.
     real_correct = real_count = 0
     for places, taken in predictions:
         for place, prediction in zip(places.tolist(), taken.tolist(), strict=True):

@@ -40,7 +40,7 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others: its rank in 0..size-1, the device it computes on."""
+    """This process's place among all processes of the run: its rank in 0..size-1, and the device it computes on."""
 
     rank: int
     size: int
@@ -55,7 +55,7 @@ class World:
         return self.size > 1
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` holds on any rank. A host-side collective: it does not wait for the device."""
+        """Return whether `flag` holds on any rank. This host-side collective does not wait for the device."""
         if not self.distributed:
             return flag
         value = torch.tensor(int(flag))
@@ -63,21 +63,21 @@ class World:
         return bool(value)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of `values` over all ranks, on the device of `values`."""
+        """Sum `values` over all ranks, in place and on the device of `values`."""
         if self.distributed:
             dist.all_reduce(values)
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """The plain Python `value` of every rank, in the order of ranks."""
+        """Return the plain Python `value` of every rank, in the order of the ranks."""
         values = [value] * self.size
         if self.distributed:
             dist.all_gather_object(values, value)
         return values
 
     def from_main(self, function: Callable[[], Any]) -> Any:
-        """The plain Python value that `function` returns on rank 0. A ValueError or OSError of it is raised on all
-        ranks, so that none waits for one that has given up."""
+        """Call `function` on rank 0 and return its plain Python value on all ranks. Its ValueError or OSError is also
+        raised on all ranks, so that no rank waits for one that has given up."""
         value = failure = None
         try:
             value = function() if self.is_main else None
@@ -89,10 +89,10 @@ class World:
         return value
 
     def barrier(self) -> None:
-        self.any(False)  # gloo, so that it neither waits for the device nor needs one
+        self.any(False)  # over gloo, which neither waits for a device nor needs one
 
     def sync_buffers(self, *modules: nn.Module) -> None:
-        """Copy every buffer (BatchNorm statistics) of rank 0 to the other ranks."""
+        """Copy every buffer (BatchNorm statistics) from rank 0 to the other ranks."""
         if self.distributed:
             for module in modules:
                 for buffer in module.buffers():
@@ -100,20 +100,20 @@ class World:
 
 
 def _first_slurm_host(nodelist: str) -> str:
-    """The first host of SLURM's compact notation: `node[003-010,12],other` -> `node003`."""
+    """Return the first host of a SLURM node list: `node[003-010,12],other` -> `node003`."""
     match = re.match(r"([^\[,]+)(?:\[(\w+))?", nodelist)
     return match.group(1) + (match.group(2) or "")
 
 
 def _launched_as(env: Mapping[str, str], on_itp: bool) -> tuple[int, int, int] | None:
-    """(rank, world size, local rank) as torchrun, SLURM's srun or, with `on_itp`, OpenMPI tell it; None if alone."""
+    """Return (rank, world size, local rank) from torchrun, SLURM's srun or, with `on_itp`, OpenMPI; None if alone."""
     if on_itp and "OMPI_COMM_WORLD_RANK" not in env:
         raise ValueError("--dist_on_itp true needs to be started by OpenMPI's mpirun")
     if on_itp:
         names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
     elif "RANK" in env and "WORLD_SIZE" in env:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set by srun only, not in a batch script's own shell
+    elif int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # set only by srun, not in a batch script's own shell
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     else:
         return None
@@ -129,19 +129,19 @@ def init_world(
     world_size: int | None = None,
     local_rank: int | None = None,
 ) -> World:
-    """Join the other processes, if there are any: gloo for the CPU, and NCCL besides on GPUs.
+    """Join the other processes, if there are any. Uses gloo for the CPU and, on GPUs, NCCL as well.
 
     Args:
-        device: `cuda` (the local rank picks the card), `cuda:1`, `mps`, `cpu`.
-        dist_url: `env://` or `tcp://host:port`; under SLURM without MASTER_ADDR, the job's first node.
+        device: `cuda` (the local rank selects the GPU), `cuda:1`, `mps` or `cpu`.
+        dist_url: `env://` or `tcp://host:port`. Under SLURM, `env://` defaults to the first node of the step or job.
         dist_on_itp: take the ranks from OpenMPI.
-        dist_timeout: how long a collective waits for a rank that does not come, in seconds.
-        world_size, local_rank: what the user asked for; checked against, or completing, what the launcher says.
+        dist_timeout: time that a collective waits for a missing rank, in seconds.
+        world_size, local_rank: a world size above 1 must match the launcher's; LOCAL_RANK overrides the local rank.
 
     Raises:
-        ValueError: no such device, or a world size that the launcher does not know of.
+        ValueError: the device is not available, or the launcher does not match `world_size` or `dist_on_itp`.
     """
-    # Who am I among the others?
+    # Ranks and world size.
     launch = _launched_as(os.environ, dist_on_itp)
     rank, size, launched_local_rank = launch or (0, 1, 0)
     if world_size is not None and world_size > 1 and world_size != size:
@@ -150,7 +150,7 @@ def init_world(
     if local_rank is None or local_rank < 0 or "LOCAL_RANK" in os.environ:
         local_rank = launched_local_rank
 
-    # Which device is mine?
+    # The device of this process.
     try:
         target = torch.device(device)
     except RuntimeError:
@@ -170,7 +170,7 @@ def init_world(
             raise ValueError(f"process {local_rank} has no GPU of its own: {torch.cuda.device_count()} are visible")
         torch.cuda.set_device(target)
 
-    # Meet the others.
+    # The process group.
     if size > 1:
         hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
         if hosts:
@@ -179,8 +179,8 @@ def init_world(
         timeout = timedelta(seconds=dist_timeout)
         store, rank, size = next(dist.rendezvous(dist_url, rank=rank, world_size=size, timeout=timeout))
         store.set_timeout(timeout)
-        # torchrun with a --master_port keeps one store through its restarts, in which a rank may still find the address
-        # of a process that was killed. On one node the number of restarts is the same for all ranks.
+        # torchrun with --master_port keeps one store across restarts, where a rank may still find the address of a
+        # process that was killed. On a single node, the number of restarts is the same for all ranks.
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(
@@ -194,21 +194,21 @@ def init_world(
 
 
 def close_world(world: World) -> None:
-    """Leave the other processes. What was distributed is freed first: gloo's threads live as long as it does, and they
-    should not outlive the interpreter."""
+    """Leave the process group. Distributed objects are freed first, because gloo's threads live as long as they do
+    and should not outlive the interpreter."""
     if world.distributed:
         gc.collect()
         dist.destroy_process_group()
 
 
 def lock_folder(folder: str | Path) -> TextIO:
-    """Keep other runs out of an output folder until the file that is returned is closed, or this process ends.
+    """Lock an output folder against other runs until the returned file is closed or this process ends.
 
-    It is the kernel's lock on the file `run.lock`, which names its holder. The kernel frees it when the process ends in
-    whatever way, so what a killed run leaves behind does not block; the file stays.
+    This is a kernel lock on the file `run.lock`, which names the process that holds it. However that process ends, the
+    kernel releases the lock, so the file that a killed run leaves behind does not block the folder.
 
     Raises:
-        ValueError: another process holds the folder, or it cannot be written.
+        ValueError: another process holds the lock, or the folder cannot be written.
     """
     path = Path(folder) / "run.lock"
     with writing(path):
@@ -222,22 +222,22 @@ def lock_folder(folder: str | Path) -> TextIO:
         file.close()
         mend = "stop that run or wait for its end, or choose another --output_dir"
         raise ValueError(f"{path.parent} is in use by {holder}: {mend}") from None
-    except OSError as error:  # not every network file system has locks
+    except OSError as error:  # not every network file system supports locks
         logger.warning("cannot lock %s (%s): take care that no other run uses it", path, first_line(error))
-    # A loader process has the same lock and may outlive a killed run for some seconds.
+    # Loader processes inherit the lock and may outlive a killed run by some seconds, so they close the file.
     inherited = weakref.ref(file)
     os.register_at_fork(after_in_child=lambda: (file := inherited()) and file.close())
-    with contextlib.suppress(OSError):  # on a full disk it has no name, and the first save says why
+    with contextlib.suppress(OSError):  # on a full disk the file stays empty, and the first save reports why
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return file
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGINT and SIGUSR1 (SLURM's warning before the time limit) instead of dying of them.
+    """Remembers SIGTERM, SIGINT or SIGUSR1 (SLURM's warning before the time limit) instead of ending the process.
 
-    The training loop asks `received` after each step. Further signals change nothing, so that a second one during the
-    save does no harm. The exit code of a run stopped so is 128 + the signal's number, as a shell reports it.
+    The training loop checks `received` after each step. Further signals are ignored, so a second one during the save
+    does no harm. A run stopped this way exits with 128 + the signal's number, as shells report it.
     """
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -257,7 +257,7 @@ class StopRequest:
 
 
 def setup_logging(rank: int) -> None:
-    """Messages of rank 0, and warnings of the others with their rank, on standard error."""
+    """Log to standard error: all messages of rank 0, and the other ranks' warnings, prefixed with the rank."""
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
@@ -266,13 +266,13 @@ def setup_logging(rank: int) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to serve blocks of up to 1 GiB from its heap, and to give none of that back to the system.
+    """Make glibc serve blocks of up to 1 GiB from its heap, and trim the heap only where more than 1 GiB is free.
 
-    By default glibc maps large blocks on their own and unmaps them when they are freed, or trims the heap. An
-    activation of 6 MB then costs 1500 page faults in each call, which in PyTorch is up to half of the time of a forward
-    pass on the CPU. The price is that the process keeps its largest size. It holds for the whole process, from now on.
+    By default, glibc maps each large block separately and unmaps it when it is freed, or trims the heap. An activation
+    of 6 MB then costs 1500 page faults in each call, which takes up to half the time of a PyTorch forward pass on the
+    CPU. The price is that the process holds on to freed memory. The setting lasts until the process ends.
 
-    Returns whether it was done, which it is not where the C library is another one than glibc.
+    Returns whether glibc accepted the setting; False for any other C library.
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
@@ -291,7 +291,7 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The states of Python's, NumPy's, torch's and the device's generators, as plain data and tensors."""
+    """Return the states of Python's, NumPy's, torch's and the device's generators, as plain data and tensors."""
     kind, keys, *rest = np.random.get_state()
     version, internal, gauss = random.getstate()
     return {
@@ -319,7 +319,7 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 def _explained(error: BaseException) -> str | None:
-    """One line for the user on what went wrong in the machine and what to do; None for a mistake of ours."""
+    """Return one line that tells the user what failed and what to do, or None for an error that is a bug."""
     if isinstance(error, RunError):
         return str(error)
     if re.search(r"DataLoader worker \(pid", str(error)):
@@ -330,11 +330,11 @@ def _explained(error: BaseException) -> str | None:
         )
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory: lower --batch_size (and raise --update_freq by as much), the image size or --num_workers"
-    # What says that another process has gone, or did not come in time.
+    # Words in error messages about another process that is lost or too late.
     lost = r"gloo|nccl|pair closure|connection (?:reset|closed|refused)|timed out waiting|broken pipe"
     if isinstance(error, dist.DistError) or re.search(lost, str(error), re.IGNORECASE):
         first = first_line(error).split(". ")[0]
-        cause = re.sub(r"^\[\S+:\d+\] ", "", first)  # without the line of gloo's source
+        cause = re.sub(r"^\[\S+:\d+\] ", "", first)  # without the location in gloo's source
         return (
             f"another process of the run has ended or cannot be reached ({cause}). Look at what it wrote last, then "
             "start all of them again, a training run with --auto_resume true"
@@ -343,7 +343,7 @@ def _explained(error: BaseException) -> str | None:
 
 
 def _last_line(error: BaseException) -> str:
-    """The message; of an error in a loader process, which brings its traceback along, the last line of that."""
+    """Return the error's message or, if it contains the traceback of a loader process, its last line."""
     lines = str(error).strip().splitlines()
     return lines[-1] if any("Original Traceback" in line for line in lines) else str(error)
 
@@ -351,13 +351,13 @@ def _last_line(error: BaseException) -> str:
 def launch(
     prog: str, args: argparse.Namespace, body: Callable[[World], None], *, output_dir: str | None = None
 ) -> None:
-    """Run `body` among the processes of the command, and turn what the user can mend into a line and an exit code.
+    """Run `body` in each process of the command, and turn errors that the user can fix into one line and an exit code.
 
     Exit codes: 2 for a wrong argument or a file that cannot be read or written, 130 for SIGINT where no checkpoint can
-    be saved, and 1 for a loss or gradient that is not finite, too little memory, or a process that was lost.
+    be saved, and 1 for a loss or gradient that is not finite, too little memory, or a lost process.
 
     Args:
-        output_dir: a folder that `body` must have for itself.
+        output_dir: a folder to lock for `body`.
     """
     world, failure = World(0, 1, torch.device("cpu")), None
     held = contextlib.ExitStack()
@@ -365,7 +365,7 @@ def launch(
     def lock() -> None:
         held.enter_context(lock_folder(output_dir))
 
-    # Meet the others, lock the folder, work.
+    # Join the other processes, lock the folder, run.
     try:
         world = init_world(**args.pick("device", "dist_url", "dist_on_itp", "dist_timeout", "world_size", "local_rank"))
         setup_logging(world.rank)
@@ -377,7 +377,7 @@ def launch(
             world.from_main(lock)
         body(world)
 
-    # What the user can mend is a line; anything else is ours, and has its traceback.
+    # Errors that the user can fix become one line; any other is a bug and keeps its traceback.
     except (ValueError, OSError) as error:
         failure = 2, _last_line(error)
     except (RuntimeError, MemoryError) as error:
@@ -387,7 +387,7 @@ def launch(
     except KeyboardInterrupt:
         failure = 128 + signal.SIGINT, "interrupted"
     finally:
-        # Past the except clauses, so that no traceback holds on to the networks of a distributed run any more.
+        # After the except clauses, so that no traceback keeps the networks of a distributed run alive any longer.
         close_world(world)
         held.close()
     if failure:

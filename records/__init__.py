@@ -1,1 +1,1 @@
-"""What a run writes and reads again: checkpoints, logs, curves."""
+"""The files of a run: checkpoints, logs, curves and scores."""

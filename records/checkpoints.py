@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written atomically, read without running code, and the folder of a run's checkpoints."""
+"""Write checkpoints atomically, read them without running code, and manage the folder of a run's checkpoints."""
 
 import contextlib
 import json
@@ -21,11 +21,11 @@ from records.files import TEMPORARY, first_line, replacing, writing
 
 logger = logging.getLogger(__name__)
 
-WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # what DDP and compiling put before names
-EXPORTED = (".onnx", ".xml", ".pt2", ".engine")  # what export.py and its engines write
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # prefixes that DDP and torch.compile add
+EXPORTED = (".onnx", ".xml", ".pt2", ".engine")  # suffixes of the files that export.py and its engines write
 PROFILED = ("total_ops", "total_params", "n_averaged")  # buffers that thop and AveragedModel leave behind
-FOLDER_ATTRIBUTE = 0x10  # of a record in a zip file's directory
-# What files begin with that are no checkpoint, what they are, and what to do about it.
+FOLDER_ATTRIBUTE = 0x10  # marks a record of a zip file as a folder
+# Files mistaken for checkpoints: their first bytes, what they are, and what to do about it.
 KINDS = (
     (b"version https://git-lfs", "it is a git-lfs pointer, not the file itself: run git lfs pull"),
     ((b"<!doctype html", b"<html"), "it is a web page: download the file itself, not the page that links to it"),
@@ -40,12 +40,12 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """Write atomically: whoever reads `path` finds the old file or the whole new one, also after a kill.
+    """Write a checkpoint atomically: a reader of `path` finds the old file or the whole new one, even after a kill.
 
-    A name that ends in .safetensors gets that format: the tensors under `model`, and the rest as JSON in the metadata.
+    A .safetensors file gets the tensors under `model` and, as JSON in its metadata, the rest of the checkpoint.
 
     Raises:
-        CheckpointError: names the path and the cause; the previous file is untouched and nothing stray is left.
+        CheckpointError: the message names the path and the cause. The old file is untouched; no temporary file is left.
     """
     path = Path(path)
     with writing(path, CheckpointError), replacing(path) as temporary:
@@ -58,25 +58,25 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             with temporary.open("wb") as file:
                 torch.save(dict(checkpoint), file)
         except RuntimeError as error:
-            # torch (2.14) reports that its writer is out of step; the system's error is what that came from.
+            # torch 2.14 reports only a wrong position of its writer; raise the system's error that caused it.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def is_intact(path: str | Path) -> bool:
-    """Whether the file is whole: every record of torch's zip format matches its CRC-32."""
+    """Return whether the file is whole: every record of torch's zip format matches its CRC-32."""
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch reads nothing from a record that is marked as a folder: its tensor stays as it was allocated.
+            # torch reads nothing from a record that is marked as a folder, so its tensor would stay uninitialized.
             folders = [info for info in archive.infolist() if info.external_attr & FOLDER_ATTRIBUTE and info.file_size]
             return not folders and archive.testzip() is None
-    except Exception:  # of damaged bytes: BadZipFile, zlib.error, struct.error, ...
+    except Exception:  # damaged bytes raise BadZipFile, zlib.error, struct.error, ...
         return False
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether it has the end record of a zip file, be it a damaged one, of which `is_zipfile` may raise."""
+    """Return whether the file has a zip file's end record, even a damaged one, for which `is_zipfile` may raise."""
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
@@ -84,10 +84,10 @@ def _is_zip(path: Path) -> bool:
 
 
 def _what_it_is(path: Path) -> str | None:
-    """What a file is that is no checkpoint, with what to do about it; None if that cannot be told."""
+    """Describe a file that is not a checkpoint, with what to do about it; None if its kind is unknown."""
     with path.open("rb") as file:
         head = file.read(500)
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()  # a web page may begin with a mark, lines and capitals
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()  # a web page may have a BOM, blank lines and capitals
     if not head:
         return "it is empty: download or copy it again"
     for begins, what in KINDS:
@@ -110,26 +110,26 @@ def _what_it_is(path: Path) -> str | None:
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
-    """The tensors under `model`, and beside them what the metadata hold in JSON."""
+    """Return the tensors under `model`, and the JSON values of the metadata beside them."""
     try:
         with safe_open(path, framework="pt") as file:
-            checkpoint = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118  it is no dict
+            checkpoint = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118  not a dict
             texts = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         cause = _what_it_is(path) or f"it is damaged or no safetensors file ({first_line(error)})"
         raise CheckpointError(f"cannot load {path}: {cause}") from error
     for name, text in texts.items():
-        with contextlib.suppress(ValueError):  # another program's note; ours are JSON
+        with contextlib.suppress(ValueError):  # another program's text; ours is JSON
             checkpoint.setdefault(name, json.loads(text))
     return checkpoint
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU without running code from it; of a safetensors file, tensors and metadata.
+    """Read a checkpoint onto the CPU without running code from it; from a safetensors file, read tensors and metadata.
 
     Raises:
-        CheckpointError: missing, truncated, damaged, something else than a checkpoint, or holding what could run code;
-            see `models.safe_globals` for what it may hold beside tensors and plain data.
+        CheckpointError: the file is missing, damaged, not a checkpoint, or holds objects that could run code;
+            see `models.safe_globals` for what a checkpoint may hold besides tensors and plain data.
     """
     path = Path(path)
     if not path.is_file():
@@ -151,7 +151,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _why_not_loaded(path: Path, message: str) -> str:
-    """The cause in words of ours: torch's advise to let a file run its code."""
+    """Explain the failure without torch's own message, which advises letting the file run its code."""
     if known := _what_it_is(path):
         return known
     pattern = r"(?:unsupported )?GLOBAL ([\w.]+)|but got <class '([\w.]+)'>|(unsupported operand [^\n]*)"
@@ -175,16 +175,16 @@ def checkpoint_weights(
     prefix: str = "",
     path: str | Path = "the checkpoint",
 ) -> dict[str, torch.Tensor]:
-    """The state dict in a checkpoint, by the network's own names: without `module.` and `_orig_mod.`, which wrappers
-    put before them, and without the buffers of profilers.
+    """Return the state dict in a checkpoint under the network's own names: without the prefixes `module.` and
+    `_orig_mod.`, which wrappers add, and without the buffers of profilers.
 
     Args:
-        key: alternatives separated by `|`, the first one there is taken.
-        whole_file: without the key, take the whole file if that is itself a state dict.
-        prefix: what the names are prefixed with; names without it are left out.
+        key: alternative keys separated by `|`; the first key present is used.
+        whole_file: if no key is present, use the whole file, provided that it is a state dict itself.
+        prefix: prefix to remove from the names; names without it are left out.
 
     Raises:
-        CheckpointError: no such key, or no tensors under it.
+        CheckpointError: no key is present, its value is not a state dict, or no name has the prefix.
     """
     name = next((name for name in key.split("|") if name in checkpoint), None)
     if name is None and not (whole_file and is_state_dict(checkpoint)):
@@ -193,7 +193,7 @@ def checkpoint_weights(
     weights = checkpoint if name is None else checkpoint[name]
     if weights != {} and not is_state_dict(weights):
         raise CheckpointError(f"what {path} holds under {name} is no state dict")
-    # A prefix is looked for in the names as they are, and else in those without what wrappers put before them.
+    # Look for the prefix in the names as they are and, if no name has it, in the names without wrappers' prefixes.
     weights = {str(name): value for name, value in weights.items()}
     if prefix:
         unwrapped = not any(name.startswith(prefix) for name in weights)
@@ -209,12 +209,12 @@ def checkpoint_weights(
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, path: str | Path = "the checkpoint") -> None:
-    """Load strictly, and all or nothing: on an error the model is as it was.
+    """Load the weights strictly, and all or nothing: on an error, the model is unchanged.
 
     Raises:
-        CheckpointError: one line that counts the mismatches and shows the first of each kind.
+        CheckpointError: the message counts the mismatches and shows the first of each kind.
     """
-    # All that does not fit is counted before anything is loaded.
+    # Count all mismatches before anything is loaded.
     own = model.state_dict()
     missing = [name for name in own if name not in weights]
     unexpected = [name for name in weights if name not in own]
@@ -234,10 +234,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, path:
 
 
 class CheckpointFolder:
-    """The checkpoints of a run: the newest `keep` by number, and `last`, `best` and, of averages, `best-ema...`.
+    """The checkpoints of a run: the newest `keep` numbered ones, `last`, `best` and, for averages, `best-ema...`.
 
-    `checkpoint-7.pth` was written after epoch 7, `checkpoint-7-120.pth` after 120 optimizer steps of epoch 7. `last`
-    and `best` are further names of such files, so they cost no space while both exist.
+    `checkpoint-7.pth` was written after epoch 7, `checkpoint-7-120.pth` after 120 steps of epoch 7. `last` and `best`
+    are further names of such files, hard links where possible, so they take no extra space while both names exist.
     """
 
     pattern = re.compile(r"checkpoint-(\d+)(?:-(\d+))?\.pth")
@@ -247,7 +247,7 @@ class CheckpointFolder:
         self.keep = keep
 
     def places(self) -> list[tuple[tuple[int, int], Path]]:
-        """Where in the run each numbered file was written, newest first: (epochs done, steps after them)."""
+        """Return place and path of each numbered file, newest first; the place is (epochs done, steps after them)."""
         found = []
         for path in self.folder.glob("checkpoint-*.pth"):
             if match := self.pattern.fullmatch(path.name):
@@ -256,14 +256,14 @@ class CheckpointFolder:
         return sorted(found, reverse=True)
 
     def numbered(self) -> list[Path]:
-        """The numbered files, newest first."""
+        """Return the numbered files, newest first."""
         return [path for _, path in self.places()]
 
     def save(self, checkpoint: Mapping[str, Any], *, epoch: int, step: int, names: Sequence[str] = ()) -> Path:
-        """Write the state after `step` optimizer steps of `epoch` (step 0: after the epoch `epoch` - 1 as a whole).
+        """Write the state after `step` steps of `epoch` or, if `step` is 0, after the whole epoch `epoch` - 1.
 
         Args:
-            names: further names, such as `best` and `best-ema`; `last` is always given.
+            names: further names of the file, such as `best` and `best-ema`; `last` is always added.
         """
         path = self.folder / (f"checkpoint-{epoch}-{step}.pth" if step else f"checkpoint-{epoch - 1}.pth")
         save_checkpoint(checkpoint, path)
@@ -278,7 +278,7 @@ class CheckpointFolder:
         return path
 
     def delete_old(self) -> None:
-        """Delete all but the newest `keep` numbered files, unless none of these can be read."""
+        """Delete all but the newest `keep` numbered files, unless none of those can be read."""
         numbered = self.numbered()
         kept, old = numbered[: self.keep], numbered[self.keep :]
         if old and not any(map(is_intact, kept)):
@@ -291,20 +291,20 @@ class CheckpointFolder:
                 logger.warning("cannot delete the old checkpoint %s: %s", path, first_line(error))
 
     def newest_valid(self) -> Path | None:
-        """The newest checkpoint that can be read, to resume from; damaged ones are named in a warning and left where
-        they are. Where no numbered one can be read, one of the best, of an earlier epoch, is better than none.
+        """Return the newest checkpoint that can be read, to resume from. Warn about damaged checkpoints and leave them
+        in place. If no numbered checkpoint can be read, use a `best` one, although it may be from an earlier epoch.
 
         Returns:
-            None if there is no checkpoint at all.
+            The path of the checkpoint, or None if there is no checkpoint at all.
 
         Raises:
-            CheckpointError: there are some, and none can be read.
+            CheckpointError: there are checkpoints, but none can be read.
         """
         best = self.folder.glob("checkpoint-best*.pth")
         candidates = [*self.numbered(), *sorted(best, key=lambda path: path.stat().st_mtime_ns, reverse=True)]
         for path in candidates:
             try:
-                load_checkpoint(path)  # besides the checksums, for the parts of the file that they do not cover
+                load_checkpoint(path)  # checksums alone do not cover every part of the file
             except CheckpointError as error:
                 logger.warning("%s; it is not used, trying the one before it", error)
             else:
@@ -316,6 +316,6 @@ class CheckpointFolder:
         return None
 
     def remove_leftovers(self) -> None:
-        """Delete temporary files of a save that was killed."""
+        """Delete temporary files that a killed save left behind."""
         for path in self.folder.glob("*".join(TEMPORARY)):
             path.unlink(missing_ok=True)

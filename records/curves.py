@@ -1,4 +1,4 @@
-"""The curves of runs: `curves.png`, and several runs over each other."""
+"""Training curves: `curves.png` of a run, and several runs in one figure."""
 
 import gc
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from records.logs import CsvSink, Metrics, Sink, read_rows
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Panels = Sequence[tuple[str, Sequence[str]]]  # title and columns of each
+Panels = Sequence[tuple[str, Sequence[str]]]  # title and columns of each panel
 CURVES: Panels = (
     ("loss", ("train_loss", "test_loss")),
     ("top-1 (%)", ("test_acc1", "ema_acc1")),
@@ -27,22 +27,22 @@ DETECTION_CURVES: Panels = (
 
 
 def curve(rows: Iterable[Mapping[str, object]], column: str) -> list[tuple[int, float]]:
-    """(epoch, value) of a column of `summary.csv` in the epochs that have one. Raises ValueError for other cells."""
+    """Return (epoch, value) of each filled cell in a column of `summary.csv`. Raises ValueError for a non-number."""
     return [(int(row["epoch"]), float(row[column])) for row in rows if row.get(column) not in (None, "")]
 
 
 def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]], panels: Panels) -> "Figure":
-    """The curves of one or several runs over each other.
+    """Plot the curves of one or several runs in one figure.
 
-    One run has a colour for each column. Of several, each run has a colour and each column of a panel a line style; a
-    line is labelled by its run and column.
+    With one run, each column has its own colour. With several runs, each run has its own colour and each column of a
+    panel its own line style; a line is labelled with its run and column.
 
     Args:
-        runs: rows of a run's `summary.csv`, by its name.
-        panels: four.
+        runs: rows of each run's `summary.csv`, by the name of the run.
+        panels: the four panels of the figure.
 
     Raises:
-        ValueError: a cell is no number.
+        ValueError: a cell is not a number.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]], panels: Pa
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     single = len(runs) == 1
-    # The usual colours are ten; more runs than that share a rainbow out among them.
+    # There are ten default colours; more than ten runs divide the turbo colormap among them.
     colors = [f"C{i}" if len(runs) <= 10 else colormaps["turbo"](i / (len(runs) - 1)) for i in range(len(runs))]
     for axes, (title, columns) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         styles = dict(zip(columns, ("-", "--", ":"), strict=False))
@@ -63,7 +63,7 @@ def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]], panels: Pa
                 axes.plot(*zip(*points, strict=True), marker=".", **look)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
-        # Of one run the lines themselves, of several what their styles mean.
+        # With one run, the legend names its lines; with several runs, it explains the line styles.
         if len(columns) > 1 and axes.lines:
             shown = [Line2D([], [], color="gray", ls=style, label=column) for column, style in styles.items()]
             axes.legend(handles=axes.lines if single else shown)
@@ -74,10 +74,10 @@ def curves_figure(runs: Mapping[str, Iterable[Mapping[str, object]]], panels: Pa
 
 
 def runs_figure(folders: Sequence[Path]) -> "Figure":
-    """The curves of the runs in these folders; they are named by their paths where two have the same name.
+    """Plot the curves of the runs in these folders, named by folder or, if two folders share a name, by path.
 
     Raises:
-        ValueError: a folder is named twice, or has no table of epochs.
+        ValueError: a folder is given twice, or has no table of epochs.
     """
     if len(set(folders)) < len(folders):
         raise ValueError("the same run is named twice")
@@ -103,14 +103,14 @@ def _read_run(path: Path) -> list[dict[str, str]]:
 
 
 class CurvesSink(Sink):
-    """`curves.png`: the columns of `panels` by epoch, drawn anew from the CSV."""
+    """`curves.png`: the columns of `panels` by epoch, redrawn from all rows of the table at each call."""
 
     def __init__(self, path: Path, table: CsvSink, panels: Panels):
         self.path, self.table, self.panels = path, table, panels
 
     def log(self, metrics: Metrics, step: int) -> None:
-        # A figure is a knot of 5 MB, which Python would come to undo many epochs later. Without collections in between,
-        # all of it is young, and looking at young objects takes no time.
+        # A figure is 5 MB of reference cycles, which Python might free only many epochs later. Without collections in
+        # between, all of its objects are in the youngest generation, which is quick to collect.
         gc.disable()
         try:
             with writing(self.path):

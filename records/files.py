@@ -1,4 +1,4 @@
-"""Text and files: errors in one line, files replaced as a whole. Imports no library, so that it costs no time."""
+"""One-line errors, and files replaced as a whole. Imports only the standard library, so it loads fast."""
 
 import contextlib
 import errno
@@ -10,29 +10,29 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-TEMPORARY = ("writing-", ".tmp")  # how the names of files that are being written begin and end
+TEMPORARY = ("writing-", ".tmp")  # prefix and suffix of the names of files being written
 
 
 def one_line(message: str) -> str:
-    """The message with line ends and whatever else cannot be printed spelled out."""
+    """Return the message with line ends and other unprintable characters escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message.strip())
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error's message; of an error without one, its class."""
+    """Return the first line of the error's message or, without a message, the name of its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
 def mistakes_end(prog: str) -> Iterator[None]:
-    """End the process with exit code 2 and one line on standard error if what is done in it raises a user's mistake.
+    """End the process with exit code 2 and one line on standard error if the block raises a ValueError or OSError.
 
-    Where the reader of standard output has gone, it ends without a word, as a shell's own commands do.
+    If the reader of standard output has gone, the process ends silently, as standard shell tools do.
     """
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has read enough; what is left must not fail at the interpreter's end
+    except BrokenPipeError:  # `| head` has read enough; flushing the rest at exit must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
     except (ValueError, OSError) as error:
@@ -41,7 +41,7 @@ def mistakes_end(prog: str) -> Iterator[None]:
 
 
 def cannot_write(path: str | Path, error: OSError) -> str:
-    """One line for the user: the file, the cause, what to do."""
+    """Return one line for the user: the file, the cause, and what to do."""
     cause = error.strerror or first_line(error)
     return (
         f"cannot write {path}: {cause}; what was there before is kept. Make room or make it writable and start again, "
@@ -51,7 +51,7 @@ def cannot_write(path: str | Path, error: OSError) -> str:
 
 @contextlib.contextmanager
 def writing(path: str | Path, kind: type[ValueError] = ValueError) -> Iterator[None]:
-    """Turn the system's error of a failed write, which may lack the path, into a line for the user."""
+    """Turn the OSError of a failed write, which may lack the path, into an error with one line for the user."""
     try:
         yield
     except OSError as error:
@@ -59,7 +59,7 @@ def writing(path: str | Path, kind: type[ValueError] = ValueError) -> Iterator[N
 
 
 def check_writable(path: str | Path) -> None:
-    """Ask before long work whether a file can be written to `path`, whose folder is made. ValueError if not."""
+    """Check before long work that `path` can be written, and create its folder. Raises ValueError if not."""
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,15 +79,15 @@ def _fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the folder of `path`, which is made; what was written there replaces `path` as a
-    whole, also where the machine fails, or on an error is removed.
+    """Create the folder of `path` and yield a temporary path in it. The file written there replaces `path` as a whole,
+    even if the system crashes; on an error, it is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     begin, end = TEMPORARY
     temporary = path.with_name(f"{begin}{secrets.token_hex(6)}{end}")
     try:
         yield temporary
-        # First the content, then the name, so that the name never stands for half of a file.
+        # Sync the content before renaming, so that the name never refers to half a file.
         _fsync(temporary)
         temporary.replace(path)
         _fsync(path.parent)

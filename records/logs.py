@@ -1,4 +1,4 @@
-"""Meters, which gather numbers on the device, and sinks, which take `log(metrics, step)` and put it somewhere."""
+"""Meters, which sum numbers on the device, and sinks, which write the metrics passed to `log(metrics, step)`."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ Metrics = Mapping[str, float | int]
 
 
 class SumMeter:
-    """Named sums in one tensor on the device, float64 where it has that; adding to it does not wait for the device."""
+    """Named sums in one tensor on the device, in float64 except on MPS. Adding does not wait for the device."""
 
     def __init__(self, names: Iterable[str], device: torch.device):
         self.names = tuple(names)
@@ -28,12 +28,12 @@ class SumMeter:
 
     def add(self, **values: torch.Tensor | float) -> None:
         for position, name in enumerate(self.names):
-            self.sums[position] += values[name]  # a Python number is passed to the kernel, a tensor read on the device
+            self.sums[position] += values[name]  # numbers are kernel arguments, tensors are read on the device
 
 
 def table(rows: Iterable[Iterable[object]], title: str | None = None, text_columns: int = 1) -> str:
-    """Rows, the first being the header, as text; columns after the first `text_columns` are right-aligned."""
-    from terminaltables import AsciiTable  # not everywhere that trains: a machine of `make gpu` may lack it
+    """Format rows, the first of which is the header, as text. All but the first `text_columns` are right-aligned."""
+    from terminaltables import AsciiTable  # imported late, because `make gpu` works without it
 
     drawn = AsciiTable([[str(cell) for cell in row] for row in rows], title=title)
     for column in range(text_columns, len(drawn.table_data[0])):
@@ -42,19 +42,19 @@ def table(rows: Iterable[Iterable[object]], title: str | None = None, text_colum
 
 
 def progress(batches: Iterable, *, description: str, total: int, initial: int = 0, enabled: bool = True) -> Iterator:
-    """`batches` behind a progress bar with rate and remaining time, where standard error is a terminal."""
+    """Iterate over `batches` with a progress bar (rate, remaining time) if standard error is a terminal."""
     if not (enabled and sys.stderr.isatty()):
         return iter(batches)
     return iter(tqdm(batches, desc=description, total=total, initial=initial, leave=False, dynamic_ncols=True))
 
 
 class Sink:
-    """Where the numbers of a step or epoch go. ValueError, a line for the user, if they cannot be written."""
+    """Destination of a step's or epoch's metrics. Raises ValueError, with one line for the user, if writing fails."""
 
     log: Callable[[Metrics, int], None]
 
     def close(self) -> None:
-        """Finish; most sinks leave nothing open."""
+        """Close the sink; most sinks have nothing to close."""
 
 
 def _format(value: float | int) -> str:
@@ -62,7 +62,7 @@ def _format(value: float | int) -> str:
 
 
 class ConsoleSink(Sink):
-    """One line a call through `logging`, above a progress bar if there is one."""
+    """One line per call through `logging`, above a progress bar if there is one."""
 
     def __init__(self, label: str):
         self.label = label
@@ -73,13 +73,13 @@ class ConsoleSink(Sink):
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header, all cells as text."""
+    """Return the rows of a CSV file with a header, all cells as text."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]], columns: Iterable[str] | None = None) -> None:
-    """Write a CSV file with a header, by default of the columns that the rows have; a row may lack cells."""
+    """Write a CSV file with a header, by default with all columns that occur in the rows. A row may lack cells."""
     columns = list(columns or dict.fromkeys(name for row in rows for name in row))
     with writing(path), replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, restval="")
@@ -93,9 +93,9 @@ def write_json(path: Path, content: object) -> None:
 
 
 class CsvSink(Sink):
-    """`summary.csv`, a row an epoch. A column may be empty in an epoch that was not evaluated.
+    """`summary.csv`, one row per epoch. A column may be empty in an epoch that was not evaluated.
 
-    Rows from the step `start` on are of a part of the run that is being repeated, and are dropped.
+    Existing rows from epoch `start` on are dropped, because the resumed run repeats these epochs.
     """
 
     def __init__(self, path: Path, start: int):
@@ -105,18 +105,18 @@ class CsvSink(Sink):
 
     def log(self, metrics: Metrics, step: int) -> None:
         self.rows.append({"epoch": step, **metrics})
-        write_rows(self.path, self.rows)  # as a whole, because a later row may bring a column that the header lacks
+        write_rows(self.path, self.rows)  # the whole file, because a later row may add a column to the header
 
 
 def _is_before(line: str, start: int) -> bool:
     try:
         return json.loads(line)["step"] < start
-    except (ValueError, KeyError):  # the last line of a killed run may be cut
+    except (ValueError, KeyError):  # the last line of a killed run may be cut off
         return False
 
 
 class JsonLinesSink(Sink):
-    """`log.jsonl`, an object a call; `start` as in `CsvSink`."""
+    """`log.jsonl`, one object per call. Existing objects from step `start` on are dropped, as in `CsvSink`."""
 
     def __init__(self, path: Path, start: int):
         self.path = path
@@ -125,7 +125,7 @@ class JsonLinesSink(Sink):
                 lines = path.read_text().splitlines(keepends=True)
                 with replacing(path) as temporary:
                     temporary.write_text("".join(line for line in lines if _is_before(line, start)))
-            self.file = path.open("ab", buffering=0)  # what a failed write leaves in a buffer would be written again
+            self.file = path.open("ab", buffering=0)  # a buffer would repeat the data of a failed write
 
     def log(self, metrics: Metrics, step: int) -> None:
         with writing(self.path):
@@ -138,9 +138,9 @@ class JsonLinesSink(Sink):
 class TensorBoardSink(Sink):
     """TensorBoard events; every metric is a scalar under `prefix`.
 
-    Not by the SummaryWriter of tensorboardX 2.6: its thread dies of a full disk, its queue fills up, and the run hangs,
-    as tensorboard's own did (https://github.com/tensorflow/tensorboard/issues/6167). May be that when
-    `tests/faults/test_saves.py` passes with it.
+    This does not use the SummaryWriter of tensorboardX 2.6: on a full disk its thread dies, its queue fills up, and the
+    run hangs, as with tensorboard's own writer (https://github.com/tensorflow/tensorboard/issues/6167). Switch to it
+    when `tests/faults/test_saves.py` passes with it.
     """
 
     def __init__(self, folder: Path, prefix: str):
@@ -167,7 +167,7 @@ class TensorBoardSink(Sink):
 
 
 class WandbSink(Sink):
-    """Weights & Biases; wandb is imported only here, as most runs do without it."""
+    """Weights & Biases. The caller opens `run`, so this file does not import wandb, which most runs do not need."""
 
     def __init__(self, run, prefix: str):
         self.run, self.prefix = run, prefix
@@ -183,13 +183,13 @@ class WandbSink(Sink):
 
 
 class StepLog:
-    """Gives the numbers of every `every`th step to `write`, with the step in its epoch, counted from 1, and adds the
-    images a second since the last time.
+    """Passes a step's metrics to `write`, with the step's number in the epoch, counted from 1, and the images per
+    second since the last call. The training loop calls it every `every` steps and at the end of the epoch.
     """
 
     def __init__(self, every: int, write: Callable[[int, Metrics], None]):
         self.every, self.write = every, write
-        self.images, self.start = 0, time.perf_counter()  # images since then, on all ranks: the caller adds them
+        self.images, self.start = 0, time.perf_counter()  # images since `start`, on all ranks; the caller adds them
 
     def __call__(self, step: int, **numbers: float) -> None:
         now = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a file: over all images, and class by class."""
+"""Write the results of an evaluation to a file: over all images, and for each class."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +10,11 @@ COLUMNS = ("class", "images", "correct", "acc1", "acc5", "loss", "real_acc1")
 
 
 def write_scores(path: str | Path, result: EvalResult, classes: Sequence[str]) -> None:
-    """Write a row for all images, and one for each class, as the suffix says: .csv, or .json with the classes in a
-    list of their own. Accuracies are in percent, and None where a class has no image.
+    """Write one row for all images and one for each class: as JSON, with a list of the classes, if the suffix is .json,
+    else as CSV. Accuracies are in percent; a class without images has none (null in JSON, an empty cell in CSV).
 
     Args:
-        result: with its confusion matrix.
+        result: results that include the confusion matrix.
         classes: names of the network's classes, in the order of its logits.
 
     Raises:

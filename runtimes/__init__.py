@@ -4,8 +4,8 @@
     runtime = runtimes.load(network, engine="openvino", precision="bf16", images=images)
     logits = runtime(images)  # (N, 3, H, W) -> (N, classes)
 
-An engine is a file of `engines/`, whose name is the engine's. It is a thin layer over a well-kept library, which it
-imports inside its functions. So importing this package takes milliseconds: torch is imported once something is run.
+Each file in `engines/` defines one engine, named after the file. An engine is a thin layer over a maintained library.
+It imports that library and torch inside its functions, so importing this package takes milliseconds.
 """
 
 import pkgutil
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import engines
 from .base import Engine, FileEngine
-from .values import PRECISIONS, Calibration, Layer, Metadata, Target, device_type  # noqa: F401  for the users of all
+from .values import PRECISIONS, Calibration, Layer, Metadata, Target, device_type  # noqa: F401  re-exported
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ ENGINES = tuple(module.name for module in pkgutil.iter_modules(engines.__path__)
 
 
 def find(name: str) -> Engine:
-    """The engine of a name. ValueError where there is none."""
+    """Return the engine with this name. Raises ValueError if there is none."""
     if name not in ENGINES:
         raise ValueError(f"there is no engine {name}; there are {', '.join(ENGINES)}")
     return import_module(f"{engines.__name__}.{name}").Engine()
@@ -40,14 +40,14 @@ SUFFIXES = {engine.suffix: engine.name for engine in _FILE_ENGINES}
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch."""
+    """Import the names that need torch on first use."""
     if name in ("Runtime", "set_tf32"):
         return getattr(import_module(".running", __name__), name)
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
 def of_file(path: str | Path) -> str | None:
-    """The engine that reads a file, by its suffix; None for any other suffix."""
+    """Return the name of the engine that reads this file, by its suffix; None for an unknown suffix."""
     return SUFFIXES.get(Path(path).suffix)
 
 
@@ -58,16 +58,16 @@ def load(
     images: "torch.Tensor | None" = None,
     **fields: Any,
 ) -> "Runtime":
-    """A file that `export.py` wrote, or a network from memory, ready to run.
+    """Open a file that `export.py` wrote, or build a network from memory, ready to run.
 
     Args:
-        source: the file, or a network in eval mode on the CPU, which is left as it is.
-        target: what it is to run in; None is `Target()`.
-        images: for a network, a batch of the size that the engine is to be fast at, (N, C, H, W).
-        fields: of `Target`, in place of those of `target`.
+        source: the file, or a network in eval mode on the CPU, which is not changed.
+        target: the engine, precision, device and settings to run with; None means `Target()`.
+        images: for a network, a batch of the size to optimize for, (N, C, H, W).
+        fields: fields of `Target` that override those of `target`.
 
     Raises:
-        ValueError: one line that says what does not fit, is missing or not installed.
+        ValueError: in one line, what does not fit, is missing or is not installed.
     """
     target = replace(target or Target(), **fields)
     if not isinstance(source, str | Path):

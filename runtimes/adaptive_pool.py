@@ -1,7 +1,7 @@
 """Adaptive max-pooling as plain pooling, for graphs of a fixed image size.
 
-ONNX has no adaptive pooling whose output size does not divide the input's. With both sizes known it is a max-pool with
-other numbers, or a maximum of a few places; neither rounds, so the result is the same bit by bit.
+ONNX has no adaptive pooling for output sizes that do not divide the input size. With both sizes known, the pool is an
+ordinary max-pool or a maximum over a few gathered positions. Neither rounds, so the result is the same bit for bit.
 """
 
 import torch
@@ -11,19 +11,19 @@ from .running import rebuilt
 
 
 def windows(size: int, out: int) -> list[tuple[int, int]]:
-    """The half-open windows of adaptive pooling from `size` to `out` places along one axis."""
+    """Return the half-open windows of adaptive pooling from `size` to `out` positions along one axis."""
     return [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
 
 
 def _as_strided_pool(size: int, out: int) -> tuple[int, int, int] | None:
-    """(kernel, stride, padding) of the max-pool with the same windows, if there is one.
+    """Return (kernel, stride, padding) of a max-pool with the same windows; None if none is found.
 
-    75 -> 38 is (3, 2, 1): the windows [2i - 1, 2i + 2), cut off at the borders.
+    For example, 75 -> 38 is (3, 2, 1): the windows [2i - 1, 2i + 2), clipped at the borders.
     """
     if out < 3:
         return None
     wanted = windows(size, out)
-    (start, end), (after, _) = wanted[1:3]  # whole windows, which no border cuts off
+    (start, end), (after, _) = wanted[1:3]  # a window that no border clips, and the start of the next
     kernel, stride = end - start, after - start
     padding = stride - start
     found = [(max(0, i * stride - padding), min(size, i * stride - padding + kernel)) for i in range(out)]
@@ -32,9 +32,9 @@ def _as_strided_pool(size: int, out: int) -> tuple[int, int, int] | None:
 
 
 class AxisMaxPool(nn.Module):
-    """Adaptive max-pooling of maps of one size, (N, C, h, w) -> (N, C, out, out), by gathering; one axis at a time.
+    """Adaptive max-pooling by gathering, one axis at a time, for maps of one size: (N, C, *size) -> (N, C, *out).
 
-    A window shorter than the longest repeats its last place, which leaves the maximum as it is.
+    Windows shorter than the longest one repeat their last position, which does not change the maximum.
     """
 
     def __init__(self, size: tuple[int, int], out: tuple[int, int]):
@@ -59,5 +59,5 @@ def _plain_pool(pool: nn.AdaptiveMaxPool2d, size: tuple[int, int]) -> nn.Module:
 
 
 def fix_adaptive_pools(network: nn.Module, images: torch.Tensor) -> nn.Module:
-    """`network` with its adaptive max-pools replaced for images of this size, see `running.rebuilt`."""
+    """Return `network` with its adaptive max-pools replaced for images of this size; see `running.rebuilt`."""
     return rebuilt(network, images, lambda module: isinstance(module, nn.AdaptiveMaxPool2d), _plain_pool)

@@ -1,4 +1,4 @@
-"""What an engine is. Without torch, so that commands read their flags at once."""
+"""Base classes of the engines. Importing them does not import torch, so that commands parse their flags quickly."""
 
 import importlib.util
 import io
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def require(package: str, needed_by: str) -> ModuleType:
-    """Import an optional package. Raises ValueError, one line that says what to install, where it is missing."""
+    """Import an optional package. If it is missing, raise a ValueError that says in one line what to install."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -32,7 +32,7 @@ def require(package: str, needed_by: str) -> ModuleType:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress and warnings of exporters and quantizers off the output, which belongs to the commands."""
+    """Keep the progress messages and warnings of exporters and quantizers out of the output of the commands."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -44,14 +44,14 @@ def quiet() -> Iterator[None]:
 
 
 class Engine(ABC):
-    """A way to run a network. The name of its file is the engine's in commands and tables."""
+    """A way to run a network. Commands and tables call the engine by the name of its file."""
 
-    on_cpu: ClassVar[tuple[str, ...]] = ()  # the precisions that it computes in there; none where it does not run
+    on_cpu: ClassVar[tuple[str, ...]] = ()  # supported precisions there; empty if the engine does not run there
     on_cuda: ClassVar[tuple[str, ...]] = ()
-    packages: ClassVar[tuple[str, ...]] = ()  # without which it does nothing
-    libraries: ClassVar[tuple[str, ...]] = ("torch",)  # of its arithmetic; the first one found is named with a time
+    packages: ClassVar[tuple[str, ...]] = ()  # required for every use of the engine
+    libraries: ClassVar[tuple[str, ...]] = ("torch",)  # do the arithmetic; timings name the first one installed
     keeps_freed_memory: ClassVar[bool] = False  # on the CPU; see `utils.keep_freed_memory`
-    leaves_depthwise: ClassVar[bool] = False  # out of int8, unless `Calibration.depthwise` says so
+    leaves_depthwise: ClassVar[bool] = False  # unquantized in int8, unless `Calibration.depthwise` is set
 
     @property
     def name(self) -> str:
@@ -59,11 +59,11 @@ class Engine(ABC):
 
     @property
     def computes(self) -> dict[str, tuple[str, ...]]:
-        """By the kind of device, the precisions."""
+        """Supported precisions by kind of device."""
         return {kind: names for kind, names in (("cpu", self.on_cpu), ("cuda", self.on_cuda)) if names}
 
     def check_place(self, target: Target) -> None:
-        """Raise ValueError where a package or the device is missing."""
+        """Raise ValueError if the engine does not run on the device, or if a package or the device is missing."""
         if target.kind not in self.computes:
             raise ValueError(f"{self.name} runs on {', '.join(self.computes)}, not on {target.kind}")
         for package in self.packages:
@@ -77,7 +77,7 @@ class Engine(ABC):
                 raise ValueError(f"{self.name} on {target.device}: this machine has {count} CUDA devices")
 
     def check_precision(self, target: Target) -> None:
-        """Raise ValueError for a precision that this engine has not on the device."""
+        """Raise ValueError if the engine does not support the precision on the device."""
         precisions = self.computes[target.kind]
         if target.precision not in precisions:
             hint = " (a way of NVIDIA's GPUs)" if target.precision in ("default", "tf32") else ""
@@ -85,38 +85,38 @@ class Engine(ABC):
             raise ValueError(f"{self.name} computes in {names} on {target.kind}, not in {target.precision}{hint}")
 
     def check(self, target: Target) -> None:
-        """Raise ValueError for what this engine cannot make, here and now."""
+        """Raise ValueError if the engine cannot build a network for this target here."""
         self.check_place(target)
         self.check_precision(target)
         if target.precision == "int8" and not (target.calibration and target.calibration.batches):
             raise ValueError(f"int8 in {self.name} needs images to calibrate on")
 
     def build(self, network: "nn.Module", images: "torch.Tensor", target: Target) -> "Runtime":
-        """Make a network from memory ready to run. The network itself is left as it is.
+        """Make a network from memory ready to run. The network itself is not changed.
 
         Args:
-            network: in eval mode on the CPU, in the form that is to be deployed.
-            images: a batch of the size that the engine is to be fast at, (N, C, H, W).
-            target: its engine is this one.
+            network: in eval mode on the CPU, in the form to deploy.
+            images: a batch of the size to optimize for, (N, C, H, W).
+            target: what to build for; its `engine` is replaced by this engine.
 
         Raises:
-            ValueError: the precision, device, package or calibration is not there.
+            ValueError: the precision is not supported, or the device, a package or the calibration is missing.
         """
         return self._build(network, images, self._prepare(target))
 
     @abstractmethod
     def _build(self, network: "nn.Module", images: "torch.Tensor", target: Target) -> "Runtime":
-        """`build` of a checked target."""
+        """Implement `build` for a checked target."""
 
     def _prepare(self, target: Target) -> Target:
-        """`target` with nothing left open, checked, and with what it sets for the process set."""
+        """Return `target` with its defaults filled in, after checking it and applying its process-wide settings."""
         target = replace(target, engine=self.name, precision=target.precision or "fp32")
         self.check(target)
         self._settle(target)
         return target
 
     def _settle(self, target: Target) -> None:
-        """Set what holds for the whole process."""
+        """Apply the settings of the target that hold for the whole process."""
         import torch
 
         from utils import keep_freed_memory
@@ -131,19 +131,19 @@ class Engine(ABC):
 
 
 class FileEngine(Engine):
-    """An engine that reads its networks from files of its own format."""
+    """An engine that reads networks from files in its own format."""
 
     format: ClassVar[str]  # its name in commands
-    suffix: ClassVar[str]  # of the files
-    converts: ClassVar[tuple[str, ...]] = ()  # precisions of which a file in one may run in another
-    fixes_batch: ClassVar[bool] = False  # a file is made for one batch size; other batches are split and filled up
+    suffix: ClassVar[str]  # of its files
+    converts: ClassVar[tuple[str, ...]] = ()  # a file in one of these precisions may run in the others
+    fixes_batch: ClassVar[bool] = False  # a file has one batch size; other batches are split and padded
 
     def export(
         self, network: "nn.Module", images: "torch.Tensor", path: str | Path, target: Target, metadata: Metadata
     ) -> list[Path]:
         """Write `network` to `path`, for batches of any size and images of the size of `images`.
 
-        Arguments as for `build`; `metadata` go into the file, with the target's precision put in.
+        The arguments are those of `build`. The file stores `metadata`, with the target's precision filled in.
 
         Returns:
             The files written, `path` first.
@@ -155,7 +155,7 @@ class FileEngine(Engine):
     def _export(
         self, network: "nn.Module", images: "torch.Tensor", path: Path, target: Target, metadata: Metadata
     ) -> list[Path]:
-        """`export` of a checked target."""
+        """Implement `export` for a checked target."""
 
     def open(self, path: str | Path, target: Target = Target()) -> "Runtime":
         """Read a file that `export` wrote."""
@@ -175,16 +175,16 @@ class FileEngine(Engine):
 
     @abstractmethod
     def _read(self, path: Path, target: Target) -> tuple[Any, Mapping[str, str]]:
-        """(what `_open` wants of the file, its metadata)."""
+        """Return (the content of the file for `_open`, its metadata)."""
 
     @abstractmethod
     def _open(
         self, content: Any, strings: Mapping[str, str], path: Path, target: Target
     ) -> "tuple[Run, Profile | None]":
-        """(images to logits, images to the layers of a profile), as `Runtime` takes them."""
+        """Return the `run` and `profile` arguments of `Runtime`."""
 
     def _build(self, network: "nn.Module", images: "torch.Tensor", target: Target) -> "Runtime":
-        metadata = Metadata("", (), (), (), images.shape[-1], None)  # of a file that nobody else reads
+        metadata = Metadata("", (), (), (), images.shape[-1], None)  # placeholders: nobody else reads this file
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"network{self.suffix}"
             self.export(network, images, path, target, metadata)

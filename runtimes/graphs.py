@@ -5,11 +5,11 @@ from functools import partial
 
 import torch
 
-WARM_UP = 3  # calls before the recording, in which cuDNN chooses its algorithms
+WARM_UP = 3  # calls before recording, in which cuDNN chooses its algorithms
 
 
 def record(function: Callable[[], torch.Tensor], device: torch.device) -> tuple[Callable[[], None], torch.Tensor]:
-    """(a launch of all that `function` does on `device`, the tensor in which each launch leaves its result)."""
+    """Record `function` on `device`. Return (function that replays it, tensor that holds each replay's result)."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -24,11 +24,11 @@ def record(function: Callable[[], torch.Tensor], device: torch.device) -> tuple[
 
 
 class Graph:
-    """A function of images of one shape, recorded and replayed.
+    """A function of images of one shape, recorded once and replayed in each call.
 
     Args:
         run: (N, C, H, W) -> (N, classes).
-        images: of that shape, on the device; they are not kept.
+        images: a batch of that shape on the device; it is copied.
     """
 
     @torch.inference_mode()
@@ -39,4 +39,4 @@ class Graph:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         self.images.copy_(images)
         self.replay()
-        return self.logits.clone()  # the next replay writes over it
+        return self.logits.clone()  # the next replay overwrites it

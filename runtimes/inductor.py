@@ -1,4 +1,4 @@
-"""What is given to inductor, the compiler behind `torch.compile` and AOTInductor, and how it is set."""
+"""Input and settings of inductor, the compiler behind `torch.compile` and AOTInductor."""
 
 from contextlib import AbstractContextManager
 
@@ -15,7 +15,7 @@ from .wide import split_wide
 
 
 def inductor_form(network: nn.Module, images: torch.Tensor, target: Target) -> nn.Module:
-    """The module that inductor is given, float32 in and out: channels-last, in the target's precision, pools fixed."""
+    """Return the module to compile, float32 in and out: channels-last, plain pools, in the target's precision."""
     network = plain(network, images)
     if target.precision == "int8":
         return pt2e.quantize(network, images, target.calibration)
@@ -25,5 +25,5 @@ def inductor_form(network: nn.Module, images: torch.Tensor, target: Target) -> n
 
 
 def inductor_settings(profile: bool) -> AbstractContextManager:
-    """Freezing makes the weights constants, which oneDNN then lays out once for its kernels instead of in each call."""
+    """Return inductor's settings. Freezing makes weights constants, so oneDNN lays them out once, not in each call."""
     return inductor.patch({"freezing": True, "cpp.enable_kernel_profile": profile})

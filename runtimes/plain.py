@@ -1,8 +1,8 @@
 """A deployed VanillaNet as a plain sequence of layers, for engines that compile graphs.
 
-Two things make it more than a copy. A ReLU and a max-pool commute exactly, and with the ReLU first it becomes the end
-of the convolution before it: the pool then works on what an 8-bit format without a sign can hold at full resolution.
-And adaptive pools become plain ones, since the size of the images is known.
+It differs from the network in two ways. Each ReLU moves in front of the max-pool, with which it commutes exactly. The
+ReLU can then be fused into the convolution before it, and the pool works on nonnegative numbers, which unsigned 8-bit
+formats hold at full resolution. Also, adaptive pools become plain ones, because the image size is known.
 """
 
 from collections import OrderedDict
@@ -14,11 +14,11 @@ from models.vanillanet import SeriesActivation, VanillaNet
 
 from .adaptive_pool import fix_adaptive_pools
 
-DEPTHWISE = "series"  # the last part of the names of the series activations' convolutions
+DEPTHWISE = "series"  # last part of the names of the series activations' convolutions
 
 
 def _depthwise(activation: SeriesActivation) -> nn.Conv2d:
-    """The convolution of a series activation without the ReLU before it, with the same parameters."""
+    """Return the convolution of a series activation without its ReLU; the parameters are shared."""
     dim, n = activation.in_channels, activation.act_num
     layer = nn.Conv2d(dim, dim, 2 * n + 1, padding=n, groups=dim, device="meta")
     layer.weight, layer.bias = activation.weight, activation.bias
@@ -34,9 +34,9 @@ def _layer(conv: nn.Conv2d, pool: nn.Module | None, activation: SeriesActivation
 
 
 def plain(network: nn.Module, images: torch.Tensor) -> nn.Module:
-    """`network` for images of this size, made of plain layers; it shares parameters with the one given.
+    """Return `network` in plain layers for images of this size. Replacing adaptive max-pools copies the parameters.
 
-    Another network than a deployed VanillaNet gets its adaptive max-pools replaced and nothing else.
+    In a network other than a deployed VanillaNet, only the adaptive max-pools are replaced.
     """
     if isinstance(network, VanillaNet) and network.deploy:
         network = nn.Sequential(

@@ -1,4 +1,4 @@
-"""Post-training quantization in PyTorch: torchao's PT2E with the quantizer for inductor on x86."""
+"""Post-training quantization in PyTorch: torchao's PT2E with its quantizer for inductor on x86."""
 
 import torch
 from torch import nn
@@ -11,10 +11,10 @@ from .values import Calibration
 
 
 class Mixed(nn.Module):
-    """A quantized graph whose other operators run in bfloat16, if the processor has it; float32 in and out.
+    """A quantized graph whose other operators run in bfloat16 if the processor supports it; float32 in and out.
 
-    Elsewhere they run in float32: oneDNN computes an int8 convolution with bfloat16 results there by its reference
-    implementation, hundreds of times slower.
+    On other processors they run in float32. With bfloat16 results, oneDNN would compute the int8 convolutions there by
+    its reference implementation, which is hundreds of times slower.
     """
 
     def __init__(self, graph: nn.Module):
@@ -28,11 +28,11 @@ class Mixed(nn.Module):
 
 
 def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration) -> Mixed:
-    """`network` with its dense convolutions in int8: weights per output channel, activations uint8 per tensor.
+    """Return `network` with dense convolutions in int8: weights per output channel, activations uint8 per tensor.
 
-    The rest is as in `Mixed`. The depthwise convolutions of the series activations are left out because they suit 8
-    bits least and save a sixth of the time at best, with AVX-512 next to none; the pools because in 8 bits they cost
-    accuracy and save nothing (docs/int8.md).
+    The rest runs as in `Mixed`. By default, the depthwise convolutions of the series activations are left out because
+    they suit 8 bits least and save a sixth of the time at best, next to none with AVX-512. The pools are left out
+    because in 8 bits they cost accuracy and save nothing (docs/int8.md).
 
     Args:
         network: in eval mode, in deploy form.
@@ -40,7 +40,7 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration)
         calibration: the ranges of the activations come from all of its images.
 
     Raises:
-        ValueError: nothing of the network can be quantized.
+        ValueError: nothing in the network can be quantized.
     """
     with quiet():
         require("torchao", "int8 in PyTorch")
@@ -50,7 +50,7 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration)
             get_default_x86_inductor_quantization_config,
         )
 
-        # What is quantized: all but the pools, and on request the series activations.
+        # Quantize everything except the pools, and the series activations only on request.
         quantizer = X86InductorQuantizer().set_global(
             get_default_x86_inductor_quantization_config(reduce_range=sums_saturate())
         )
@@ -58,22 +58,22 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration)
         for name, _ in network.named_modules():
             if name.endswith(f".{DEPTHWISE}") and not calibration.depthwise:
                 quantizer.set_module_name_qconfig(f"network.{name}", None)
-        # Observers see the calibration images in batches of the graph's size, and give the scales.
+        # Observers see the calibration images in batches of the graph's size and set the scales.
         form = Form(network, layout=torch.channels_last)
-        # Strict, since torchao 0.18 finds layers by their `source_fn_stack`, which torch.export notes only then: else
-        # torch 2.11 quantizes nothing. torch 2.14 finds them in another way; once that is required, this may go.
+        # Strict, because torchao 0.18 finds layers by `source_fn_stack`, which only a strict export records: otherwise
+        # torch 2.11 quantizes nothing. torch 2.14 finds layers in another way; drop this once torch 2.14 is required.
         graph = exported(form, images, dynamic_batch=False, strict=True).module()
         with torch.no_grad():
             graph = prepare_pt2e(graph, quantizer)
             for batch in calibration.batches:
                 for part in batch.split(len(images)):
-                    graph(part[torch.arange(len(images)) % len(part)])  # the last one filled up from its beginning
+                    graph(part[torch.arange(len(images)) % len(part)])  # a short last part repeats its images
             graph = convert_pt2e(graph)
     if not any("quantize_per_tensor" in str(node.target) for node in graph.graph.nodes):
         raise ValueError("int8 in PyTorch found no layer to quantize in this network: use another precision or engine")
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            # Export's note that a tensor was float32, which under autocast it no longer is (torch 2.14).
+            # torch.export's assertion that a tensor is float32 no longer holds under autocast (torch 2.14).
             graph.graph.erase_node(node)
     graph.recompile()
     return Mixed(graph)

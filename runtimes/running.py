@@ -1,4 +1,4 @@
-"""What engines do with torch: forms of a network, their batches, and `Runtime`, which all of them return."""
+"""Parts of the engines that need torch: forms of a network, fixed batches, and `Runtime`, which all engines return."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
@@ -15,11 +15,11 @@ Profile = Callable[[torch.Tensor], list[Layer]]
 
 
 def set_tf32(precision: str | None, device: str) -> None:
-    """Let float32 arithmetic on a GPU use TensorFloat-32, or not. It holds for the process, as torch has it.
+    """Set whether float32 arithmetic on a GPU uses TensorFloat-32. torch keeps this setting for the whole process.
 
-    By the older of torch's two interfaces: after the newer one, `fp32_precision`, the getters of the older, which
-    inductor and users still read, raise (torch 2.11 and 2.14, https://github.com/pytorch/pytorch/issues/166387). May be
-    the newer one when that is closed.
+    This uses the older of torch's two interfaces. After a call of the newer one, `fp32_precision`, the older one's
+    getters raise (torch 2.11 and 2.14, https://github.com/pytorch/pytorch/issues/166387), and inductor and users still
+    read them. The newer interface can be used once that issue is closed.
     """
     if torch.device(device).type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -27,15 +27,15 @@ def set_tf32(precision: str | None, device: str) -> None:
 
 
 class Runtime:
-    """A network that is ready to run: images (N, C, H, W), float32, in, logits (N, classes), float32, out.
+    """A network that is ready to run: float32 images (N, C, H, W) in, float32 logits (N, classes) out.
 
     Args:
-        target: what it runs in, with nothing left open.
-        run: is always given contiguous float32 images on the target's device that are inference tensors, as torch
-            calls those made in `torch.inference_mode()`: for other tensors `torch.compile` would compile again.
-        metadata: of the file that it was read from, None for a network from memory.
-        size: height and width of the images that it was made for; None is what `metadata` say, or any.
-        profile: None where it was not built to be profiled.
+        target: the network's target, with all defaults filled in.
+        run: always gets contiguous float32 images on the target's device. They are inference tensors, as made in
+            `torch.inference_mode()`, because `torch.compile` would compile again for other tensors.
+        metadata: of the file that the network was read from; None for a network from memory.
+        size: height and width of the images that the network takes; None means the size in `metadata`, or any size.
+        profile: None if the network was not built to be profiled.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class Runtime:
         return self._run(self._prepare(images))
 
     def _prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """Raises ValueError for another size, at which some engines would compute something else and not say so."""
+        """Prepare images for `run`. Raises ValueError for another size, where some engines would silently be wrong."""
         if self.size not in (None, tuple(images.shape[-2:])):
             found, own = ("x".join(map(str, size)) for size in (images.shape[-2:], self.size))
             raise ValueError(f"the images have {found} px, this {self.name} network takes {own}: export one for them")
         set_tf32(self.precision, self.device)
         images = images.to(self.device, torch.float32).contiguous()
-        return images if images.is_inference() else images.new_empty(0).set_(images)  # the same memory
+        return images if images.is_inference() else images.new_empty(0).set_(images)  # shares the memory
 
     @torch.inference_mode()
     def profile(self, images: torch.Tensor) -> list[Layer]:
-        """The time of each layer in one call, by the engine's own clock. ValueError where it has none."""
+        """Time each layer in one call, by the engine's own clock. Raises ValueError if not built to be profiled."""
         if self._profile is None:
             raise ValueError(f"{self.name} was not built to be profiled")
         return self._profile(self._prepare(images))
@@ -76,8 +76,8 @@ class Runtime:
 
 @contextmanager
 def beside(stream: "torch.cuda.Stream | None") -> Iterator[None]:
-    """Around a library's call on a stream of its own: after what torch was asked for before, before what comes after.
-    Without a stream, on the CPU, nothing is done.
+    """Order a library's work on a stream of its own after torch's earlier work and before torch's later work.
+    Without a stream, that is, on the CPU, nothing is done.
     """
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(stream.device))
@@ -87,7 +87,7 @@ def beside(stream: "torch.cuda.Stream | None") -> Iterator[None]:
 
 
 def operator_profile(run: Run) -> Profile:
-    """The operators of one call and their own times, from torch's profiler; on a GPU its kernels."""
+    """Return a function that times the operators of one call, or on a GPU the kernels, with torch's profiler."""
 
     def profile(images: torch.Tensor) -> list[Layer]:
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -102,9 +102,9 @@ def operator_profile(run: Run) -> Profile:
 
 
 def own_times(events: Iterable[Any], kind: str) -> list[Layer]:
-    """Of a profile's events those that ran on a kind of device, and their own times.
+    """Return the self times of the events in a profile that ran on this kind of device.
 
-    On a GPU each kernel is an event; the operator that launched it is another, with the kernel's time in its own.
+    On a GPU each kernel is an event. The operator that launched it is another event, whose time includes the kernel's.
     """
     layers = []
     for event in events:
@@ -116,7 +116,7 @@ def own_times(events: Iterable[Any], kind: str) -> list[Layer]:
 
 
 def _kind(event: Any) -> str:
-    """An operator's name; of a convolution also its kernel, where the profile has the shapes."""
+    """Return an operator's name; for a convolution also its kernel size, if the profile has the shapes."""
     images, weight = ([shape for shape in event.input_shapes or () if len(shape) == 4] + [None, None])[:2]
     if weight is None or "conv" not in event.name:
         return event.name
@@ -130,13 +130,13 @@ def rebuilt(
     wanted: Callable[[nn.Module], bool],
     change: Callable[[Any, tuple[int, int]], nn.Module | None],
 ) -> nn.Module:
-    """The network for images of this size with some layers replaced; itself where none is.
+    """Return a copy of the network with some layers replaced for images of this size, or the network if none are.
 
     Args:
         network: in eval mode; not changed.
         images: (N, C, H, W).
-        wanted: which layers are looked at.
-        change: from such a layer, and height and width of its input, to the one in its place; None leaves it.
+        wanted: selects the layers to look at.
+        change: maps such a layer and the height and width of its input to its replacement; None keeps the layer.
     """
     sizes: dict[nn.Module, tuple[int, int]] = {}
 
@@ -146,7 +146,7 @@ def rebuilt(
     found = {name: module for name, module in network.named_modules() if wanted(module)}
     if not found:
         return network
-    # One pass tells the size of each layer's input.
+    # Record the size of each layer's input in one forward pass.
     hooks = [module.register_forward_pre_hook(note) for module in found.values()]
     try:
         with torch.no_grad():
@@ -164,10 +164,10 @@ def rebuilt(
 
 
 class FixedBatch:
-    """Batches of any size through a function that was compiled for one size.
+    """Run batches of any size through a function that was compiled for one batch size.
 
-    A larger batch is split, and the last part filled up with zeros. Compiled for a free size instead, oneDNN would not
-    know how to lay out the weights beforehand, and would do that anew in each call: twice the time at batch 1.
+    Larger batches are split, and the last part is padded with zeros. With a free batch size instead, oneDNN could not
+    lay out the weights beforehand and would do so again in each call, which takes twice the time at batch 1.
     """
 
     def __init__(self, run: Run, size: int):
@@ -183,12 +183,12 @@ class FixedBatch:
         return torch.cat(logits)
 
 
-DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}  # all others: float32
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}  # all others use float32
 
 
 class Form(nn.Module):
-    """A copy of a network (N, C, H, W) -> (N, classes) in another precision and memory format, of weights and
-    activations, on a device; float32 in, float32 out.
+    """A copy of a network on a device, with weights and activations in the given precision and memory format:
+    float32 images (N, C, H, W) in, float32 logits (N, classes) out.
     """
 
     def __init__(
@@ -211,15 +211,15 @@ class Form(nn.Module):
 def exported(
     network: nn.Module, images: torch.Tensor, *, dynamic_batch: bool, strict: bool = False
 ) -> torch.export.ExportedProgram:
-    """`network` as a graph, for the size of `images`, and with `dynamic_batch` for batches of any size.
+    """Export `network` as a graph for images of this size; with `dynamic_batch`, for batches of any size.
 
     Args:
-        strict: by torch.compile's tracer, which also notes the module that each operation comes from.
+        strict: trace as torch.compile does, which also records the module that each operation comes from.
     """
     shapes: Any = None
     if dynamic_batch:
         shapes = ({0: torch.export.Dim("batch")},)
-        if len(images) < 2:  # torch.export takes a size of one for a constant
+        if len(images) < 2:  # torch.export treats a size of 1 as a constant
             images = images.expand(2, -1, -1, -1).contiguous()
     with torch.no_grad():
         return torch.export.export(network, (images,), dynamic_shapes=shapes, strict=strict)

@@ -1,7 +1,7 @@
-"""What follows a deployed layer's 1x1 convolution, in one Triton kernel: max-pool, ReLU, depthwise taps, bias.
+"""One Triton kernel for what follows a deployed layer's dense convolution: max-pool, ReLU, depthwise taps, bias.
 
-It is section 3.2 of the paper, the series-informed activation, in channels-last. Eager PyTorch takes three launches for
-it and writes the activations between them.
+The last three are the series-informed activation (section 3.2 of the paper). Tensors are channels-last. Eager PyTorch
+takes three launches for all of it and writes the activations to memory in between.
 """
 
 import torch
@@ -9,16 +9,16 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-PLACES = 4  # neighbouring places of a row that a program computes; each column that it reads serves all of them
-CHANNELS = 64  # of a program
+PLACES = 4  # neighbouring positions of a row for each program; every column that it reads serves all of them
+CHANNELS = 64  # for each program
 WARPS = 1
 
 
 @triton.jit
 def _column(x, row, column, height, width, channels, c, POOL: tl.constexpr):
-    """One pooled and rectified place of all the program's channels; zero outside the map."""
+    """Return one position after max-pool and ReLU, for all channels of the program; zero outside the map."""
     inside = (row >= 0) & (row < height // POOL) & (column >= 0) & (column < width // POOL) & (c < channels)
-    value = tl.zeros_like(c).to(tl.float32)  # the ReLU: nothing below zero counts
+    value = tl.zeros_like(c).to(tl.float32)  # a maximum that starts at zero includes the ReLU
     for i in tl.static_range(POOL):
         for j in tl.static_range(POOL):
             place = (row * POOL + i) * width + column * POOL + j
@@ -30,8 +30,8 @@ def _column(x, row, column, height, width, channels, c, POOL: tl.constexpr):
 def series_kernel(
     x, weight, bias, out, height, width, channels, POOL: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """A row's four places, as four accumulators: in one array of rows the compiler would spill."""
-    # A program's place: a row of an image, four neighbours in it, and CHANNELS channels.
+    """Compute four positions of a row, in four accumulators because the compiler would spill one array of them."""
+    # Each program computes four neighbouring positions in one row of an image, for CHANNELS channels.
     rows, columns = height // POOL, width // POOL
     line, first = tl.program_id(0), tl.program_id(1) * 4
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -40,13 +40,13 @@ def series_kernel(
     known = c < channels
     start = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
     a0, a1, a2, a3 = start, start, start, start
-    # Row by row of taps; a place of the map goes into each of the four sums that has a tap on it.
+    # Go through the rows of taps. Each position of the map is added to those of the four sums that have a tap on it.
     for i in range(SIZE):
         taps = weight + i * SIZE * channels + c
         for j in tl.static_range(SIZE + 3):
             value = _column(
                 x, row + i - SIZE // 2, first + j - SIZE // 2, height, width, channels, c, POOL
-            )  # one read for each row of taps
+            )  # read once for each row of taps
             if j < SIZE:
                 a0 += value * tl.load(taps + j * channels, mask=known, other=0.0).to(tl.float32)
             if j >= 1 and j - 1 < SIZE:
@@ -63,7 +63,7 @@ def series_kernel(
 
 
 def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, pool: int) -> torch.Tensor:
-    """The kernel on the device of `x`, or with TRITON_INTERPRET=1 on the CPU; arguments as for `series`."""
+    """Run the kernel on the device of `x`, or on the CPU with TRITON_INTERPRET=1; arguments as for `series`."""
     batch, height, width, channels = x.shape
     rows, columns = height // pool, width // pool
     out = x.new_empty(batch, rows, columns, channels)
@@ -77,13 +77,13 @@ def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, pool: int)
 
 @torch.library.custom_op("vanillanet::series", mutates_args=(), device_types="cuda")
 def series(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, pool: int) -> torch.Tensor:
-    """max-pool, ReLU, depthwise convolution and bias, in channels-last.
+    """Apply max-pool, ReLU, depthwise convolution and bias, in channels-last.
 
     Args:
         x: (N, H, W, C), contiguous.
         weight: (taps, C), the (2n+1)^2 taps row by row.
         bias: (C,).
-        pool: the max-pool's kernel and stride; 1 for none.
+        pool: kernel size and stride of the max-pool; 1 for none.
 
     Returns:
         (N, H // pool, W // pool, C)

@@ -1,4 +1,4 @@
-"""A deployed VanillaNet as products of matrices and the kernel of `series_kernel`, in channels-last."""
+"""A deployed VanillaNet as matrix products and the kernel in `series_kernel`, in channels-last."""
 
 import torch
 from torch import nn
@@ -18,16 +18,16 @@ def _pool(module: nn.Module | None) -> int:
 
 
 class SeriesNetwork(nn.Module):
-    """(N, C, H, W), float32 -> (N, classes), float32.
+    """A deployed VanillaNet for the engine `triton`: float32 images (N, C, H, W) in, float32 logits (N, classes) out.
 
     Args:
         network: a deployed VanillaNet in eval mode; its weights are copied.
-        images: of the size that it will be given; only the shape counts.
+        images: a batch with the image size to run on; only its shape matters.
         precision: of weights and activations.
-        device: where it goes.
+        device: where the network runs.
 
     Raises:
-        ValueError: another network, one with adaptive pools, or images that the stem's patches do not tile.
+        ValueError: any other network, no classifier, adaptive pools, or images that the stem's patches do not tile.
     """
 
     def __init__(self, network: nn.Module, images: torch.Tensor, *, precision: str, device: str):
@@ -53,7 +53,7 @@ class SeriesNetwork(nn.Module):
         return tensor.detach().to(self.device, self.dtype).contiguous()
 
     def _product(self, conv: nn.Conv2d) -> tuple[torch.Tensor, torch.Tensor]:
-        """(bias, weight) of a convolution as a product from the right, (kh * kw * in, out)."""
+        """Return (bias, weight) of a convolution as a matrix product, with weight (kh * kw * in, out) on the right."""
         return self._cast(conv.bias), self._cast(conv.weight.permute(2, 3, 1, 0).flatten(0, 2))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The values that engines are given and give. Without torch, so that commands read their flags at once."""
+"""Values that engines take and return. Importing them does not import torch, so commands parse their flags quickly."""
 
 import json
 import re
@@ -10,37 +10,37 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# `default` is float32 as PyTorch computes it on a GPU when nothing is set: TensorFloat-32 in convolutions, IEEE in
-# products of matrices. fp32 is IEEE in both, tf32 TensorFloat-32 in both.
+# `default` is float32 with PyTorch's default settings on a GPU: TensorFloat-32 in convolutions, IEEE arithmetic in
+# matrix products. `fp32` is IEEE arithmetic in both, and `tf32` is TensorFloat-32 in both.
 PRECISIONS = ("default", "fp32", "tf32", "bf16", "fp16", "int8")
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a program needs to know besides the network; kept inside each exported file, as JSON by field."""
+    """What a program needs to know besides the network. Each exported file holds these fields as JSON."""
 
     model: str  # the network's name in timm
-    classes: tuple[str, ...]  # the names of the logits, in order
-    mean: tuple[float, ...]  # of each channel, of pixels in [0, 1], subtracted before the network,
-    std: tuple[float, ...]  # which is then divided by
+    classes: tuple[str, ...]  # name of each logit, in order
+    mean: tuple[float, ...]  # of each channel, subtracted from pixels in [0, 1]
+    std: tuple[float, ...]  # of each channel, by which the result is divided
     input_size: int  # height and width, px
     crop_pct: float | None  # share of the resized shorter side that the crop keeps; None: images are not resized
-    checkpoint: str = ""  # SHA-256 of the file that the weights came from; empty for weights without one
-    precision: str = "fp32"  # that the file computes in
-    interpolation: str = "bicubic"  # of the resizing, by timm's names
+    checkpoint: str = ""  # SHA-256 of the file that held the weights; empty for weights without a file
+    precision: str = "fp32"  # in which the file computes
+    interpolation: str = "bicubic"  # of the resizing, by timm's name
     crop_mode: str = "center"
-    loss: str = "cross_entropy"  # that it was trained with; after `binary_cross_entropy` chances are sigmoids
+    loss: str = "cross_entropy"  # of training; after `binary_cross_entropy`, probabilities are sigmoids
 
     def to_strings(self) -> dict[str, str]:
-        """Each field as JSON."""
+        """Return each field as JSON."""
         return {name: json.dumps(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_strings(cls, strings: Mapping[str, str], path: str | Path) -> "Metadata":
-        """The inverse of `to_strings`; further entries are passed over.
+        """Read what `to_strings` returned; other entries are ignored.
 
         Raises:
-            ValueError: a field without a default is missing. Those with one are younger than some files.
+            ValueError: a field without a default is missing. Older files may lack the fields with a default.
         """
         missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in strings]
         if missing:
@@ -51,35 +51,35 @@ class Metadata:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What int8 is made with."""
+    """Images and options for quantization to int8."""
 
     batches: "Sequence[torch.Tensor]"  # preprocessed images, (N, C, H, W) each
-    depthwise: bool = False  # quantize the series activations' convolutions, where an engine leaves them in bfloat16
+    depthwise: bool = False  # also quantize the series activations' convolutions, if the engine leaves them out
 
     def images(self) -> "Iterator[torch.Tensor]":
-        """Each image as a batch of its own, (1, C, H, W)."""
+        """Iterate over the images as batches of one, (1, C, H, W)."""
         return (image[None] for batch in self.batches for image in batch)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a network is to run in."""
+    """Engine, precision, device and settings to run a network with."""
 
-    engine: str | None = None  # by name; None is what a file's suffix says, and `compile` for a network
-    precision: str | None = None  # one of `PRECISIONS`; None is a file's own, and fp32 for a network
+    engine: str | None = None  # None: by the file's suffix, or `compile` for a network from memory
+    precision: str | None = None  # one of `PRECISIONS`; None: the file's, or fp32 for a network from memory
     device: str = "cpu"  # cpu, cuda or cuda:N
-    threads: int | None = None  # on the CPU, for the whole process; None leaves torch's setting as it is
+    threads: int | None = None  # on the CPU, for the whole process; None keeps torch's setting
     calibration: Calibration | None = None  # for int8
-    profile: bool = False  # make `Runtime.profile` work, at some cost in speed
+    profile: bool = False  # enable `Runtime.profile`, at some cost in speed
 
     @property
     def kind(self) -> str:
-        """The device's type. ValueError for what is no device."""
+        """Type of the device. Raises ValueError if `device` is invalid."""
         return device_type(self.device)
 
 
 def device_type(device: str) -> str:
-    """cpu, cuda or mps. ValueError for anything else, such as `gpu`."""
+    """Return cpu, cuda or mps. Raises ValueError for anything else, such as `gpu`."""
     match = re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", device)
     if match is None:
         raise ValueError(f"--device {device} is not a device: use cpu, cuda or cuda:N")

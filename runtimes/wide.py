@@ -1,11 +1,11 @@
-"""1x1 convolutions over many channels as sums of narrower ones, where oneDNN is slow at them.
+"""Split 1x1 convolutions over many channels into sums of narrower ones where oneDNN is slow.
 
-oneDNN is behind both PyTorch and OpenVINO. On a processor with AVX2 and no AVX-512 its float32 kernel for 1x1
+PyTorch and OpenVINO both use oneDNN. On processors with AVX2 but without AVX-512, its float32 kernel for 1x1
 convolutions takes 16 or 32 output channels at a time, but only 8 on maps larger than 12x12 with more than about 2300
-input channels, and then runs at a third of its speed (oneDNN 3.12, in PyTorch 2.14; we found no issue that reports
-it). Among the variants, at 224 px, those are the 1.5x ones' layers at 14x14. The sum is the same up to rounding.
+input channels, where it runs at a third of its speed (oneDNN 3.12, in PyTorch 2.14; we found no issue that reports
+this). At 224 px, this affects the 14x14 layers of the 1.5x variants. The sum is the same up to rounding.
 
-May go when vanillanet_13_x1_5 in float32 is as fast there without it.
+Can be removed when vanillanet_13_x1_5 in float32 is as fast there without it.
 """
 
 import torch
@@ -14,12 +14,12 @@ from torch import nn
 
 from .running import rebuilt
 
-WIDEST = 2048  # input channels that are fast on any map
-LARGEST = 12 * 12  # places of a map that is fast with any number of channels
+WIDEST = 2048  # input channels up to which maps of any size are fast
+LARGEST = 12 * 12  # positions up to which a map is fast with any number of channels
 
 
 class SplitConv(nn.Module):
-    """A 1x1 convolution as the sum of convolutions of the parts of its input: (N, C, H, W) -> (N, out, H, W)."""
+    """A 1x1 convolution as a sum of convolutions over parts of its channels: (N, C, H, W) -> (N, out, H, W)."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
@@ -51,5 +51,5 @@ def _split(conv: nn.Conv2d, size: tuple[int, int]) -> nn.Module | None:
 
 
 def split_wide(network: nn.Module, images: torch.Tensor) -> nn.Module:
-    """`network` with its wide 1x1 convolutions split, for images of this size, see `running.rebuilt`."""
+    """Return `network` with its wide 1x1 convolutions split for images of this size; see `running.rebuilt`."""
     return rebuilt(network, images, _is_wide, _split)

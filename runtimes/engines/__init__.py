@@ -1,1 +1,1 @@
-"""An engine a file, which defines `Engine`. Nothing else names it, and none imports its library or torch when read."""
+"""Each file defines one `Engine` and is found by listing this folder. It imports torch and its library only in use."""

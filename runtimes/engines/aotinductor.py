@@ -1,4 +1,4 @@
-"""torch.export and AOTInductor: a `.pt2` package, compiled beforehand, that runs without a compiler."""
+"""torch.export and AOTInductor: a `.pt2` package, compiled ahead of time, that runs without a compiler."""
 
 import json
 import zipfile
@@ -11,14 +11,14 @@ METADATA = "metadata.json"
 
 
 def instructions() -> str:
-    """The vector instructions that torch uses on this processor."""
+    """Return the vector instructions that torch uses on this processor."""
     import torch
 
     return torch.backends.cpu.get_cpu_capability()
 
 
 class Engine(base.FileEngine):
-    """The compiled network as shared library and weights. It runs on processors with the same vector instructions.
+    """The compiled network as a shared library and weights. It runs on processors with the same vector instructions.
 
     The package holds native code: open only files that you trust.
     """
@@ -32,7 +32,7 @@ class Engine(base.FileEngine):
     fixes_batch = True
 
     def _export(self, network, images, path, target, metadata):
-        # Only here, so that a package answers soon: what compiles it takes seconds to import.
+        # Imported only here, because the compiler takes seconds to import and opening a package does not need it.
         import torch
         from torch._inductor import aot_compile
         from torch.export.pt2_archive._package import package_pt2
@@ -40,12 +40,12 @@ class Engine(base.FileEngine):
         from ..inductor import inductor_form, inductor_settings
         from ..running import exported
 
-        # One batch size is compiled in, see `FixedBatch`.
+        # One batch size is compiled in; see `FixedBatch`.
         form = inductor_form(network, images, target)
         program = exported(form, images.to(target.device, torch.float32), dynamic_batch=False)
         with inductor_settings(target.profile), torch.no_grad():
             files = aot_compile(program.module(), program.example_inputs[0], options={"aot_inductor.package": True})
-        # Native code: what it is for stands in the package, and is compared when it is opened.
+        # The package records what its native code was compiled for, which `_open` compares.
         strings = {
             **metadata.to_strings(),
             "batch_size": str(len(images)),
@@ -75,8 +75,8 @@ class Engine(base.FileEngine):
                 f"{path} was compiled for {strings['instructions']}, this processor has {instructions()}: "
                 "export it here"
             )
-        # The class behind torch._inductor.aoti_load_package, which would first import the compiler, for a second (torch
-        # 2.14). May go when `test_a_package_answers_without_what_made_it` passes with that function.
+        # torch._inductor.aoti_load_package would first import the compiler for a second (torch 2.14), so use the class
+        # behind it. Can be removed when `test_a_package_answers_without_what_made_it` passes with that function.
         index = torch.device(target.device).index
         try:
             loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1 if index is None else index)
@@ -84,7 +84,7 @@ class Engine(base.FileEngine):
             raise ValueError(f"cannot load {path}: {first_line(error)}") from error
 
         def package(images: torch.Tensor) -> torch.Tensor:
-            return loader.boxed_run([images])[0]  # contiguous: the strides are compiled in, and not checked
+            return loader.boxed_run([images])[0]  # images must be contiguous: strides are compiled in, not checked
 
         run = FixedBatch(package, int(strings["batch_size"]))
         return run, operator_profile(run)

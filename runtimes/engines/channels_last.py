@@ -4,7 +4,7 @@ from . import eager
 
 
 class Engine(eager.Engine):
-    """Channels-last, and on the CPU freed memory is kept."""
+    """Channels-last memory format; on the CPU, freed memory is kept for reuse."""
 
     layout = "channels_last"
     keeps_freed_memory = True

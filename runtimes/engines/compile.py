@@ -1,4 +1,4 @@
-"""torch.compile with inductor: what a user of plain PyTorch should have."""
+"""torch.compile with inductor: the engine to use with plain PyTorch."""
 
 from .. import base
 
@@ -17,7 +17,7 @@ class Engine(base.Engine):
         from ..inductor import inductor_form, inductor_settings
         from ..running import FixedBatch, Runtime, operator_profile
 
-        # A code object can be compiled for a few sets of guards only, so every build has one of its own.
+        # Builds share the code object of `Form.forward`. torch compiles it up to 8 times; later builds run uncompiled.
         compiled = torch.compile(inductor_form(network, images, target), dynamic=False)
         run = FixedBatch(compiled, len(images))
         profile = operator_profile(run) if target.profile else None

@@ -5,7 +5,7 @@ from . import channels_last
 
 
 class Engine(base.Engine):
-    """Another engine's network as a CUDA graph, of one batch size and image size."""
+    """Another engine's network as a CUDA graph, for one batch size and image size."""
 
     on_cuda = channels_last.Engine.on_cuda
     recorded: type[base.Engine] = channels_last.Engine

@@ -4,7 +4,7 @@ from .. import base
 
 
 class Engine(base.Engine):
-    """As published: contiguous memory format, nothing tuned. The way that all others are compared with."""
+    """As published: contiguous memory format, nothing tuned. All other engines are compared with this one."""
 
     on_cpu = ("fp32", "bf16", "fp16")
     on_cuda = ("default", "fp32", "tf32", "bf16", "fp16")

@@ -1,4 +1,4 @@
-"""ONNX: the exporter of PyTorch, ONNX Runtime's quantization, and ONNX Runtime itself."""
+"""ONNX: PyTorch's exporter, ONNX Runtime's quantization, and ONNX Runtime itself."""
 
 import json
 import tempfile
@@ -20,10 +20,10 @@ OPSET = 20
 
 
 def _quantize(path: Path, calibration: Calibration, *, symmetric: bool) -> None:
-    """Quantize an ONNX file in place: weights per output channel, activations per tensor from the extremes seen.
+    """Quantize an ONNX file in place: weights per output channel, activations per tensor, by their minimum and maximum.
 
     Args:
-        symmetric: activations in int8 around zero, as GPUs want them; else uint8 with a zero point, as CPUs do.
+        symmetric: activations in int8 around zero, as GPUs expect; otherwise uint8 with a zero point, as CPUs expect.
     """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -36,7 +36,7 @@ def _quantize(path: Path, calibration: Calibration, *, symmetric: bool) -> None:
         def get_next(self):
             return next(inputs, None)
 
-    # Quantization wants a graph that is optimized and knows its shapes; those with names are of the batch alone.
+    # Quantization needs an optimized graph with known shapes. Only the batch size is symbolic.
     kind = quantization.QuantType
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
@@ -71,7 +71,7 @@ def write_onnx(
     from ..plain import plain
     from ..running import Form, exported
 
-    # A graph in the file's precision; int8 begins in float32.
+    # Export in the file's precision; int8 starts from float32.
     form = Form(plain(network, images), precision=target.precision)
     program = exported(form, images, dynamic_batch=True)
     with quiet():
@@ -83,13 +83,13 @@ def write_onnx(
             opset_version=OPSET,
             external_data=False,
             dynamo=True,
-            dynamic_shapes=({0: "batch"},),  # the name of the free dimension
+            dynamic_shapes=({0: "batch"},),  # name of the free dimension
             verbose=False,
         )
         if target.precision == "int8":
             require("onnxruntime", "int8 in ONNX")
             _quantize(path, target.calibration, symmetric=symmetric)
-    # What other programs need to use the file, as properties; quantization would have dropped them.
+    # Add the properties that other programs need last, because quantization would drop them.
     model = onnx.load(path)
     onnx.helper.set_model_props(model, metadata.to_strings())
     onnx.checker.check_model(model)
@@ -97,8 +97,8 @@ def write_onnx(
 
 
 class Engine(base.FileEngine):
-    """An `.onnx` file. In int8 the depthwise convolutions are always quantized, too: between layers in 8 bits, one in
-    float32 costs half as much again in conversions.
+    """An `.onnx` file. In int8 the depthwise convolutions are always quantized as well, because one in float32 between
+    8-bit layers would cost half as much again in conversions.
     """
 
     on_cpu = ("fp32", "fp16", "int8")
@@ -115,14 +115,14 @@ class Engine(base.FileEngine):
         import torch
 
         ort = require("onnxruntime", self.name)
-        # As many threads as torch has, warnings kept off, and the profile where nobody else looks.
+        # Use as many threads as torch, hide warnings, and write the profile to a temporary folder.
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         options.enable_profiling = target.profile
         if target.profile:
             options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
-        # On a GPU in IEEE arithmetic, and on a stream of ours, which torch can wait for.
+        # On a GPU, use IEEE arithmetic, and a stream from torch, so that torch can wait for it.
         provider, settings, stream = "CPUExecutionProvider", {}, None
         if target.kind == "cuda":
             provider, stream = "CUDAExecutionProvider", torch.cuda.Stream(target.device)
@@ -135,9 +135,9 @@ class Engine(base.FileEngine):
             raise ValueError(f"this onnxruntime has no {provider}: pip install onnxruntime-gpu")
         try:
             session = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
-        except Exception as error:  # its exceptions have no common class
+        except Exception as error:  # ONNX Runtime's exceptions have no common class
             raise ValueError(f"cannot load {path}: {first_line(error)}") from error
-        if session.get_providers()[0] != provider:  # it would run on the CPU, and not say so
+        if session.get_providers()[0] != provider:  # it would silently run on the CPU
             raise ValueError(f"onnxruntime has no use of its {provider}: install the CUDA and cuDNN that it asks for")
         return (session, stream), session.get_modelmeta().custom_metadata_map
 
@@ -152,7 +152,7 @@ class Engine(base.FileEngine):
 
         def run(images: torch.Tensor) -> torch.Tensor:
             logits = images.new_empty(len(images), classes)
-            binding = session.io_binding()  # memory of torch's on either side, so that nothing is copied
+            binding = session.io_binding()  # input and output stay in torch's memory, so nothing is copied
             for bind, name, tensor in ((binding.bind_input, INPUT, images), (binding.bind_output, OUTPUT, logits)):
                 bind(
                     name,
@@ -169,7 +169,7 @@ class Engine(base.FileEngine):
         def layers(images: torch.Tensor) -> list[Layer]:
             run(images)
             events = json.loads(Path(session.end_profiling()).read_text())
-            begun = max(event["ts"] for event in events if event["name"] == "model_run")  # of all calls the last
+            begun = max(event["ts"] for event in events if event["name"] == "model_run")  # of the last call
             nodes = [event for event in events if event["ts"] >= begun and event["name"].endswith("_kernel_time")]
             return [Layer(event["name"], event["args"]["op_name"], event["dur"] / 1e3) for event in nodes]
 

@@ -1,4 +1,4 @@
-"""OpenVINO, quantized by NNCF."""
+"""OpenVINO, with quantization by NNCF."""
 
 import functools
 import os
@@ -11,19 +11,19 @@ from ..base import quiet, require
 from ..values import Calibration, Layer, Metadata
 
 SECTION = "vanillanet"  # in the file's rt_info
-HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # what int8 leaves runs in bfloat16, where there is any
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # layers that int8 leaves out run in bfloat16 where supported
 
 
 @functools.cache
 def _core():
-    """The one `Core` of the process, with its CPU plugin loaded, which stays.
+    """Return the only `Core` of the process, with its CPU plugin loaded for good.
 
-    A plugin gives its thread a stack for signals (https://github.com/openvinotoolkit/openvino/pull/11894), and takes it
-    back when it goes, with the last use of its `Core`. With two, of which the first goes first, the thread is left with
-    a stack that is gone, and the next signal, such as that of a child process that ends, kills the process (OpenVINO
-    2026.4). May go when `test_signals_are_survived_after_openvino` passes with a `Core` in each call.
+    A plugin gives its thread a signal stack (https://github.com/openvinotoolkit/openvino/pull/11894) and takes it back
+    when the last user of its `Core` is gone. If the older of two plugins is unloaded first, the thread is left with a
+    signal stack that no longer exists, and the next signal, such as that of an ending child process, kills the process
+    (OpenVINO 2026.4). Can be removed when `test_signals_are_survived_after_openvino` passes with a `Core` in each call.
     """
-    os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")  # or importing it would look for a network
+    os.environ.setdefault("OPENVINO_TELEMETRY_DISABLED", "1")  # otherwise the import looks for a network
     import openvino
 
     core = openvino.Core()
@@ -32,7 +32,7 @@ def _core():
 
 
 class Engine(base.FileEngine):
-    """An `.xml` file with the graph and a `.bin` beside it with the weights."""
+    """An `.xml` file with the graph and a `.bin` file beside it with the weights."""
 
     on_cpu = ("fp32", "bf16", "int8")
     packages = libraries = ("openvino",)
@@ -49,10 +49,10 @@ class Engine(base.FileEngine):
         from ..running import Form, exported
         from ..wide import split_wide
 
-        _core()  # before NNCF, or whoever else, makes one
+        _core()  # before NNCF or other code creates one
         import openvino
 
-        # Plain layers, in float32: the precision is a hint to whoever opens the file.
+        # Plain layers in float32: the precision is only a hint, which is given when the file is opened.
         layers = plain(network, images)
         if target.precision == "fp32" and slow_at_wide_convolutions():
             layers = split_wide(layers, images)
@@ -64,12 +64,12 @@ class Engine(base.FileEngine):
                 model = self._quantize(
                     model, target.calibration, skip_depthwise=series and not target.calibration.depthwise
                 )
-        # Names for other programs, and what they need to use the file.
+        # Name input and output and add the metadata, for other programs.
         for port, name in ((model.input(0), "images"), (model.output(0), "logits")):
             port.tensor.set_names({name})
         for name, value in metadata.to_strings().items():
             model.set_rt_info(value, [SECTION, name])
-        # In float16 a file for bfloat16 would be half as large, but weights that are rounded twice cost accuracy.
+        # A file for bfloat16 would be half as large in float16, but rounding the weights twice costs accuracy.
         openvino.save_model(model, path, compress_to_fp16=False)
         return [path, path.with_suffix(".bin")]
 
@@ -79,9 +79,9 @@ class Engine(base.FileEngine):
 
         nncf = require("nncf", "int8 in OpenVINO")
         images = [image.numpy() for image in calibration.images()]
-        # The series activations stay in bfloat16: int8 saves little time there and loses the most accuracy.
+        # By default the series activations stay in bfloat16: int8 saves little time there and loses the most accuracy.
         kept = ["GroupConvolution"] if skip_depthwise else []
-        fix = nncf.OverflowFix.ENABLE if sums_saturate() else None  # None: as NNCF chooses
+        fix = nncf.OverflowFix.ENABLE if sums_saturate() else None  # None: NNCF chooses
         return nncf.quantize(
             model,
             nncf.Dataset(images),
@@ -106,7 +106,7 @@ class Engine(base.FileEngine):
         core = _core()
         if target.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise ValueError("this processor has no bfloat16, and OpenVINO would compute in float32: use fp32 or int8")
-        # The hint is always given: without one, OpenVINO computes float32 in bfloat16 where the processor has it.
+        # Always give the hint: without it, OpenVINO computes float32 in bfloat16 where the processor supports it.
         compiled = core.compile_model(
             content,
             "CPU",
@@ -125,7 +125,7 @@ class Engine(base.FileEngine):
 
         def layers(images: torch.Tensor) -> list[Layer]:
             run(images)
-            run(images)  # the first call also prepares
+            run(images)  # the first call includes preparation
             infos = request.profiling_info
             return [
                 Layer(i.node_name, f"{i.node_type} {i.exec_type}", i.real_time.total_seconds() * 1e3)

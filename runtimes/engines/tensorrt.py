@@ -1,4 +1,4 @@
-"""TensorRT, from ONNX. A plan runs on the kind of GPU, and with the version of TensorRT, that it was built with."""
+"""TensorRT, from ONNX. A plan runs only on the kind of GPU and the version of TensorRT that it was built with."""
 
 import json
 import struct
@@ -13,10 +13,10 @@ WORKSPACE = 4 << 30  # bytes
 
 
 class Engine(base.FileEngine):
-    """A plan behind a JSON header of its own: an unsigned 32-bit length, the metadata, and then TensorRT's bytes.
+    """A plan behind our own header: an unsigned 32-bit length, the metadata as JSON, and then TensorRT's bytes.
 
-    TensorRT 11 types every network strictly, so the precision is that of the ONNX graph: fp16 and bf16 graphs, and
-    int8 with quantization nodes. tf32 is a float32 graph that may use it.
+    TensorRT 11 types every network strictly, so the precision is that of the ONNX graph: graphs in fp16 and bf16, and
+    graphs with quantization nodes for int8. tf32 is a float32 graph that may use TensorFloat-32.
     """
 
     on_cuda = ("fp32", "tf32", "bf16", "fp16", "int8")
@@ -27,7 +27,7 @@ class Engine(base.FileEngine):
     def _export(self, network, images, path, target, metadata):
         import tensorrt as trt
 
-        # The graph, from a file of ONNX that is not kept.
+        # Read the graph from a temporary ONNX file.
         logger = trt.Logger(trt.Logger.WARNING)
         builder = trt.Builder(logger)
         graph = builder.create_network(0)
@@ -37,7 +37,7 @@ class Engine(base.FileEngine):
             write_onnx(network, images, onnx, target, metadata, symmetric=True)
             if not parser.parse_from_file(str(onnx)):
                 raise ValueError(f"TensorRT cannot read the graph: {parser.get_error(0)}")
-        # Batches of 1 to LARGEST_BATCH, fastest at that of `images`.
+        # Take batches of 1 to LARGEST_BATCH, fastest at the batch size of `images`.
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE)
         if target.precision != "tf32":
@@ -49,7 +49,7 @@ class Engine(base.FileEngine):
         plan = builder.build_serialized_network(graph, config)
         if plan is None:
             raise ValueError("TensorRT could not build the network; its log says why")
-        # A plan has no place for metadata, so they stand in front of it.
+        # A plan has no place for metadata, so a header holds them.
         header = json.dumps(metadata.to_strings()).encode()
         path.write_bytes(struct.pack("<I", len(header)) + header + bytes(plan))
         return [path]
@@ -73,7 +73,7 @@ class Engine(base.FileEngine):
             if engine is None:
                 raise ValueError(f"{path} was built by another TensorRT or for another GPU: export it anew")
             context = engine.create_execution_context()
-            stream = torch.cuda.Stream()  # on the default one, TensorRT waits for the whole device in each call
+            stream = torch.cuda.Stream()  # on the default stream, TensorRT would wait for the device in each call
         classes = engine.get_tensor_shape(OUTPUT)[1]
 
         def run(images: torch.Tensor) -> torch.Tensor:
