@@ -1,9 +1,9 @@
 """The paper's claims, measured anew: many runs of `main.py`, and the tables and figure of docs/RESULTS.md from them.
 
-python ablation.py --data_path DIR --cifar10 DIR    # runs what is missing, experiment by experiment, then reports
-python ablation.py --report                         # reports from the CSV files in results/ablation/ alone
+python ablation.py --data_path DIR --cifar10 DIR    # do the missing runs, experiment by experiment, then report
+python ablation.py --report                         # report from the CSV files in results/ablation/ alone
 
-An interrupted run goes on where it was; one whose CSV file is in results/ablation/ is not run again.
+An interrupted run continues where it stopped. A run whose CSV file is in results/ablation/ is not repeated.
 """
 
 import csv
@@ -24,27 +24,27 @@ from options import COUNT, Arguments, Parser, boolean, file_path, parse_args, pa
 
 ROOT = Path(__file__).resolve().parent
 RECORDS = ROOT / "results" / "ablation"
-DECAYED = ROOT / "results" / "ablation_decayed"  # of trainings that decayed biases and BatchNorms
-LATENCIES = ROOT / "results" / "equal_latency.csv"  # of the networks compared at equal latency, by benchmark.py
+DECAYED = ROOT / "results" / "ablation_decayed"  # trainings with weight decay of biases and BatchNorms
+LATENCIES = ROOT / "results" / "equal_latency.csv"  # measured by benchmark.py: networks compared at equal latency
 PAGE = ROOT / "docs" / "RESULTS.md"
 FIGURE = ROOT / "docs" / "ablation.png"
 SEEDS = 3
 
 
-# -- what is run
+# -- the experiments
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: what it changes in recipes/`recipe`.args."""
+    """One run, given by its changes to recipes/`recipe`.args."""
 
     recipe: str = "ablation"
     depth: int = 6  # layers of the deployed network
-    act_num: int = 3  # n of the series activation; 0 is none
-    decay_epochs: int = 4  # length of lambda's ramp; 0 is no deep training
+    act_num: int = 3  # n of the series activation; 0: no series activation
+    decay_epochs: int = 4  # epochs until lambda is 1; 0: no deep training
     seed: int = 0
-    epochs: int | None = None  # None leaves the recipe's
-    model: str | None = None  # a network by timm's name, with which the recipe decides on all of that
+    epochs: int | None = None  # None: the recipe's
+    model: str | None = None  # a network's name in timm; then the recipe sets depth, act_num, decay_epochs and epochs
 
     @property
     def name(self) -> str:
@@ -63,27 +63,27 @@ class Trial:
         return folder / f"{self.name}.csv"
 
     def top1(self, folder: Path) -> float:
-        """Of the last epoch, in percent: nothing is selected on the test images."""
+        """Top-1 after the last epoch, in percent, so that nothing is selected on the test images."""
         with self.record(folder).open(newline="") as file:
             return float(list(csv.DictReader(file))[-1]["test_acc1"])
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One thing varied, all else equal."""
+    """A comparison of variants, all else being equal."""
 
-    title: str  # of its panel in the figure
+    title: str  # title of the panel in the figure
     varied: str  # heading of the table's first column
-    variants: dict[str, Trial]  # by name, the trial of seed 0
-    # The paper's ImageNet top-1 by variant, in percent, where it has the comparison.
+    variants: dict[str, Trial]  # each variant's trial of seed 0, by name
+    # The paper's ImageNet top-1 by variant, in percent, if the paper makes this comparison.
     paper: dict[str, float] = field(default_factory=dict)
 
     def trials(self) -> list[Trial]:
-        """All runs: every variant with one seed before any with the next."""
+        """All runs, seed by seed: all variants with one seed come before the next seed."""
         return [replace(trial, seed=seed) for seed in range(SEEDS) for trial in self.variants.values()]
 
     def scores(self, folder: Path) -> dict[str, list[float]]:
-        """Top-1 of the finished runs of each variant, in percent."""
+        """Top-1 of each variant's finished runs, in percent."""
         found = {name: [] for name in self.variants}
         for seed in range(SEEDS):
             for name, first in self.variants.items():
@@ -96,7 +96,7 @@ class Experiment:
 SHORT = Trial(recipe="ablation_short", decay_epochs=2)
 PHOTOGRAPHS = Trial(recipe="cifar10")
 LONG = Trial(epochs=20, decay_epochs=8)
-PEERS = {  # of about the same latency, see `LATENCIES`, with their names in timm
+PEERS = {  # networks of about the same latency (`LATENCIES`), with their names in timm
     "VanillaNet-6": "vanillanet_6",
     "ResNet-18": "resnet18",
     "ConvNeXt-Atto": "convnext_atto",
@@ -107,7 +107,7 @@ PAPER = {"neither": 59.58, "deep training": 60.53, "series activation": 75.23, "
 
 
 def four(both: Trial) -> dict[str, Trial]:
-    """With and without each of the paper's two ideas."""
+    """Variants with and without each of the paper's two ideas."""
     return {
         "neither": replace(both, decay_epochs=0, act_num=0),
         "deep training": replace(both, act_num=0),
@@ -116,8 +116,8 @@ def four(both: Trial) -> dict[str, Trial]:
     }
 
 
-# In the order of their worth, since a measurement may end early. The paper's numbers are those of its ablation table
-# (VanillaNet-6) and of its main table.
+# The most important experiments come first, because a measurement may end early. The paper's numbers are from its
+# ablation table (VanillaNet-6) and its main table.
 EXPERIMENTS = {
     "claims": Experiment("The paper's two ideas, 10 epochs", "trained with", four(Trial()), paper=PAPER),
     "photographs": Experiment("The two ideas on CIFAR-10, 10 epochs", "trained with", four(PHOTOGRAPHS), paper=PAPER),
@@ -140,7 +140,7 @@ EXPERIMENTS = {
     ),
 }
 
-# What the page compares: the statement, and the variants of an experiment with and without it.
+# Comparisons of the page: what is added, the experiment, and its variants with and without the addition.
 COMPARISONS = (
     ("series activation, without deep training", "claims", "series activation", "neither"),
     ("series activation, with deep training", "claims", "both", "deep training"),
@@ -161,13 +161,13 @@ COMPARISONS = (
 
 
 def run(trial: Trial, data: Sequence[str], output_dir: Path, threads: int) -> None:
-    """Train, or finish, one trial, and keep its CSV file.
+    """Run a trial, or resume its run, and keep its CSV file.
 
     Args:
-        data: the flags that say where the images are.
+        data: flags for the location of the images.
 
     Raises:
-        RuntimeError: main.py ended with an error; its last line is in the message.
+        RuntimeError: main.py failed; the message contains its last line of standard error.
     """
     folder = output_dir / trial.name
     own = ["--auto_resume", "true", "--save_ckpt_num", "1", "--output_dir", str(folder)]
@@ -182,7 +182,7 @@ def run(trial: Trial, data: Sequence[str], output_dir: Path, threads: int) -> No
 
 
 def cifar10_flags(folder: Path) -> list[str]:
-    """Of the images as torchvision stores them, or as image files in train/CLASS/ and test/CLASS/."""
+    """Flags for CIFAR-10 as torchvision stores it, or as image files in train/CLASS/ and test/CLASS/."""
     files = ["--data_set", "image_folder", "--val_split", "test"] if (folder / "train").is_dir() else []
     return ["--data_path", str(folder), *files]
 
@@ -195,9 +195,9 @@ def run_all(names: Iterable[str], data_path: Path | None, cifar10: Path, output_
         if not trial.record(RECORDS).exists()
     }
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    # Opened once beforehand: runs beside each other would all download the images, into the same files.
+    # Download the data before the runs, because parallel runs would all download to the same files.
     for trial in {trial.recipe: trial for trial in missing}.values():
-        from datasets import build_dataset  # with torch, which takes seconds
+        from datasets import build_dataset  # slow, because this imports torch
 
         args = parse_args([*trial.flags, *missing[trial]])
         for train, split in ((True, args.train_split), (False, args.val_split)):
@@ -208,7 +208,7 @@ def run_all(names: Iterable[str], data_path: Path | None, cifar10: Path, output_
         try:
             for future in as_completed(futures):
                 future.result()
-        finally:  # after an error the runs that have begun are finished, and no other is begun
+        finally:  # after an error, runs in progress are finished, but no other is started
             pool.shutdown(cancel_futures=True)
 
 
@@ -216,10 +216,10 @@ def run_all(names: Iterable[str], data_path: Path | None, cifar10: Path, output_
 
 
 def difference(on: Sequence[float], off: Sequence[float]) -> tuple[float, float] | None:
-    """Of two means, in points, and half its 95 % interval by Student's t; None while seeds are missing."""
+    """Difference of two means in points, and half its 95 % interval by Student's t; None while seeds are missing."""
     if len(on) < SEEDS or len(off) < SEEDS:
         return None
-    student = 2.776  # t of the interval, over three seeds each: 4 degrees of freedom
+    student = 2.776  # t of the interval for three seeds each, that is 4 degrees of freedom
     return mean(on) - mean(off), student * math.sqrt((variance(on) + variance(off)) / SEEDS)
 
 
@@ -240,14 +240,14 @@ def _points(found: tuple[float, float] | None) -> str:
 
 
 def _scores(top1: Sequence[float]) -> list[str]:
-    """Mean and standard deviation; a mean of fewer seeds than the others would be no row of the same table."""
+    """Mean and standard deviation. A mean over fewer seeds is not shown, because it is not comparable to the others."""
     if len(top1) < SEEDS:
         return [f"not measured yet ({len(top1)} of {SEEDS} seeds)" if top1 else "not measured yet", ""]
     return [f"{mean(top1):.2f}", f"{stdev(top1):.2f}"]
 
 
 def scores_table(experiment: Experiment) -> str:
-    """A row a variant; the paper's numbers have a column of their own."""
+    """Table with a row for each variant, and with the paper's numbers in a column of their own."""
     paper = experiment.paper
     header = [experiment.varied, "top-1 (%)", "std", *(["paper: ImageNet top-1 (%)"] if paper else [])]
     rows = [
@@ -258,8 +258,8 @@ def scores_table(experiment: Experiment) -> str:
 
 
 def peers_table() -> str:
-    """Accuracy beside what `LATENCIES` say of the fastest engine of each network."""
-    from benchmarking import report, results  # with torch, which takes seconds
+    """Table of each network's accuracy, beside its costs in its fastest engine (`LATENCIES`)."""
+    from benchmarking import report, results  # slow, because this imports torch
 
     fastest = report.fastest(results.read(LATENCIES), "network")
     rows = []
@@ -271,7 +271,7 @@ def peers_table() -> str:
 
 
 def comparisons() -> str:
-    """The table of what each part brings, under the sentences that follow from it."""
+    """Table of what each part adds, below sentences that summarize the verdicts."""
     sentences = {
         "gain": "These gains of the paper reproduce, beyond what seeds do: {}.",
         "no more than the seeds": "These do not show at this scale, where the seeds do as much: {}.",
@@ -286,7 +286,7 @@ def comparisons() -> str:
         found = difference(scores[on], scores[off])
         published = f"{paper[on] - paper[off]:+.2f}" if paper else ""
         rows.append([statement, _points(found), verdict(found), published])
-        if paper:  # all of which the paper gains by
+        if paper:  # in the paper, all of these are gains
             said[verdict(found)].append(statement)
     text = " ".join(sentences[kind].format("; ".join(found)) for kind, found in said.items() if found)
     header = ["what is added", "here (points)", "verdict", "paper, ImageNet (points)"]
@@ -294,7 +294,7 @@ def comparisons() -> str:
 
 
 def decay_table() -> str:
-    """The claims with the fault and without it, under what follows from that."""
+    """Table of the claims with and without the fault, below a sentence on what the fault changed."""
     earlier, now = (EXPERIMENTS["claims"].scores(folder) for folder in (DECAYED, RECORDS))
     rows, changed = [], []
     for name, top1 in earlier.items():
@@ -312,10 +312,10 @@ def decay_table() -> str:
 
 
 def write_page(text: str) -> str:
-    """The page with each part between its marks made anew.
+    """Return the page with every part between its marks replaced by a new one.
 
     Raises:
-        ValueError: the page lacks the marks of a part.
+        ValueError: the marks of a part are missing.
     """
     parts = {name: scores_table(experiment) for name, experiment in EXPERIMENTS.items()}
     parts |= {"peers": peers_table(), "comparisons": comparisons(), "decay": decay_table()}
@@ -335,9 +335,9 @@ def report() -> None:
     panels = {}
     for name, experiment in EXPERIMENTS.items():
         complete = {variant: top1 for variant, top1 in experiment.scores(RECORDS).items() if len(top1) == SEEDS}
-        if len(complete) > 1:  # else there is nothing to compare
+        if len(complete) > 1:  # otherwise there is nothing to compare
             panels[name] = experiment.title, experiment.varied, complete
-    if not panels:  # the page would lose what it has
+    if not panels:  # do not overwrite the results on the page
         raise ValueError(f"no two rows to compare have their {SEEDS} seeds in {RECORDS}: run without --report")
     PAGE.write_text(write_page(PAGE.read_text()))
     rows = [
@@ -381,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_checked(build_parser(), argv, _check)
     try:
         if not args.report:
-            # The runs are started in the project's folder, whatever this one is.
+            # Make paths absolute, because the runs start in the project's folder.
             folders = (folder and Path(folder).absolute() for folder in (args.data_path, args.cifar10, args.output_dir))
             run_all(args.only, *folders, jobs=args.jobs)
         report()

@@ -1,4 +1,4 @@
-"""Measure networks in engines: latency, throughput, memory, training steps; beside each other and the machine's limit.
+"""Compare networks in engines with each other and the machine's limit: latency, throughput, memory, training steps.
 
 python benchmark.py --quick true
 python benchmark.py --model all --peers paper --output results/cpu.csv
@@ -22,7 +22,7 @@ QUICK = {
     "together": 2,
 }
 LOADING = {"loading", "data_path", "num_workers", "input_size", "batch_size", "threads", "device", "output"}
-CALLS_PER_TURN = {"cpu": 5, "cuda": 50}  # on a GPU a call is short, and the first ones after a pause are slow
+CALLS_PER_TURN = {"cpu": 5, "cuda": 50}  # calls on a GPU are short, and the first ones after a pause are slow
 
 
 # -- the command line
@@ -67,7 +67,7 @@ def build_parser() -> Parser:
 
 
 def _check(args: Arguments) -> None:
-    # What is done at all: --report and --loading have few flags in common with the rest.
+    # --report and --loading share few flags with the measurement of networks.
     if args.report:
         for flag in sorted({*args.given} - {"report", "docs", "figures"}):
             args.pass_over(flag, f"--report measures nothing: leave --{flag} out")
@@ -94,7 +94,7 @@ def _check(args: Arguments) -> None:
     precisions = TRAINING_PRECISIONS.get(runtimes.device_type(args.device), ())
     if args.training and not set(args.precision or ()) <= set(precisions):
         raise ValueError(f"--training true computes in {' and '.join(precisions)}: name no other --precision")
-    # --quick fills in what was not given.
+    # --quick sets the flags that were not given.
     if args.quick:
         for flag in QUICK.keys() - {*args.given, *(["engine"] if args.training else [])}:
             setattr(args, flag, QUICK[flag])
@@ -106,7 +106,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
+    ARGS = parse_args()  # report a wrong flag before the slow imports below
 
 import argparse
 import itertools
@@ -147,7 +147,7 @@ def _networks(args: argparse.Namespace) -> list[str]:
 
 
 def _engines(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(engine, precision) of all that is asked for and can run on this device."""
+    """Return the requested pairs (engine, precision) that can run on this device."""
     kind = runtimes.device_type(args.device)
     if args.training:
         chosen = TRAINING_ENGINES if "all" in args.engine else args.engine
@@ -161,7 +161,7 @@ def _engines(args: argparse.Namespace) -> list[tuple[str, str]]:
                 continue
             raise ValueError(f"{name} does not run on {kind}: leave it out of --engine")
         for precision in engine.computes[kind]:
-            # In half precision an eager CPU network converts in each operator: no one's choice, and slow to measure.
+            # Skip float16 on a CPU: eager PyTorch converts in each operator, which is slow and which nobody would use.
             fits = (kind, precision) != ("cpu", "fp16")
             if fits and precision in (args.precision or runtimes.PRECISIONS):
                 pairs.append((name, precision))
@@ -171,7 +171,7 @@ def _engines(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def _specs(args: argparse.Namespace, network: str) -> list[Spec]:
-    """Everything that is measured of one network."""
+    """Return everything to measure for one network."""
     ours = is_vanillanet(network)
     shared = {"device": args.device, "width_mult": args.width_mult if ours else None}
     shared["kind"] = "training" if args.training else "inference"
@@ -192,13 +192,13 @@ def _specs(args: argparse.Namespace, network: str) -> list[Spec]:
 def _start(
     specs: Sequence[Spec], folder: Path, args: argparse.Namespace, alive: ExitStack
 ) -> dict[Worker, dict[str, float]]:
-    """The processes of `specs`, which `alive` ends, and what each says. What cannot be built is named and left out."""
+    """Start a process per spec, to be closed by `alive`; return what each reports, and print what cannot be built."""
     failures = {} if args.profile else prepare(specs, folder, threads=args.threads)
     waiting = [spec for spec in specs if spec not in failures]
     started: list[Worker] = []
     facts = {}
     while waiting or started:
-        # On a GPU one after the other, so that the driver's count of memory tells them apart.
+        # On a GPU one at a time, so that each process knows how much memory was in use before its network.
         while waiting and len(started) < (args.threads if args.device == "cpu" else 1):
             worker = Worker(waiting.pop(0), folder, threads=args.threads, profile=args.profile)
             started.append(alive.enter_context(closing(worker)))
@@ -220,15 +220,15 @@ def _measure_group(
     limits: dict[str, float],
     args: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of the networks whose processes are alive, measured by turns, without what needs the whole run."""
+    """Measure the networks in `facts` by turns; yield their rows without the columns that `results.complete` adds."""
     turn = CALLS_PER_TURN[runtimes.device_type(args.device)]
     rounds = -(-args.calls // turn)
-    # Times of all by turns, and the limit of each precision beside them, since the machine's clock moves.
+    # Measure the limit of each precision right after the times, because the machine's clock drifts.
     takes = [partial(worker.times, turn) for worker in (anchor, *facts)]
     anchor_seconds, *seconds = profiling.interleave(takes, rounds=rounds, warm_up=1)
     for precision in {worker.spec.precision for worker in facts}:
         limits[precision] = max(limits.get(precision, 0.0), limit.ask(precision))
-    # What does not depend on the engine is counted once a network.
+    # Count what does not depend on the engine once per network.
     costs: dict[tuple, dict[str, float]] = {}
     for worker, times in zip(facts, seconds, strict=True):
         spec = worker.spec
@@ -247,14 +247,14 @@ def _measure_group(
 
 
 def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """The rows so far, whenever a group of `--together` networks is done; at last all rows of the run.
+    """Yield the rows so far after each group of `--together` networks, and so in the end all rows of the run.
 
-    Processes of one group live together and are called by turns, in a new order each round.
+    The processes of a group live at the same time and take turns, in a new order in each round.
 
-    One process, the anchor, is measured in every round from the first to the last: how its median moves says how much
-    the machine drifted between networks.
+    One process, the anchor, is measured in every round from the first to the last. The changes of its median show how
+    much the machine drifted between networks.
     """
-    # What cannot be is said at once, before anything is measured.
+    # Report impossible requests before anything is measured.
     names = _networks(args)
     for name in names:
         _specs(args, name)
@@ -263,7 +263,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     groups = [names[i : i + args.together] for i in range(0, len(names), args.together)]
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as lasting:
         folder = Path(temporary)
-        # The anchor, and the process that measures the machine's limit, live through the whole run.
+        # The anchor and the process that measures the machine's limit live for the whole run.
         published = results.PUBLISHED_PRECISION[runtimes.device_type(args.device)]
         first = Spec(names[0], "eager", published, args.input_size[0], device=args.device, width_mult=args.width_mult)
         anchor = lasting.enter_context(closing(Worker(first, folder, threads=args.threads)))
@@ -272,7 +272,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         limit = lasting.enter_context(closing(Worker(machine, folder, threads=args.threads)))
         limit.ready()
 
-        # Group by group, each with processes of its own.
+        # Each group has its own processes.
         for group in groups:
             with ExitStack() as alive:
                 facts = _start([spec for name in group for spec in _specs(args, name)], folder, args, alive)
@@ -291,7 +291,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 
 def print_profiles(args: argparse.Namespace) -> None:
-    """For each network and engine, where the time of a call goes by the engine's own clock."""
+    """Print the time of each kind of layer in one call of each network and engine, by the engine's own clock."""
     for spec in [spec for name in _networks(args) for spec in _specs(args, name)]:
         with tempfile.TemporaryDirectory() as temporary, ExitStack() as alive:
             workers = list(_start([spec], Path(temporary), args, alive))
@@ -315,7 +315,7 @@ def print_profiles(args: argparse.Namespace) -> None:
 
 
 def measure_loading(args: argparse.Namespace) -> None:
-    """Print what training's loader and timm's do by turns, and write it to --output."""
+    """Measure training's loader and timm's by turns, print the results, and add them to --output."""
     kept = results.read(args.output, loading.COLUMNS) if args.output and args.output.exists() else []
     for resolution, batch in itertools.product(args.input_size, args.batch_size):
         found = loading.measure(
@@ -338,17 +338,17 @@ def measure_loading(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # The rows: of files, or measured now.
+    # Read the rows from files, or measure them.
     if args.report:
         sections = {path.stem: [row for row in results.read(path) if row["kind"] != "machine"] for path in args.report}
         rows = [row for found in sections.values() for row in found]
     else:
         kept = results.read(args.output) if args.output and args.output.exists() else []
         for rows in measure(args):
-            if args.output:  # each time, so that an interrupted run keeps what it has
+            if args.output:  # after each group, so that an interrupted run keeps its rows
                 results.write(args.output, [*kept, *rows])
         sections = {args.output.stem if args.output else "cpu": rows}
-    # The report: on the terminal, as figures, as a page.
+    # Report the rows on the terminal, as figures, and as a page.
     for title, table in report.tables(rows):
         print(logs.table(table, title, text_columns=report.TEXT_COLUMNS))
     if len(memory := report.memory_table(rows)) > 1:

@@ -1,10 +1,10 @@
-"""All that only a machine with a GPU can say, in the order of its worth: latency first, then training steps.
+"""Measure everything that needs a GPU, the most important first: latency, then training steps.
 
-python -m benchmarking.gpu                # `make gpu`; rows go to results/gpu-NAME.csv as they come
-python -m benchmarking.gpu --dry true     # `make gpu DRY=1`: the same walk on the CPU, with toy networks
+python -m benchmarking.gpu                # `make gpu`; writes each row to results/gpu-NAME.csv at once
+python -m benchmarking.gpu --dry true     # `make gpu DRY=1`; the same run on the CPU, with toy networks
 
-A second call goes on where the first one was. All networks are measured in this process, one after the other, because a
-process for each would take most of the time. The exit code is 1 if something that must hold does not.
+A second call continues where the first one stopped. All networks are measured one after the other in this process,
+because starting a process for each would take most of the time. The exit code is 1 if a check fails.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def _check(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    ARGS = parse_checked(build_parser(), None, _check)  # before the imports below, which take seconds
+    ARGS = parse_checked(build_parser(), None, _check)  # report a wrong flag before the slow imports below
 
 import copy
 import gc
@@ -45,7 +45,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes two lines a use (2.14)
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler (2.14) prints two lines per use
 
 import torch
 from torch import nn
@@ -63,13 +63,13 @@ ROOT = Path(__file__).parents[1]
 OPTIONAL = ("terminaltables", "tensorboardX", "pycocotools", "pytest", "hypothesis", "tensorrt", "onnxruntime")
 ENGINES = ("eager", "channels_last", "cuda_graphs", "compile", "compile_cuda_graphs", "triton")
 COMPILED = ("compile", "compile_cuda_graphs", "aotinductor")
-TOLERANCES = {"fp32": 1e-4, "default": 1e-2, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}  # of the largest logit
-IDENTITY = ("kind", "network", "engine", "precision", "resolution", "batch")  # columns that tell rows apart
+TOLERANCES = {"fp32": 1e-4, "default": 1e-2, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}  # relative to the largest logit
+IDENTITY = ("kind", "network", "engine", "precision", "resolution", "batch")  # columns that identify a row
 TEST_SECONDS = 180
 GUARD_STEPS = 300
 GUARD_MB = 20
 DRIFT = 0.10
-GRAPHS_MARGIN = 1.02  # a tie within noise is not slower
+GRAPHS_MARGIN = 1.02  # a difference within the noise does not count
 
 
 # -- what is measured, in order
@@ -77,10 +77,10 @@ GRAPHS_MARGIN = 1.02  # a tie within noise is not slower
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the walk; the values are those of a GPU."""
+    """What a run measures, and how often; the defaults are for a GPU."""
 
     device: str = "cuda"
-    # Networks of the first ten minutes, and those after training.
+    # Networks that are measured in the first ten minutes, and those that follow after training.
     first: tuple[str, ...] = (
         "vanillanet_5", "vanillanet_9", "vanillanet_13", "resnet50", "swin_tiny_patch4_window7_224",
     )  # fmt: skip
@@ -88,24 +88,24 @@ class Plan:
         "vanillanet_11", "vanillanet_6", "vanillanet_7", "vanillanet_8", "vanillanet_10", "vanillanet_12",
         "vanillanet_13_x1_5", "resnet18", "convnextv2_tiny", "swin_small_patch4_window7_224",
     )  # fmt: skip
-    compiled: tuple[str, ...] = first  # also at first in the engines that compile, which take most of the time
-    packaged: tuple[str, ...] = first[:3]  # in AOTInductor
+    compiled: tuple[str, ...] = first  # the first part also measures these in the engines that compile, which are slow
+    packaged: tuple[str, ...] = first[:3]  # measured in AOTInductor
     trained: tuple[str, ...] = first[:3]
     precisions: tuple[str, ...] = ("default", "tf32", "bf16", "fp16")
-    urgent: tuple[str, ...] = ("tf32", "bf16")  # of the engines that compile in the first part
-    recipe: str = "fp16"  # the precision in which the published recipes train, by autocast with a scaler
+    urgent: tuple[str, ...] = ("tf32", "bf16")  # precisions that the first part measures in the engines that compile
+    recipe: str = "fp16"  # precision of the published recipes, which train with autocast and a scaler
     resolution: int = 224
     width_mult: float | None = None  # factor on VanillaNets' channels; None for their own
-    batch: int = 128  # of training steps
-    calls: int = 200  # of inference that count
-    steps: int = 20  # of training that count
+    batch: int = 128  # images in a training step
+    calls: int = 200  # timed calls of inference
+    steps: int = 20  # timed training steps
 
     def _spec(self, network: str, engine: str, precision: str, **how: Any) -> Spec:
         width_mult = self.width_mult if is_vanillanet(network) else None
         return Spec(network, engine, precision, self.resolution, device=self.device, width_mult=width_mult, **how)
 
     def latency(self, names: Sequence[str], compiled: Sequence[str], urgent: Sequence[str]) -> Iterator[Spec]:
-        """Engines and precisions of each network, as far as an engine has them on this device."""
+        """Yield each network in the engines and precisions of this device; only `compiled` in engines that compile."""
         kind = runtimes.device_type(self.device)
         for name in names:
             for engine in ENGINES if name in compiled else [one for one in ENGINES if one not in COMPILED]:
@@ -114,7 +114,7 @@ class Plan:
                         yield self._spec(name, engine, precision)
 
     def training(self) -> Iterator[Spec]:
-        """With nothing set, as the recipes have it, with the guard, in bfloat16, with checkpointing, and compiled."""
+        """Yield training steps: torch's defaults, as in the recipes, guarded, in bfloat16, checkpointed, compiled."""
         for name in self.trained:
             shared = {"kind": "training", "batch": self.batch}
             for precision in dict.fromkeys((self.precisions[0], self.recipe)):
@@ -145,7 +145,7 @@ DRY = Plan(
 
 
 class Device:
-    """The clocks and counters of a GPU. The CPU has the same, as far as there is such a thing, for the dry run."""
+    """Clocks and counters of a GPU; for a dry run, their closest counterparts on the CPU."""
 
     def __init__(self, name: str):
         self.name, self.cuda = name, torch.device(name).type == "cuda"
@@ -158,7 +158,7 @@ class Device:
         return event
 
     def times(self, call: Callable[[], Any], calls: int) -> tuple[list[float], list[float]]:
-        """(seconds by the host's clock, ms by the device's) of each of `calls` calls after one that does not count."""
+        """Return (seconds by the host's clock, ms by the device's) of each of `calls` calls after a warm-up call."""
         seconds, events = [], []
         for number in range(calls + 1):
             start, before = time.perf_counter(), self._mark()
@@ -171,7 +171,7 @@ class Device:
         return seconds, events
 
     def profile(self, call: Callable[[], Any], calls: int = 1) -> torch.profiler.profile:
-        """What torch's profiler sees of the calls, on the host and on the device."""
+        """Profile `calls` calls with torch's profiler, on the host and on the device."""
         activity = torch.profiler.ProfilerActivity
         activities = [activity.CPU, activity.CUDA] if self.cuda else [activity.CPU]
         with torch.profiler.profile(activities=activities) as profiler:
@@ -181,13 +181,13 @@ class Device:
         return profiler
 
     def kernels(self, call: Callable[[], Any]) -> int:
-        """Launches of one call, of a CUDA graph each that is in it; on the CPU the operators."""
+        """Count the launches of one call, including each one in a CUDA graph; on the CPU, count the operators."""
         profiler = self.profile(call)
         kind = "CUDA" if self.cuda else "CPU"
         return sum(one.device_type.name == kind and not one.is_user_annotation for one in profiler.events())
 
     def clock_mhz(self) -> float | None:
-        """Of the multiprocessors now."""
+        """Return the current clock rate of the multiprocessors, or of the first CPU core; None if it is unknown."""
         if self.cuda:
             card = f"GPU-{torch.cuda.get_device_properties(self.name).uuid}"
             command = ["nvidia-smi", "--id", card, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
@@ -199,25 +199,25 @@ class Device:
         return float(found[1]) if found else None
 
     def used_mb(self) -> float:
-        """What is in use on the device, as its driver says; on the CPU the resident size of the process."""
+        """Return the memory in use on the device by its driver's count; on the CPU, the process's resident size."""
         return device_mb(self.name) if self.cuda else resident_mb()
 
     def copy_rate(self, megabytes: int) -> float:
-        """Bytes a second, read and written, of copying within the device's memory."""
+        """Return the bytes per second, read and written, of a copy within the device's memory."""
         source = torch.empty(megabytes * 10**6, dtype=torch.uint8, device=self.name)
         target = torch.empty_like(source)
         seconds, _ = self.times(lambda: target.copy_(source), 10)
         return 2 * len(source) / min(seconds)
 
     def cache_bytes(self) -> int:
-        """Of the last level, from which weights may come instead of from memory."""
+        """Return the size of the last-level cache, from which weights may come instead of from memory."""
         if self.cuda:
             return torch.cuda.get_device_properties(self.name).L2_cache_size
         size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
         return int(size.read_text().rstrip("K\n")) * 1024 if size.exists() else 2**28
 
     def clear(self) -> None:
-        """Let go of the last network and of what was compiled for it."""
+        """Free the last network and the code that was compiled for it."""
         torch._dynamo.reset()
         gc.collect()
         if self.cuda:
@@ -226,7 +226,7 @@ class Device:
 
 
 def resident_mb() -> float:
-    """Memory that the process has now on the host."""
+    """Return the current resident size of the process on the host."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 1e6
 
@@ -234,9 +234,9 @@ def resident_mb() -> float:
 # -- measuring
 
 
-@lru_cache(maxsize=2)  # of the network that is measured, whose rows follow each other, and of the anchor
+@lru_cache(maxsize=2)  # the rows of a network follow each other
 def subject(name: str, resolution: int, width_mult: float | None) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """(a network in deploy form, images, their logits in float64), on the CPU; a VanillaNet is built in that form."""
+    """Return (network in deploy form, images, logits in float64) on the CPU; VanillaNets are built in that form."""
     spec = Spec(name, "eager", "fp32", resolution, width_mult=width_mult, twin=is_vanillanet(name))
     network, images, _ = build_network(spec)
     with torch.inference_mode():
@@ -244,7 +244,7 @@ def subject(name: str, resolution: int, width_mult: float | None) -> tuple[nn.Mo
 
 
 class Walk:
-    """One walk through a plan. Rows are written as they come; what does not hold is collected in `problems`."""
+    """A run through a plan. It writes each row as soon as it is measured, and collects failed checks in `problems`."""
 
     def __init__(self, plan: Plan, output: Path):
         self.plan, self.output, self.device = plan, output, Device(plan.device)
@@ -263,7 +263,7 @@ class Walk:
             print(f"{row['network']}, {row['engine']}, {row['precision']}: {row['median_ms']:.3f} ms", flush=True)
 
     def machine(self, name: str) -> dict[str, float]:
-        """A fact of the machine by precision, as measured once and kept in the table."""
+        """Return a rate of the machine by precision, as it was measured once and kept in the table."""
         return {
             row["precision"]: row["gflops"] for row in self.rows if (row["kind"], row["network"]) == ("machine", name)
         }
@@ -272,7 +272,7 @@ class Walk:
         return self.machine("matrix product (GFLOP/s)")
 
     def facts(self) -> None:
-        """The rates that bound all that follows."""
+        """Measure the rates of the machine, which bound all other rows, unless they are in the table."""
         mhz = self.device.clock_mhz()
         shared = {"kind": "machine", "engine": "torch", "device": self.plan.device, "sm_clock_mhz": mhz}
         shared |= results.conditions("torch", device=self.plan.device, threads=torch.get_num_threads())
@@ -285,7 +285,7 @@ class Walk:
         print(f"{shared['processor']}: copies {self.machine('copy (GB/s)')['']:.0f} GB/s, products {self.limits()}")
 
     def tests(self) -> None:
-        """The tests that are marked for a GPU; without one they are skipped."""
+        """Run the tests that are marked for a GPU; without a GPU, pytest skips them."""
         if importlib.util.find_spec("pytest") is None:
             return
         files = [str(file) for file in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in file.read_text()]
@@ -299,10 +299,10 @@ class Walk:
                 self.problems.append(f"the GPU tests failed with exit code {done.returncode}")
 
     def measure(self, spec: Spec, anchor: Callable[[], Any]) -> dict[str, Any]:
-        """The row of one network in one engine, or of its training step.
+        """Measure one network in one engine, or its training step, and return the row.
 
         Raises:
-            ValueError: it cannot be built here.
+            ValueError: the network cannot be built here.
         """
         before, start = self.device.used_mb(), time.perf_counter()
         if spec.kind == "training":
@@ -327,7 +327,7 @@ class Walk:
         return row | found
 
     def _load(self, spec: Spec) -> tuple[Callable[[], torch.Tensor], torch.Tensor, dict[str, float]]:
-        """(a call, exact logits, costs)."""
+        """Return (function that runs the network, its logits in float64, the columns of `size`)."""
         network, images, exact = subject(spec.network, spec.resolution, spec.width_mult)
         images = images.to(self.plan.device)
         target = runtimes.Target(spec.engine, spec.precision, self.plan.device)
@@ -335,7 +335,7 @@ class Walk:
         return lambda: runtime(images), exact, size(network, spec.resolution)
 
     def profile(self, spec: Spec) -> str:
-        """Where the time of training steps goes, kernel by kernel."""
+        """Return a table of the kernels that take the most time in three training steps."""
         step = training_step(spec)
         step()
         profiler = self.device.profile(step, calls=3)
@@ -344,7 +344,7 @@ class Walk:
         return f"three training steps of {spec}\n{table}\n"
 
     def guarded(self, spec: Spec) -> None:
-        """Host memory over many steps with the guard, which once kept every step's graph."""
+        """Check that host memory does not grow over guarded steps; the guard once kept the graph of every step."""
         step = training_step(spec)
         for _ in range(GUARD_STEPS // 10):
             step()
@@ -369,7 +369,7 @@ class Walk:
                 continue
             try:
                 self.add(self.measure(spec, anchor))
-            except (ValueError, RuntimeError) as error:  # RuntimeError: of a compiler, or too little memory
+            except (ValueError, RuntimeError) as error:  # RuntimeError: from a compiler, or out of memory
                 print(f"left out: {spec}: {first_line(error)}", flush=True)
             self.device.clear()
         trained = [spec for spec in self.plan.training() if spec.engine == "channels_last"]
@@ -379,7 +379,7 @@ class Walk:
         impossible = check(self.rows, cache_bytes=self.device.cache_bytes())
         if self.device.cuda:
             self.problems += impossible
-        else:  # beside whatever else a CPU does, times of microseconds prove nothing
+        else:  # on a CPU that does other work as well, microseconds prove nothing
             print("\n".join(f"would not hold on a GPU: {line}" for line in impossible))
 
 
@@ -387,10 +387,10 @@ class Walk:
 
 
 def check(rows: Sequence[dict[str, Any]], *, cache_bytes: int) -> list[str]:
-    """What cannot be of the times in a table, a line each.
+    """Return a line for each number in the rows of a table that cannot be right.
 
     Args:
-        cache_bytes: of weights that need not come from memory.
+        cache_bytes: bytes of the weights that need not come from memory.
     """
     problems = []
     copies = next((row["gflops"] * 1e9 for row in rows if row["network"] == "copy (GB/s)"), None)
@@ -426,7 +426,7 @@ def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) ->
         plan = DRY if args.dry else Plan(device=args.device)
         name = "dry" if args.dry else re.sub(r"\W+", "-", torch.cuda.get_device_name(args.device)).lower()
         output = args.output or ROOT / ("outputs" if args.dry else "results") / f"gpu-{name}.csv"
-        if args.dry and not args.output:  # it is there to walk through everything
+        if args.dry and not args.output:  # a dry run measures everything anew
             output.unlink(missing_ok=True)
         walk = Walk(plan, output)
         walk.run()

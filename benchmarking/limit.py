@@ -1,4 +1,4 @@
-"""How fast the machine is: its best large matrix product in each precision."""
+"""The limit of the machine: the rate of its fastest large matrix product in each precision."""
 
 import time
 from collections.abc import Callable
@@ -8,11 +8,11 @@ import torch
 from runtimes.processor import has_bfloat16
 from runtimes.running import set_tf32
 
-SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # the smallest at which the rate has stopped rising, and twice it
+SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # the smallest at which the rate no longer rises, and twice that
 REPEATS = 5
-PILOT = 8  # part of the smallest size that is tried first
-SLOW = 1.0  # seconds; a kernel whose product of the largest size would take longer is given up
-# Whether oneDNN has it on this processor, where that is not a matter of course.
+PILOT = 8  # the first size tried is the smallest one divided by this
+SLOW = 1.0  # seconds; a kernel that would take longer for the largest size is given up
+# Whether oneDNN supports a type on this processor, for the types that not every processor has.
 ONEDNN_HAS = {
     torch.bfloat16: has_bfloat16,
     torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),  # builds without oneDNN lack the operator
@@ -20,7 +20,7 @@ ONEDNN_HAS = {
 
 
 def wait(device: str) -> None:
-    """Until a GPU has done all that it was asked to; a CPU has."""
+    """Wait until a GPU has finished its work; a CPU has nothing pending."""
     if device != "cpu":
         torch.cuda.synchronize(device)
 
@@ -31,7 +31,7 @@ def _floating(dtype: torch.dtype, precision: str = "fp32"):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         found = [lambda: a @ b]
         if device == "cpu" and ONEDNN_HAS.get(dtype, torch.backends.mkldnn.is_available)():
-            # With the weight laid out beforehand, as an inference engine calls it.
+            # Reorder the weight beforehand, as an inference engine does.
             packed = torch.ops.mkldnn._reorder_linear_weight(b, size)
             found.append(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
         return found
@@ -47,7 +47,7 @@ def _int8(size: int, device: str) -> list[Callable[[], torch.Tensor]]:
         packed = torch.ops.onednn.qlinear_prepack(b, [size, size])
         scale, zero = torch.ones(size), torch.zeros(size, dtype=torch.int32)
         one, middle = torch.tensor(1.0), torch.tensor(128)
-        # As in the engine: with results that the processor has no instructions for, oneDNN takes its reference kernel.
+        # As in the engine. For results in a type without instructions here, oneDNN would take its reference kernel.
         dtype = torch.bfloat16 if has_bfloat16() else torch.float32
 
         def quantized() -> torch.Tensor:
@@ -60,7 +60,7 @@ def _int8(size: int, device: str) -> list[Callable[[], torch.Tensor]]:
 
 
 PRODUCTS = {
-    "default": _floating(torch.float32, "tf32"),  # in which its convolutions run
+    "default": _floating(torch.float32, "tf32"),  # `default` runs convolutions in TF32
     "fp32": _floating(torch.float32),
     "tf32": _floating(torch.float32, "tf32"),
     "bf16": _floating(torch.bfloat16),
@@ -71,10 +71,10 @@ PRODUCTS = {
 
 @torch.inference_mode()
 def best_product(precision: str, device: str = "cpu") -> float:
-    """GFLOP/s (2 n^3 operations) of the fastest product of square matrices found, over sizes, kernels and repeats.
+    """Return the GFLOP/s (2 n^3 operations) of the fastest square matrix product over sizes, kernels and repeats.
 
-    A kernel that is slow at a small size is given up there: without instructions for a precision a library falls back
-    to a plain loop, of which one large product takes minutes.
+    A kernel that is slow at a small size is given up there: without instructions for a precision, a library falls back
+    to a plain loop, which takes minutes for one large product.
     """
     sizes = SIZES[torch.device(device).type]
     best, given_up = 0.0, set()

@@ -1,7 +1,7 @@
-"""Training's input pipeline beside timm's: images/s of both by turns, and what each of their stages costs.
+"""Compare training's input pipeline with timm's: images/s of both, measured by turns, and the time of each stage.
 
-Both read the same files with the same augmentation, batch and number of loader processes. timm's is the one of its
-`train.py`: `create_loader` with its prefetcher, which takes bytes from loader processes and normalizes on the device.
+Both read the same files with the same augmentation, batch size and number of loader processes. timm's is that of its
+`train.py`: `create_loader` with its prefetcher, which gets bytes from loader processes and normalizes on the device.
 """
 
 import importlib.metadata
@@ -32,7 +32,7 @@ COLUMNS = (
     "processor", "threads", "torch", "library", "date",
 )  # fmt: skip
 AUGMENTATION = {"aa": "rand-m7-mstd0.5-inc1", "interpolation": "bicubic", "reprob": 0.25, "remode": "pixel"}
-TURN = 3000  # images of a turn, so that its start and end, when a loader process has nothing to do, weigh little
+TURN = 3000  # images per turn, so many that its start and end, when loader processes are idle, weigh little
 TIMED = 200  # images whose stages are timed
 TURNS = 4
 
@@ -56,7 +56,7 @@ class _Files(ImageDataset):
 
 
 def _readable(paths: Sequence[str]) -> Iterator[str]:
-    """Without those that are broken, since the two loaders would put other images in their places."""
+    """Yield the files that can be decoded; each loader would replace broken ones with different images."""
     for path in paths:
         try:
             decode_for_training(path)
@@ -86,7 +86,7 @@ def _timms(paths: Sequence[str], preprocessing: Preprocessing, loading: Loading)
 
 
 def _seconds(loader: Any) -> float:
-    """Of one image, over an epoch."""
+    """Return the seconds per image over an epoch."""
     begin, count = time.perf_counter(), 0
     for images, _ in loader:
         count += len(images)
@@ -98,7 +98,7 @@ def _seconds(loader: Any) -> float:
 def _time_stages(
     paths: Sequence[str], decode: Callable[[str], Any], stages: Sequence[Callable], finish: Callable
 ) -> dict[str, float]:
-    """Milliseconds of an image in each stage, by this process's own clock."""
+    """Return the milliseconds per image in each stage, as CPU time of this process."""
     spent: dict[str, float] = {}
     done = []
     threads = torch.get_num_threads()
@@ -113,7 +113,7 @@ def _time_stages(
                 value = stage(value)
                 spent[name] = spent.get(name, 0.0) + time.process_time() - begin
             done.append(value)
-        finish(done)  # takes memory from the system
+        finish(done)  # not timed: the first call takes memory from the system
         begin = time.process_time()
         finish(done)
         spent["batch, normalized and erased"] = time.process_time() - begin
@@ -149,14 +149,14 @@ def _timms_stages(paths: Sequence[str], loader: Any) -> dict[str, float]:
 def measure(
     folder: Path, *, resolution: int, batch: int, workers: int, device: torch.device, threads: int
 ) -> list[dict[str, Any]]:
-    """Rows of both loaders: one of the whole, and one of each stage.
+    """Measure both loaders; return one row for each as a whole, and one for each of its stages.
 
     Args:
-        folder: images are read anywhere in it, up to `TURN`; fewer are read several times in a turn.
-        threads: of this process, for the conditions.
+        folder: up to `TURN` images are read from it and its subfolders; fewer are read several times in a turn.
+        threads: threads of this process, as a condition in the rows.
 
     Raises:
-        ValueError: less than a batch of images can be read.
+        ValueError: fewer images than a batch can be read.
     """
     paths = list(_readable(list_images([str(folder)])[:TURN]))
     if len(paths) < batch:
@@ -174,7 +174,7 @@ def measure(
             if name == "ours":
                 loader.set_epoch(turn)
             seconds = _seconds(loader)
-            if turn:  # the first starts the loader processes
+            if turn:  # the first turn starts the loader processes
                 speeds[name].append(seconds)
     ratio = statistics.median(speeds["timm"]) / statistics.median(speeds["ours"])
     stages = {"ours": _own_stages(some, transform, device), "timm": _timms_stages(some, timms)}

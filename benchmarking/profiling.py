@@ -1,4 +1,4 @@
-"""What a network costs: layers, parameters, multiply-accumulates, images per second."""
+"""The cost of a network: layers, parameters, multiply-accumulates, memory for training, images per second."""
 
 import copy
 import random
@@ -21,7 +21,7 @@ from models.vanillanet import SeriesActivation
 
 
 def count_layers(model: nn.Module) -> int:
-    """Convolutions and linear layers, as the paper counts depth: VanillaNet-N in deploy form has N.
+    """Count convolutions and linear layers, as the paper counts depth: VanillaNet-N in deploy form has N.
 
     The depthwise convolution of a series activation belongs to the activation and is left out. Projections on
     shortcuts are counted, so ResNet-18 has 21.
@@ -31,17 +31,17 @@ def count_layers(model: nn.Module) -> int:
 
 
 def count_params(model: nn.Module) -> int:
-    """Numbers in the parameters; buffers such as BatchNorm statistics are left out."""
+    """Count the elements of all parameters; buffers such as BatchNorm statistics are left out."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, input_size: int | tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image through convolutions and products of matrices, which the paper calls FLOPs.
+    """Count the multiply-accumulates of convolutions and matrix products for one image; the paper calls them FLOPs.
 
-    Counted on a copy without storage, so that nothing is computed.
+    They are counted on a copy without storage, so nothing is computed.
 
     Args:
-        model: its `in_chans` (3 without one) is the input's depth.
+        model: its `in_chans` is the number of input channels, 3 if it has no such attribute.
         input_size: height and width of a square image, or (channels, height, width).
     """
     if isinstance(input_size, int):
@@ -51,14 +51,14 @@ def count_macs(model: nn.Module, input_size: int | tuple[int, int, int]) -> int:
 
 
 def macs_of(model: nn.Module, *inputs: Any) -> tuple[int, Any]:
-    """(multiply-accumulates of a call, its outputs)."""
+    """Return (multiply-accumulates of a call, its outputs)."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         outputs = model(*inputs)
     return counter.get_total_flops() // 2, outputs
 
 
 def _saved(model: Callable, images: torch.Tensor, precision: AbstractContextManager) -> int:
-    """Bytes that a forward pass leaves for the backward pass, each storage counted once."""
+    """Return the bytes that a forward pass keeps for the backward pass; each storage is counted once."""
     kept = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -67,16 +67,16 @@ def _saved(model: Callable, images: torch.Tensor, precision: AbstractContextMana
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), precision:
-        outputs = model(images)  # they hold what was saved until the end
+        outputs = model(images)  # the outputs keep the saved tensors alive until the end
     del outputs
     return sum(storage.nbytes() for storage in kept.values())
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators have made and that are still there.
+    """Counts the bytes of all live tensors that operators have created.
 
     Attributes:
-        most: there ever were.
+        most: the largest number of bytes so far.
     """
 
     def __init__(self):
@@ -100,7 +100,7 @@ class _Alive(TorchDispatchMode):
 
 
 def _alive(model: Callable, images: torch.Tensor, precision: AbstractContextManager) -> int:
-    """The most bytes that are in use at once in a forward and a backward pass."""
+    """Return the largest number of bytes in use at once during a forward and a backward pass."""
     with _Alive() as alive:
         with precision:
             outputs = model(images.clone())
@@ -111,9 +111,9 @@ def _alive(model: Callable, images: torch.Tensor, precision: AbstractContextMana
 def _per_image(
     count: Callable[..., int], batches: tuple[int, int], model: nn.Module, resolution: int, dtype: torch.dtype | None
 ) -> float:
-    """What a count of bytes grows by for an image more, between two sizes of the batch.
+    """Return the growth of a count of bytes per image, from its values at two batch sizes.
 
-    The tensors are fake: their shapes are computed and nothing else, so the device and its memory do not matter.
+    The tensors are fake: only their shapes are computed, so the device and its memory do not matter.
     """
     device, model = next(model.parameters()).device, copy.deepcopy(model)
     with FakeTensorMode() as mode:
@@ -130,46 +130,46 @@ def _per_image(
 
 
 def saved_per_image(model: nn.Module, resolution: int, *, dtype: torch.dtype | None = None) -> float:
-    """Bytes that the forward pass of `model`, as it is, leaves for the backward pass, for each image of a batch.
+    """Return the bytes per image that the forward pass of `model`, as it is, keeps for the backward pass.
 
-    Parameters and their copies in a lower precision do not count, since they do not grow with the batch.
+    Parameters and their copies in a lower precision do not count, because they do not grow with the batch.
 
     Args:
         model: in train mode, in any memory format.
         resolution: height and width of the images, px.
-        dtype: of autocast; None computes in the parameters' own.
+        dtype: of autocast; None computes in the dtype of the parameters.
     """
     return _per_image(_saved, (2, 4), model, resolution, dtype)
 
 
 def alive_per_image(model: nn.Module, resolution: int, *, dtype: torch.dtype | None = None) -> float:
-    """Bytes of tensors, for each image of a batch, at the moment of a forward and backward pass that has the most.
+    """Return the bytes of tensors per image at the peak of a forward and a backward pass.
 
-    It is more than `saved_per_image`: what the layer at work reads and writes, and with gradient checkpointing all that
-    the part at work computes again. The batches are large, so that it is not the gradients of the parameters that
-    decide on the moment. What an operator needs within itself does not count.
+    They exceed `saved_per_image` by what the current layer reads and writes and, with gradient checkpointing, by all
+    that the current part recomputes. The batches are large, so that the gradients of the parameters do not determine
+    when the peak occurs. Memory that an operator uses internally does not count.
 
     Args:
-        model, resolution, dtype: as of `saved_per_image`.
+        model, resolution, dtype: as for `saved_per_image`.
     """
     return _per_image(_alive, (512, 1024), model, resolution, dtype)
 
 
 def profile(model: nn.Module, input_size: int | tuple[int, int, int]) -> tuple[int, int, int]:
-    """(layers, parameters, multiply-accumulates) of `model`; `input_size` as for `count_macs`."""
+    """Return (layers, parameters, multiply-accumulates) of `model`; `input_size` as for `count_macs`."""
     return count_layers(model), count_params(model), count_macs(model, input_size)
 
 
 def interleave(takes: Sequence[Callable[[], Sequence[float]]], *, rounds: int, warm_up: int = 2) -> list[list[float]]:
-    """Measure several things by turns, so that whatever else the machine does meets all alike.
+    """Measure several things by turns, so that other load on the machine affects all of them alike.
 
     Args:
-        takes: each measures its thing once or a few times, and returns the measurements.
-        rounds: in which each has one turn, in an order drawn anew.
-        warm_up: rounds before those, that do not count.
+        takes: functions that each measure one thing, once or a few times, and return the measurements.
+        rounds: rounds that count. In each, every function has one turn, in a new random order.
+        warm_up: earlier rounds that do not count.
 
     Returns:
-        The measurements of each.
+        The measurements of each function.
     """
     order, generator = list(range(len(takes))), random.Random(0)
     measured: list[list[float]] = [[] for _ in takes]
@@ -194,9 +194,9 @@ def throughput(
 
     Args:
         models: networks in eval mode on the device of `images`.
-        images: one batch, (N, in_chans, H, W), or what else the networks take that holds N images.
-        autocast: makes the context to compute in.
-        rounds: forward passes that count, of each network.
+        images: one batch, (N, in_chans, H, W), or another input of N images that the networks accept.
+        autocast: returns the context to compute in.
+        rounds: timed forward passes of each network.
 
     Raises:
         ValueError: a network is in train mode.

@@ -1,7 +1,7 @@
-"""Tables, a page and figures from rows of results, and from nothing else.
+"""Tables, figures and a page from rows of results alone.
 
-Accuracies in a figure are published ones and say so: the paper's for VanillaNets, and for other networks those that
-torchvision states for its weights.
+Accuracies in a figure are published ones, and the figure says so: the paper's for VanillaNets, and for other networks
+those that torchvision states for its weights.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -21,12 +21,12 @@ Row = Mapping[str, Any]
 TEXT_COLUMNS = 3
 SAVED, PEAK = "saved for the backward pass (MiB/image)", "at the peak of a step (MiB/image)"
 MEMORY_OF = ("channels_last", "bf16")
-CARDS = (8, 16, 24, 40, 80)  # GB of a GPU
-USABLE = 0.9  # of a GPU's memory; the rest is CUDA's, the libraries' and lost in gaps
-# In float32 a weight, its gradient, AdamW's two moments, an average and the guard's copy; a copy in bfloat16.
+CARDS = (8, 16, 24, 40, 80)  # GB of a GPU's memory
+USABLE = 0.9  # share of a GPU's memory; CUDA, libraries and fragmentation take the rest
+# In float32: weight, gradient, AdamW's two moments, average, the guard's copy. In bfloat16: a copy of the weight.
 BYTES_PER_PARAMETER = 6 * 4 + 2
-# The networks beside which the paper puts its own: by timm's names, the name in words, and torchvision's of the same
-# network where it states an accuracy.
+# Networks that the paper compares VanillaNet with. By timm's name: the name in words, and torchvision's name for the
+# same network if torchvision states its accuracy.
 PEERS = {
     "resnet18": ("ResNet-18", "resnet18"),
     "resnet34": ("ResNet-34", "resnet34"),
@@ -40,7 +40,7 @@ PEERS = {
     "repvgg_b3": ("RepVGG-B3", None),
     "mobilenetv3_large_100": ("MobileNetV3-L", "mobilenet_v3_large"),
 }
-# In the order of the columns.
+# Names in words, in the order of the columns.
 ENGINES = {
     "eager": "PyTorch",
     "plain": "PyTorch",
@@ -64,7 +64,7 @@ PRECISIONS = {
 PROCESSORS = {"avx2": "AVX2", "avx512": "AVX-512", "amx": "AMX"}  # by the last word of a file's name
 # The published way: PyTorch, contiguous, in `results.PUBLISHED_PRECISION`.
 PUBLISHED = (("eager", "default"), ("eager", "fp32"), ("plain", "default"), ("plain", "fp32"))
-BESIDE = 1.2  # up to this many times the time of the fastest engine, an engine stands beside it
+BESIDE = 1.2  # an engine within this factor of the fastest engine's time stands beside it
 HERO, RIVAL = "vanillanet_11", "swin_tiny_patch4_window7_224"  # of nearly the same accuracy: 81.1 and 81.5 %
 
 
@@ -79,7 +79,7 @@ def _same(row: Row, *names: str) -> tuple:
     return tuple(row[name] for name in names)
 
 
-# Heading of a column, column of the file, digits behind the point.
+# Heading in a table, column of the file, digits after the decimal point.
 COLUMNS = (
     ("layers", "layers", 0),
     ("params (M)", "params_m", 1),
@@ -100,7 +100,7 @@ COLUMNS = (
 
 
 def tables(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
-    """(title, lines with a header) for each kind, device, resolution and batch size, in the order of the rows."""
+    """Return (title, header and lines) for each kind, device, resolution and batch size, in the order of the rows."""
     found: dict[tuple, list[list[str]]] = {}
     header = ["network", "engine", "precision", *(heading for heading, _, _ in COLUMNS)]
     for row in rows:
@@ -114,17 +114,17 @@ def tables(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
 
 
 def _without_empty_end(lines: list[list[str]]) -> list[list[str]]:
-    """The table without its last columns, which only training steps fill, where no line has them."""
+    """Drop the last columns, which only training steps fill, while they are empty in all lines."""
     while not any(line[-1] for line in lines[1:]):
         lines = [line[:-1] for line in lines]
     return lines
 
 
 def memory_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Networks and ways of gradient checkpointing down: time and memory of a training step, and the batch that fits.
+    """Return time and memory of training steps, and the largest batch, by network and mode of gradient checkpointing.
 
-    Of steps in bfloat16 and channels-last. For a card of so many bytes the batch is
-    (`USABLE` bytes - `BYTES_PER_PARAMETER` parameters) / bytes an image at the peak.
+    The steps are in bfloat16 and channels-last. The largest batch for a GPU is
+    (`USABLE` x its bytes - `BYTES_PER_PARAMETER` x parameters) / bytes per image at the peak.
     """
     lines = [["network", "time", SAVED, PEAK, *(f"{card} GB" for card in CARDS)]]
     chosen = [row for row in rows if row.get("step_mib") and _same(row, "engine", "precision") == MEMORY_OF]
@@ -144,14 +144,14 @@ def memory_table(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-# -- what a page says of one processor
+# -- what a page says about one processor
 
 
 @cache
 def published() -> dict[str, tuple[str, float | None]]:
-    """By timm's names, a network's name in words and its top-1 accuracy on ImageNet in percent, as published."""
+    """Return each network's name in words and published top-1 accuracy on ImageNet in percent, by timm's name."""
     found = {}
-    # The paper's table says VanillaNet-11-1.5x, timm's registry vanillanet_11_x1_5.
+    # The paper's table says VanillaNet-13-1.5x, timm's registry vanillanet_13_x1_5.
     for paper in paper_results():
         if paper.top1 is not None:
             key = paper.network.lower().replace("-1.5x, adaptive pooling", "_x1_5_ada_pool").replace("-1.5x", "_x1_5")
@@ -165,14 +165,14 @@ def published() -> dict[str, tuple[str, float | None]]:
 
 
 def single(rows: Iterable[Row]) -> list[Row]:
-    """Inference of one image at the resolution that most rows have; networks as published, none of their variants."""
+    """Select inference of one image at the most common resolution, for published networks without their variants."""
     chosen = [row for row in rows if row["kind"] == "inference" and row["batch"] == 1 and " (" not in row["network"]]
     resolutions = [row["resolution"] for row in chosen]
     return [row for row in chosen if row["resolution"] == max(resolutions, key=resolutions.count)]
 
 
 def fastest(rows: Iterable[Row], *by: str) -> dict[tuple, Row]:
-    """Of the rows that agree in the columns `by`, the one with the lowest median."""
+    """Return the row with the lowest median among those that agree in the columns `by`."""
     best: dict[tuple, Row] = {}
     for row in sorted(rows, key=lambda row: row["median_ms"]):
         best.setdefault(_same(row, *by), row)
@@ -205,11 +205,11 @@ def _listed(parts: Sequence[str]) -> str:
 
 
 def speed_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Networks down, VanillaNets first, engines and precisions across: median in ms, ratio to the published way.
+    """Return median in ms and ratio to the published way: a line per network, a column per engine and precision.
 
-    The fastest of each row is bold.
+    VanillaNets come first. The fastest of each line is bold.
     """
-    # Columns in the order of the tables above, engines that those lack at the end.
+    # Columns in the order of `PRECISIONS` and `ENGINES`; engines that are not in them come last.
     order = [(engine, precision) for precision in PRECISIONS for engine in ENGINES]
     present = {_same(row, "engine", "precision") for row in rows}
     columns = [one for one in order if one in present] + sorted(present - set(order))
@@ -233,7 +233,7 @@ def speed_table(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _best(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
-    """By precision and network, the row of the fastest engine."""
+    """Return the row of the fastest engine by precision and network."""
     best: dict[str, dict[str, Row]] = {}
     for (precision, network), row in fastest(rows, "precision", "network").items():
         best.setdefault(precision, {})[network] = row
@@ -241,12 +241,12 @@ def _best(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
 
 
 def statements(rows: Sequence[Row]) -> list[str]:
-    """What the rows of one image show of VanillaNets, a sentence each; none where the rows do not suffice for it."""
+    """Return sentences on what the rows of one image show about VanillaNets; those without enough rows are left out."""
     ours = [row for row in rows if is_vanillanet(row["network"])]
     best, own = _best(ours), _best(row for row in ours if row["library"].startswith("torch "))
     said = []
 
-    # A network of the middle, in each precision.
+    # A network of medium depth, in each precision.
     hero = [found[HERO] for found in best.values() if HERO in found]
     base = [row for row in ours if row["network"] == HERO and _same(row, "engine", "precision") in PUBLISHED]
     if hero and base:
@@ -258,7 +258,7 @@ def statements(rows: Sequence[Row]) -> list[str]:
             f"{_ms(base[0]['median_ms'])} ms."
         )
 
-    # What an engine beside PyTorch would bring.
+    # How much an engine other than PyTorch would gain.
     lags = {}
     for precision, found in own.items():
         ratios = [row["median_ms"] / best[precision][name]["median_ms"] for name, row in found.items()]
@@ -286,7 +286,7 @@ def statements(rows: Sequence[Row]) -> list[str]:
 
 
 def _conditions(rows: Sequence[Row]) -> str:
-    """What the rows hold for, in one line."""
+    """Describe the conditions of the measurements in one line."""
 
     def values(name: str) -> str:
         return ", ".join(sorted({f"{row[name]:g}" if isinstance(row[name], float) else str(row[name]) for row in rows}))
@@ -301,7 +301,7 @@ def _conditions(rows: Sequence[Row]) -> str:
 
 
 def training_statement(rows: Sequence[Row]) -> str:
-    """What a training step takes at best."""
+    """Return a sentence on the fastest training step."""
     row = min(rows, key=lambda row: row["median_ms"])
     return (
         f"A training step of {_name(row['network'])} with {row['batch']:g} images of {row['resolution']:g} px takes "
@@ -310,9 +310,9 @@ def training_statement(rows: Sequence[Row]) -> str:
 
 
 def varied(rows: Sequence[Row], column: str) -> list[Row]:
-    """Inference rows of the network that was measured at the most values of `column`, `batch` or `resolution`.
+    """Return inference rows of the network measured at the most values of `column`, which is `batch` or `resolution`.
 
-    Only engines that have all of these values are kept; fewer than two are none.
+    Only engines with all of these values are kept. With fewer than two values, the list is empty.
     """
     fixed = {"batch": "resolution", "resolution": "batch"}[column]
     groups: dict[tuple, dict[tuple, list[Row]]] = {}
@@ -329,7 +329,7 @@ def varied(rows: Sequence[Row], column: str) -> list[Row]:
 
 
 def accuracy_panels(rows: Sequence[Row]) -> dict[str, list[Result]]:
-    """Latency and published accuracy, by panel: in float32, with the published way, and in the fastest precision."""
+    """Return latency and published accuracy by panel: float32, with the published way, and the fastest precision."""
     names = published()
     chosen = [row for row in single(rows) if names.get(row["network"], (None, None))[1] is not None]
 
@@ -348,7 +348,7 @@ def accuracy_panels(rows: Sequence[Row]) -> dict[str, list[Result]]:
             for row in sorted(found, key=lambda row: row["macs_g"])
         ]
 
-    # Beside the fastest engines in float32, the published way shows what an engine brings.
+    # The published way beside the fastest engines in float32 shows how much an engine gains.
     plain = [row for row in chosen if row["precision"] == "fp32"]
     eager = [row for row in plain if row["engine"] == "eager" and is_vanillanet(row["network"])]
     return {
@@ -358,7 +358,7 @@ def accuracy_panels(rows: Sequence[Row]) -> dict[str, list[Result]]:
 
 
 def accuracy(rows: Sequence[Row], processor: str) -> Figure | None:
-    """Latency, measured, against accuracy, published; None for fewer than two networks with an accuracy."""
+    """Draw measured latency against published accuracy; None for fewer than two networks with an accuracy."""
     panels = accuracy_panels(rows)
     if len(panels["fastest precision of each"]) < 2:
         return None
@@ -370,7 +370,7 @@ def accuracy(rows: Sequence[Row], processor: str) -> Figure | None:
     return accuracy_figure(panels, "latency_ms", title=title, xlabel="latency of one image (ms)")
 
 
-# Column: what is drawn over it, the names of both, and what the ends of the fastest engine's line say.
+# By column: the quantity drawn over it, both axis labels, and a title that compares the fastest rows at both ends.
 SIZES = {
     "resolution": (
         "median_ms", "image size (px)", "latency of one image (ms)", "{:g} px take {:.1f} times as long as {:g} px",
@@ -384,7 +384,7 @@ SIZES = {
 
 @style.styled
 def sizes(rows: Sequence[Row], processor: str) -> Figure | None:
-    """Latency by resolution, and throughput by batch size, an engine a line; None for a single size."""
+    """Draw latency over resolution and throughput over batch size, by engine and precision; None for a single size."""
     panels = {column: found for column in SIZES if (found := varied(rows, column))}
     if not panels:
         return None
@@ -414,10 +414,10 @@ def _file(label: str, name: str) -> str:
 
 
 def write_figures(folder: Path, sections: Mapping[str, Sequence[Row]]) -> list[Path]:
-    """Draw the figures that the rows suffice for; returns their files.
+    """Draw the figures for which there are enough rows, and return their files.
 
     Args:
-        sections: rows by the name of their file, without its ending.
+        sections: rows by the name of their file without its suffix.
     """
     written = []
     for label, rows in sections.items():
@@ -432,7 +432,7 @@ def write_figures(folder: Path, sections: Mapping[str, Sequence[Row]]) -> list[P
 
 
 def _processor(label: str) -> str:
-    """The kind of processor in words, by the name of its file: `cpu-avx512` is AVX-512, `gpu-nvidia-l4` NVIDIA L4."""
+    """Name the processor of a file in words: AVX-512 for `cpu-avx512`, NVIDIA L4 for `gpu-nvidia-l4`."""
     if label.startswith("gpu-"):
         return label.removeprefix("gpu-").replace("-", " ").upper()
     return PROCESSORS.get(label.rpartition("-")[2], label)
@@ -444,11 +444,11 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def write_page(path: Path, sections: Mapping[str, Sequence[Row]], *, figures: Collection[str] = ()) -> None:
-    """Write a page that a person reads: of each file what it shows in sentences, its figures, and a table.
+    """Write a page with a part for each file: sentences on what it shows, its figures, and tables.
 
     Args:
-        sections: rows by the name of their file, without its ending.
-        figures: names of the files that `write_figures` wrote, which lie beside the page.
+        sections: rows by the name of their file without its suffix.
+        figures: names of the files that `write_figures` wrote, in the same folder as the page.
     """
     parts = [
         "# Benchmark",
@@ -458,7 +458,7 @@ def write_page(path: Path, sections: Mapping[str, Sequence[Row]], *, figures: Co
         "In the tables a cell is the median in ms, and under it how many times as fast that is as the published way, "
         "PyTorch in float32 with contiguous tensors. The fastest of each row is bold. Networks are in deploy form.",
     ]
-    # A section a file: sentences, figure and table of single images, then other sizes, then training steps.
+    # One section per file: sentences, figure and table of single images, then other sizes, then training steps.
     for label, rows in sections.items():
         chosen, training = single(rows), [row for row in rows if row["kind"] == "training"]
         images = {

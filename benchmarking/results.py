@@ -1,4 +1,4 @@
-"""The table of results: a row for each network, engine, precision, resolution and batch, with its conditions."""
+"""The table of results: a row for each network, engine, precision, resolution and batch size, with its conditions."""
 
 import contextlib
 import csv
@@ -17,10 +17,10 @@ import runtimes
 from benchmarking.spec import Spec
 from records.logs import write_rows
 
-# What rows are compared with: float32 as PyTorch computes it when nothing is set.
+# The precision that rows are compared with: float32 as PyTorch computes it when nothing is set.
 PUBLISHED_PRECISION = {"cpu": "fp32", "cuda": "default"}
-# What a row says, in order. The kinds are `inference`, `training`, and `machine` for a rate of the machine itself.
-# Times are of one call, for `batch` images.
+# The columns of a row, in order. Kinds are `inference`, `training`, and `machine` for a rate of the machine itself.
+# Times are those of one call with `batch` images.
 COLUMNS = (
     "kind", "network", "engine", "precision", "device", "resolution", "batch", "layers", "params_m", "macs_g",
     "calls", "median_ms", "p5_ms", "p95_ms", "mean_ms", "images_per_s", "ratio", "gflops", "limit_gflops", "share",
@@ -30,7 +30,7 @@ COLUMNS = (
 
 
 def statistics(seconds: Sequence[float], batch: int) -> dict[str, float]:
-    """Median, 5th and 95th percentile, mean, and images per second of the median."""
+    """Return median, 5th and 95th percentile, mean, and images per second at the median."""
     ms = 1e3 * np.asarray(seconds)
     p5, median, p95 = np.percentile(ms, (5, 50, 95))
     return {
@@ -63,7 +63,7 @@ def _library(engine: str) -> str:
 
 
 def conditions(engine: str, *, device: str, threads: int) -> dict[str, str | int]:
-    """Where and with what a row is measured, today."""
+    """Return the columns that say where, with what and when a row is measured."""
     return {
         "processor": _processor(device),
         "threads": threads,
@@ -74,7 +74,7 @@ def conditions(engine: str, *, device: str, threads: int) -> dict[str, str | int
 
 
 def row(spec: Spec, seconds: Sequence[float], *, threads: int) -> dict[str, Any]:
-    """What a row says of the calls of one network, and where they were measured."""
+    """Return a row with the times of the calls of one network, and their conditions."""
     return {
         "kind": spec.kind,
         "network": spec.label,
@@ -89,14 +89,14 @@ def row(spec: Spec, seconds: Sequence[float], *, threads: int) -> dict[str, Any]
 
 
 def complete(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
-    """Put in what compares a row with others: the ratio to the published way, and the share of the machine's limit.
+    """Add the ratio to the published way, the GFLOP/s, and their share of the machine's limit to each row.
 
-    The published way is PyTorch eager in float32 as torch computes it when nothing is set, contiguous, on the same
-    network, resolution and batch; for training it is `plain`. A training step is counted as three forward passes.
+    The published way is eager PyTorch in float32 as torch computes it when nothing is set, contiguous, with the same
+    network, resolution and batch size; for training it is `plain`. A training step counts as three forward passes.
     """
 
     def key(row: dict[str, Any]) -> tuple:
-        network = row["network"].partition(" (")[0]  # its variants are compared with the network as published
+        network = row["network"].partition(" (")[0]  # variants are compared with the network as published
         return row["kind"], network, row["device"], row["resolution"], row["batch"]
 
     published = {
@@ -118,7 +118,7 @@ def complete(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
 
 
 def write(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str] = COLUMNS) -> None:
-    """Write all rows, atomically, numbers with five digits; a column that a row lacks is empty."""
+    """Write all rows atomically, floats with five significant digits; a column that a row lacks is left empty."""
     cells = [{name: f"{cell:.5g}" if isinstance(cell, float) else cell for name, cell in row.items()} for row in rows]
     write_rows(path, cells, columns)
 
@@ -128,10 +128,10 @@ ADDED = {"saved_mib", "step_mib", "event_ms", "sm_clock_mhz", "kernels", "device
 
 
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, object]]:
-    """The rows of a file that `write` wrote, with numbers as floats and None for empty cells.
+    """Return the rows of a file that `write` wrote, with numbers as floats and None for missing numbers.
 
     Raises:
-        ValueError: it cannot be read or has other columns.
+        ValueError: the file cannot be read, lacks a column, or has text in place of a number.
     """
     try:
         with path.open(newline="") as file:

@@ -1,4 +1,4 @@
-"""What a row of the results measures."""
+"""The specification of what a row of the results measures."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,24 +6,24 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Spec:
-    """What is measured."""
+    """A network in an engine, as it is to be measured."""
 
     network: str  # a timm model's name, or a checkpoint
-    engine: str  # of `runtimes.ENGINES`; for training `plain`, `channels_last` or `compile`
-    precision: str  # that it computes in
+    engine: str  # one of `runtimes.ENGINES`; for training `plain`, `channels_last` or `compile`
+    precision: str  # one of `runtimes.PRECISIONS`
     resolution: int = 224  # px
-    batch: int = 1  # images a call
-    device: str = "cpu"  # `cpu` or `cuda`
-    kind: str = "inference"  # or `training` for a step of forward and backward pass and optimizer
+    batch: int = 1  # images per call
+    device: str = "cpu"  # `cpu`, `cuda` or `cuda:N`
+    kind: str = "inference"  # or `training`, for a step of forward pass, backward pass and optimizer
     width_mult: float | None = None  # factor on a VanillaNet's channels, for trials
     twin: bool = False  # a VanillaNet built in deploy form instead of fused from its train form
-    int8_depthwise: bool = False  # quantize its series activations, too
-    grad_checkpointing: str = "none"  # of a training step, see `models.checkpointing`
-    guard: bool = False  # a training step is guarded against non-finite losses as on a GPU, see `engine.FiniteGuard`
+    int8_depthwise: bool = False  # also quantize a VanillaNet's series activations
+    grad_checkpointing: str = "none"  # mode in a training step, see `models.checkpointing`
+    guard: bool = False  # guard a training step against non-finite losses as on a GPU, see `engine.FiniteGuard`
 
     @property
     def label(self) -> str:
-        """The network as tables name it."""
+        """The name of the network in tables."""
         twin, depthwise = " (built deployed)" * self.twin, " (depthwise in int8)" * self.int8_depthwise
         checkpointing = f" (checkpointing {self.grad_checkpointing})" * (self.grad_checkpointing != "none")
         guard = " (guarded)" * self.guard

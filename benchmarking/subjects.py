@@ -1,4 +1,4 @@
-"""The networks that are measured, with random weights where there is no checkpoint, and a step of their training."""
+"""The networks to measure, with random weights unless they come from a checkpoint, and a step of their training."""
 
 from collections.abc import Callable
 from itertools import count
@@ -26,20 +26,20 @@ TRAINING_SLOPE = 0.5  # lambda, in the middle of the ramp
 
 @torch.no_grad()
 def _keep_activations_near_one(network: nn.Module) -> None:
-    """The initial weights of a VanillaNet let them shrink towards zero, where 8 bits have nothing to resolve."""
+    """Redraw a VanillaNet's weights: its initial ones let activations shrink to where 8 bits cannot resolve them."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.normal_(std=(2 / module.weight[0].numel()) ** 0.5)
 
 
 def create(spec: Spec) -> nn.Module:
-    """The network of `spec` with random weights in eval mode; a twin is built in deploy form."""
+    """Return the network of `spec` in eval mode with random weights; a twin is built in deploy form."""
     arguments = {}
     if is_vanillanet(spec.network):
         arguments["deploy"] = spec.twin
         if spec.width_mult is not None:
             arguments["width_mult"] = spec.width_mult
-    elif spec.network.startswith("swin"):  # its windows are laid out for one size
+    elif spec.network.startswith("swin"):  # its windows are laid out for one image size
         arguments["img_size"] = spec.resolution
     torch.manual_seed(0)
     network = networks.open(spec.network, pretrained=False, flag="--models", **arguments).module
@@ -49,14 +49,14 @@ def create(spec: Spec) -> nn.Module:
 
 
 def deployed(spec: Spec) -> nn.Module:
-    """The network of `spec` in deploy form: a checkpoint's, or one with random weights."""
+    """Return the network of `spec` in deploy form, from a checkpoint or with random weights."""
     if Path(spec.network).is_file():
         return open_deployed(spec.network).module
     return reparameterize_model(create(spec))
 
 
 def build_network(spec: Spec) -> tuple[nn.Module, torch.Tensor, runtimes.Target]:
-    """(the deployed network, a batch of random images, what they are to run in, with images to calibrate int8 on)."""
+    """Return (deployed network, batch of random images, target with calibration images for int8)."""
     network = deployed(spec)
     generator = torch.Generator().manual_seed(0)
     shape = (3, spec.resolution, spec.resolution)
@@ -70,11 +70,11 @@ def build_network(spec: Spec) -> tuple[nn.Module, torch.Tensor, runtimes.Target]
 
 
 def training_step(spec: Spec) -> Callable[[], None]:
-    """A step of training as main.py does it: forward pass, loss, backward pass, AdamW; float16 with a scaler.
+    """Return a training step as in main.py: forward pass, loss, backward pass, AdamW, and a scaler for float16.
 
-    The engine is `plain` (contiguous memory format), `channels_last`, or `compile`, which is channels-last, too.
+    The engine is `plain` (contiguous memory format), `channels_last`, or `compile`, which is also channels-last.
     """
-    # The process, then the network with lambda in the middle of its ramp, where both layers of a pair are computed.
+    # Set up the process and the network. In the middle of lambda's ramp, both layers of a pair are computed.
     if torch.device(spec.device).type == "cpu":
         keep_freed_memory()
     runtimes.set_tf32(spec.precision, spec.device)
@@ -85,7 +85,7 @@ def training_step(spec: Spec) -> Callable[[], None]:
     set_grad_checkpointing(network, spec.grad_checkpointing)
     if spec.engine == "compile":
         network.compile()
-    # What a step takes, the same batch each time.
+    # Set up what a step needs. Every step takes the same batch.
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     images = torch.randn(spec.batch, 3, spec.resolution, spec.resolution, device=spec.device)
     images = images.to(memory_format=layout)
@@ -114,16 +114,16 @@ def training_step(spec: Spec) -> Callable[[], None]:
 
 
 def size(network: nn.Module, resolution: int) -> dict[str, float]:
-    """The columns of a network's layers, parameters and multiply-accumulates."""
+    """Return the columns with a network's layers, parameters and multiply-accumulates."""
     layers, params, macs = profiling.profile(network, resolution)
     return {"layers": layers, "params_m": params / 1e6, "macs_g": macs / 1e9}
 
 
 def costs(spec: Spec) -> dict[str, float]:
-    """`size` of a network as it is measured; of a training step, the memory, too."""
+    """Return the `size` of a network as it is measured and, for a training step, also its memory."""
     network = create(spec) if spec.kind == "training" else deployed(spec)
     found = size(network, spec.resolution)
-    if spec.kind == "training" and spec.engine != "compile":  # the compiler has plans of its own
+    if spec.kind == "training" and spec.engine != "compile":  # the compiler plans memory itself
         networks.set_slope(TRAINING_SLOPE, network.train())
         set_grad_checkpointing(network, spec.grad_checkpointing)
         for column, counted in (("saved_mib", profiling.saved_per_image), ("step_mib", profiling.alive_per_image)):

@@ -1,6 +1,6 @@
-"""One process that holds one network in one engine and runs it when it is asked to.
+"""A process that holds one network in one engine and runs it on request.
 
-A process each keeps the engines apart: their threads, their memory, what they set for the whole process, and a crash.
+Separate processes keep engines apart: their threads, their memory, their process-wide settings, and their crashes.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ START_TIMEOUT = 900  # seconds; compiling a network for training takes minutes
 
 
 def _file(spec: Spec, folder: Path) -> Path | None:
-    """Where a file engine's file of `spec` is kept between processes; None for the others."""
+    """Return the path of the file that the engine of `spec` opens; None for training and engines without files."""
     if spec.kind == "training":
         return None
     engine = runtimes.find(spec.engine)
@@ -42,7 +42,7 @@ def _file(spec: Spec, folder: Path) -> Path | None:
 
 
 def _prepare(spec: Spec, folder: Path) -> str | None:
-    """Write the file of `spec` if it is not there. Returns what went wrong, in one line."""
+    """Write the file of `spec` unless it exists. Return one line on what went wrong, or None."""
     path = _file(spec, folder)
     if path.exists():
         return None
@@ -59,7 +59,7 @@ def _prepare(spec: Spec, folder: Path) -> str | None:
 
 
 def _open(spec: Spec, folder: Path, *, profile: bool) -> tuple[Callable[[], Any], float, Callable[[], list]]:
-    """(a call, seconds from before loading to the first answer, its profile)."""
+    """Return (function that runs the network, seconds from loading to the first answer, function that profiles it)."""
     if spec.kind == "training":
         from benchmarking.subjects import training_step
 
@@ -70,7 +70,7 @@ def _open(spec: Spec, folder: Path, *, profile: bool) -> tuple[Callable[[], Any]
         return step, time.perf_counter() - start, list
     path = None if profile else _file(spec, folder)
     if path is None:
-        from benchmarking.subjects import build_network  # timm takes seconds to import, and a file needs none of it
+        from benchmarking.subjects import build_network  # timm takes seconds to import, and a file does not need it
 
         source, images, target = build_network(spec)
         target = replace(target, profile=profile)
@@ -86,12 +86,12 @@ def _open(spec: Spec, folder: Path, *, profile: bool) -> tuple[Callable[[], Any]
 
 
 def _reset_peak() -> None:
-    with contextlib.suppress(OSError):  # not in every container
+    with contextlib.suppress(OSError):  # not every container allows it
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _resident_mb() -> float:
-    """The process's largest resident size since the reset."""
+    """Return the largest resident size of the process since the reset."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -100,13 +100,13 @@ def _resident_mb() -> float:
 
 
 def device_mb(device: str) -> float:
-    """What is in use on a GPU, as its driver says: torch does not know what other libraries hold there."""
+    """Return the memory in use on a GPU by its driver's count; torch does not know what other libraries hold."""
     free, total = torch.cuda.mem_get_info(device)
     return (total - free) / 1e6
 
 
 def _times(call: Callable[[], Any], calls: int, device: str) -> list[float]:
-    """Seconds of each of `calls` calls after one that does not count; each is waited for."""
+    """Return the seconds that each of `calls` calls takes until its work is finished, after a warm-up call."""
     seconds = []
     for _ in range(calls + 1):
         start = time.perf_counter()
@@ -122,13 +122,13 @@ def _one_line(error: BaseException) -> str:
 
 
 def _begin(spec: Spec, folder: Path, *, threads: int, profile: bool) -> tuple[dict[str, float], Callable[[Any], Any]]:
-    """(what `Worker.ready` returns, the answer to a request)."""
+    """Return (what `Worker.ready` returns, function that answers a request)."""
     torch.set_num_threads(threads)
-    if spec.engine == "prepare":  # files for other processes: a request is the fields of a `Spec`
+    if spec.engine == "prepare":  # writes files for other processes; a request is the fields of a `Spec`
         return {}, lambda request: _prepare(Spec(**request), folder)
-    if spec.engine == "limit":  # the machine's: a request names a precision
+    if spec.engine == "limit":  # measures the machine's limit; a request names a precision
         return {}, lambda request: best_product(request, spec.device)
-    # A network in its engine. Its peak of memory counts from after the first call, which may have compiled.
+    # A network in its engine. Its peak memory leaves out the first calls, which may have compiled.
     before = device_mb(spec.device) if spec.device != "cpu" else 0.0
     call, first, layers = _open(spec, folder, profile=profile)
     _times(call, 1, spec.device)
@@ -145,9 +145,9 @@ def _begin(spec: Spec, folder: Path, *, threads: int, profile: bool) -> tuple[di
 
 
 def serve() -> None:
-    """Answer requests on standard input, a line of JSON each, on standard output, until the input ends."""
+    """Answer requests from standard input on standard output, a line of JSON each, until the input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the libraries print goes where errors go, into the log
+    os.dup2(2, 1)  # libraries' output goes where errors go, into the log
     spec, folder, how = json.loads(sys.argv[1])
     try:
         answer, respond = _begin(Spec(**spec), Path(folder), **how)
@@ -172,15 +172,15 @@ class WorkerError(ValueError):
 
 
 class Worker:
-    """The process of one `Spec`, which runs it when asked to.
+    """A process that runs one `Spec` on request.
 
-    Its start is not waited for, so that several start together; `ready` waits.
+    The constructor does not wait for the process, so that several can start at the same time; `ready` waits.
 
     Args:
-        spec: one of the engine `prepare` or `limit` holds no network, see `_begin`.
-        folder: where `prepare` left the files of file engines.
-        threads: of the arithmetic.
-        profile: for `layers`, which costs speed.
+        spec: what the process runs; with the engine `prepare` or `limit` it holds no network, see `_begin`.
+        folder: where `prepare` wrote the files for file engines.
+        threads: threads to compute with.
+        profile: make `layers` work, at some cost in speed.
     """
 
     def __init__(self, spec: Spec, folder: Path, *, threads: int, profile: bool = False):
@@ -198,29 +198,29 @@ class Worker:
             )
 
     def ready(self) -> dict[str, float]:
-        """Wait for the network to have answered once. Returns `first_s`, the seconds that took from its loading on.
+        """Wait for the network's first answer; return `first_s`, the seconds from before loading to that answer.
 
         Raises:
-            WorkerError: it cannot be built.
+            WorkerError: the network cannot be built.
         """
         return self._receive()
 
     def ask(self, request: Any) -> Any:
         pipe: IO[str] = self._process.stdin
-        with contextlib.suppress(BrokenPipeError):  # `_receive` says that it died
+        with contextlib.suppress(BrokenPipeError):  # `_receive` reports that the process died
             pipe.write(json.dumps(request) + "\n")
             pipe.flush()
         return self._receive()
 
     def times(self, calls: int) -> list[float]:
-        """Seconds of each of `calls` calls."""
+        """Return the seconds of each of `calls` calls."""
         return self.ask(calls)
 
     def peak_mb(self) -> float:
         return self.ask("peak_mb")
 
     def layers(self) -> list[dict[str, Any]]:
-        """One call's `runtimes.Layer`s as dicts."""
+        """Return the `runtimes.Layer`s of one call as dicts."""
         return self.ask("profile")
 
     def _receive(self) -> Any:
@@ -248,10 +248,10 @@ class Worker:
 
 
 def prepare(specs: Sequence[Spec], folder: Path, *, threads: int) -> dict[Spec, str]:
-    """Write the files that engines of `specs` will open, in a process of its own, whose memory is gone then.
+    """Write the files that engines of `specs` will open, in a process of its own, whose memory is freed at its end.
 
     Returns:
-        What could not be written, and why in one line.
+        The specs whose files could not be written, each with the reason in one line.
     """
     with_file = [spec for spec in specs if _file(spec, folder)]
     if not with_file:

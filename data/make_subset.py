@@ -3,8 +3,8 @@
     python data/make_subset.py /usr/share/datasets/fashion-mnist
 
 The source is a folder with the four gzipped idx files of the full set (Debian's package `dataset-fashion-mnist`, or
-`FashionMNIST/raw` as torchvision downloads it). From each split the first images of each class are taken and stay in
-their order, so the result depends on nothing but the source.
+`FashionMNIST/raw` as torchvision downloads it). The first images of each class are taken from each split, in their
+order, so the result depends only on the source.
 """
 
 import argparse
@@ -19,9 +19,9 @@ CLASSES = 10
 
 
 def select(labels: np.ndarray, per_class: int) -> np.ndarray:
-    """Ascending indices of the first `per_class` samples of each class; `labels` is (N,).
+    """Return the ascending indices of the first `per_class` samples of each class; `labels` is (N,).
 
-    Raises ValueError where a class has fewer.
+    Raises ValueError if a class has fewer samples.
     """
     groups = [np.flatnonzero(labels == label)[:per_class] for label in range(CLASSES)]
     if min(map(len, groups)) < per_class:
@@ -30,7 +30,7 @@ def select(labels: np.ndarray, per_class: int) -> np.ndarray:
 
 
 def cut(source: Path, target: Path, split: str) -> int:
-    """Cut one split ("train" or "t10k") of the set in folder `source` into folder `target`; returns its image count."""
+    """Cut one split ("train" or "t10k") of the set in `source` and write it to `target`. Returns its image count."""
     image_name, label_name = f"{split}-images-idx3-ubyte.gz", f"{split}-labels-idx1-ubyte.gz"
     images, labels = (gzip.decompress((source / name).read_bytes()) for name in (image_name, label_name))
     classes = np.frombuffer(labels, np.uint8, offset=LABEL_HEADER)
@@ -38,8 +38,8 @@ def cut(source: Path, target: Path, split: str) -> int:
     target.mkdir(parents=True, exist_ok=True)
     for name, content, header in ((image_name, images, IMAGE_HEADER), (label_name, labels, LABEL_HEADER)):
         values = np.frombuffer(content, np.uint8, offset=header).reshape(len(classes), -1)
-        count = len(chosen).to_bytes(4, "big")  # the first dimension, behind the magic number
-        # Neither a time nor a name goes into the header of the archive, so equal content gives equal files.
+        count = len(chosen).to_bytes(4, "big")  # the first dimension, after the magic number
+        # The archive's header contains no time and no name, so that equal content gives equal files.
         with (
             open(target / name, "wb") as file,
             gzip.GzipFile("", "wb", compresslevel=9, fileobj=file, mtime=0) as archive,

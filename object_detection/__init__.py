@@ -1,8 +1,8 @@
-"""RetinaNet and Mask R-CNN on VanillaNet, by torchvision's detection package. The commands are in README.md here.
+"""RetinaNet and Mask R-CNN on VanillaNet, with torchvision's detection package. See README.md for the commands.
 
-What follows is shared by the flags and the detectors, and importing it does not import torch.
+The flags and the detectors share the constants below. Importing them does not import torch.
 """
 
 FRAMEWORKS = ("retinanet_", "mask_rcnn_")
-ANCHOR_SIZES = (32, 64, 128, 256, 512)  # px, of the five levels of a pyramid
-TRAIN_SIZES = tuple(range(480, 1025, 32))  # px of the short side
+ANCHOR_SIZES = (32, 64, 128, 256, 512)  # px, for the five levels of a pyramid
+TRAIN_SIZES = tuple(range(480, 1025, 32))  # px, length of the short side

@@ -1,10 +1,9 @@
-"""Images per second, parameters and multiply-accumulates of detectors on several networks, in one run, by turns.
+"""Images per second, parameters and multiply-accumulates of detectors on several networks, taking turns in one run.
 
     python -m object_detection.benchmark --device cuda
 
-The weights are random: what a detector costs does not depend on them, except for how many candidates its last step has
-to go through and, of Mask R-CNN, how many masks it makes. So each detector gets the score threshold that lets
-`--candidates` of them through.
+The weights are random. They affect a detector's cost only through the number of candidates in its last step and, for
+Mask R-CNN, the number of masks. Each detector therefore gets the score threshold that about `--candidates` boxes pass.
 """
 
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
+    ARGS = parse_args()  # report a wrong flag before the slow imports below
 
 import argparse
 import copy
@@ -54,8 +53,8 @@ from records.files import mistakes_end
 
 logger = logging.getLogger("object_detection")
 
-CLASSES = 81  # COCO's, and the background
-PROPOSALS, MASKS = 1000, 100  # that multiply-accumulates are counted for, as is usual
+CLASSES = 81  # COCO's categories and the background
+PROPOSALS, MASKS = 1000, 100  # per image, as is usual when counting multiply-accumulates
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Cost:
 
 
 def count_macs(detector: Detector, height: int, width: int) -> Cost:
-    """What a detector in eval mode costs, of an image that has this size after resizing; nothing is computed.
+    """Count the cost of a detector in eval mode for an image of this size after resizing, on the meta device.
 
     The pyramid is the neck. Mask R-CNN's box head is counted for 1000 proposals, its mask head for 100 detections.
     """
@@ -95,14 +94,14 @@ def count_macs(detector: Detector, height: int, width: int) -> Cost:
 
 @torch.no_grad()
 def calibrate(detector: Detector, image: torch.Tensor, candidates: int) -> None:
-    """Set the score threshold so that about so many (box, class) of the image pass it."""
+    """Set the score threshold that about `candidates` (box, class) pairs of the image pass."""
     seen: list[torch.Tensor] = []
     if detector.has_masks:
         source = detector.roi_heads.box_predictor
         hook = source.register_forward_hook(lambda _, __, out: seen.append(out[0].softmax(-1)[:, 1:]))
     else:
         hook = detector.head.register_forward_hook(lambda _, __, out: seen.append(out["cls_logits"].sigmoid()))
-    # Nothing passes while the scores are being looked at.
+    # No score is above 1, so the forward pass that collects the scores selects nothing.
     detector.selection.score_thresh = 1.0
     detector([image])
     hook.remove()
@@ -111,7 +110,7 @@ def calibrate(detector: Detector, image: torch.Tensor, candidates: int) -> None:
 
 
 def build_forms(name: str, device: torch.device, *, channels_last: bool) -> dict[str, Detector]:
-    """A detector in eval mode, and if its network has one, in its deploy form."""
+    """Build a detector in eval mode and, if its network has a deploy form, a fused copy."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     detector = create_detector(name, num_classes=CLASSES).eval()
     forms = {name: detector}
@@ -122,7 +121,7 @@ def build_forms(name: str, device: torch.device, *, channels_last: bool) -> dict
 
 
 def run(args: argparse.Namespace, device: torch.device) -> str:
-    """Measure, and return the table."""
+    """Measure all detectors and return the table of results."""
     height, width = args.size
     rows = [["", "params (M)", "backbone", "neck", "heads", "MACs (G)", "images/s"]]
     image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(args.seed)).to(device)
@@ -132,7 +131,7 @@ def run(args: argparse.Namespace, device: torch.device) -> str:
             utils.seed_everything(args.seed)
             forms |= build_forms(f"{framework}_{network}", device, channels_last=args.channels_last)
         for detector in forms.values():
-            # The image keeps its size, so that it is measured what is counted.
+            # The image keeps its size, so that speed and multiply-accumulates are for the same size.
             detector.test_size, detector.transform.max_size = min(args.size), max(args.size)
             detector.eval()
             calibrate(detector, image, args.candidates)

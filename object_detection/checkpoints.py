@@ -1,4 +1,4 @@
-"""Detectors from the flags of a command, and from checkpoints, with what a checkpoint records of the categories."""
+"""Build detectors from flags and from checkpoints, and record categories and normalization in checkpoints."""
 
 import argparse
 import inspect
@@ -14,11 +14,11 @@ from records.checkpoints import CheckpointError, load_weights
 
 
 def build_detector(flags: Mapping[str, Any], num_classes: int) -> Detector:
-    """The detector on the CPU, initialized from the current seed.
+    """Build a detector on the CPU, initialized from the current seed.
 
     Args:
-        flags: of the command, or as a checkpoint records them, which may lack newer ones.
-        num_classes: with the background.
+        flags: the command's flags, or those recorded in a checkpoint, where newer flags may be missing.
+        num_classes: number of classes, including the background.
     """
     names = inspect.signature(create_detector).parameters.keys() - {"name", "num_classes"}
     given = {name: flags[name] for name in names if flags.get(name) is not None}
@@ -30,7 +30,7 @@ def build_detector(flags: Mapping[str, Any], num_classes: int) -> Detector:
 
 
 def describe(detector: Detector, dataset: CocoDataset) -> dict[str, Any]:
-    """What a detector's checkpoint holds of the categories, and of what images are normalized with."""
+    """Return what a detector's checkpoint records about its categories and its normalization."""
     return {
         "classes": list(dataset.classes),
         "category_ids": list(dataset.category_ids),
@@ -39,13 +39,13 @@ def describe(detector: Detector, dataset: CocoDataset) -> dict[str, Any]:
 
 
 def set_normalization(detector: Detector, checkpoint: Mapping[str, Any]) -> None:
-    """As the detector's checkpoint has it; one that does not say is of a detector with that of its network in timm."""
+    """Use the normalization that the checkpoint records. Without a record, the detector keeps that of timm's model."""
     if "normalization" in checkpoint:
         detector.normalization = checkpoint["normalization"]
 
 
 def check_categories(checkpoint: Mapping[str, Any], dataset: CocoDataset, *, path: str | Path) -> None:
-    """Raises CheckpointError if the checkpoint is of a detector of other categories."""
+    """Raise CheckpointError if the checkpoint's detector was trained on other categories."""
     theirs = checkpoint.get("classes")
     if theirs is not None and list(theirs) != list(dataset.classes):
         odd = some(sorted(set(theirs) ^ set(dataset.classes)) or ["their order"])
@@ -61,7 +61,7 @@ def load_detector(args: argparse.Namespace, detector: Detector, dataset: CocoDat
 
 
 def load_classifier(args: argparse.Namespace, detector: Detector) -> None:
-    """Load --backbone_weights into the detector's network, which gets images normalized as the classifier did."""
+    """Load --backbone_weights into the detector's network, and use the classifier's normalization if it is recorded."""
     weights = networks.read(args.backbone_weights, key=args.backbone_key if "backbone_key" in args.given else None)
     record = weights.record
     if record.slope not in (None, 1.0):
@@ -72,12 +72,12 @@ def load_classifier(args: argparse.Namespace, detector: Detector) -> None:
 
 
 def open_detector(path: str | Path, *, key: str | None = None) -> tuple[Detector, tuple[str, ...]]:
-    """The detector of a checkpoint, built as the flags recorded in it say, on the CPU in eval mode, and its classes.
+    """Open a detector with the flags that its checkpoint records. Returns it, on the CPU in eval mode, and its classes.
 
     Args:
-        key: of the weights; `|` separates alternatives, None takes the average, or else the detector itself.
+        key: key of the weights; `|` separates alternatives. None: the average, or else the detector itself.
 
-    Raises ValueError if it cannot be read, or is not of a detector.
+    Raises ValueError if the file cannot be read or is not a detector's checkpoint.
     """
     weights = networks.read(path, key=key)
     record = weights.record

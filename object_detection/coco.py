@@ -1,6 +1,6 @@
 """Data sets in COCO's format: a JSON file of images, annotations and categories, and a folder of images.
 
-README.md here tells how each case is treated that the format leaves open.
+README.md in this folder describes how the cases that the format leaves open are treated.
 """
 
 import json
@@ -26,26 +26,26 @@ logger = logging.getLogger(__name__)
 
 WHOLE, NUMBER, TEXT = (int,), (int, float), (str,)
 _ID = (int, str)
-# The keys of each table that must be there, and their types.
+# Required keys of each table, and their types.
 REQUIRED = {
     "images": {"id": _ID, "file_name": TEXT, "height": WHOLE, "width": WHOLE},
     "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": (list,)},
     "categories": {"id": _ID, "name": _ID},
 }
 MEANT = {_ID: "a whole number or a text", TEXT: "a text", WHOLE: "a whole number", (list,): "[x, y, width, height]"}
-LARGEST = 2**53  # of a number in a file
-MIN_POLYGON = 6  # numbers, of three points; four would be read as a box
-MAX_COORDINATE = 10**6  # px; pycocotools goes along a polygon's edge step by step
-MIN_SIDE = 0.01  # px; less may be nothing in float32, once a box is mirrored or resized
+LARGEST = 2**53  # bound on the absolute value of a number in a file
+MIN_POLYGON = 6  # numbers in a polygon, for three points; pycocotools reads four numbers as a box
+MAX_COORDINATE = 10**6  # px; pycocotools goes along a polygon's edges in small steps
+MIN_SIDE = 0.01  # px; a smaller side may round to zero in float32 when a box is mirrored or resized
 
 
 def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]:
-    """Read and check an annotation file, and complete what may be missing in it: `iscrowd` and `area`.
+    """Read and check an annotation file, and add `iscrowd` and `area` where they are missing.
 
-    Raises ValueError, a line that names the file and the place, if it is missing, no JSON, or not of COCO's format.
+    Raises ValueError, naming the file and the place, if the file is missing, is not JSON, or is not in COCO's format.
     """
     try:
-        data = json.loads(Path(path).read_bytes())  # in any UTF, with a byte-order mark or without
+        data = json.loads(Path(path).read_bytes())  # UTF-8, UTF-16 or UTF-32, with or without a byte-order mark
     except FileNotFoundError:
         raise ValueError(f"the annotation file {path} does not exist") from None
     except OSError as error:
@@ -53,7 +53,7 @@ def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the annotation file {path} is no JSON: {error}") from None
 
-    # Every row of every table has its keys, of the right types, and an id of its own.
+    # Every row of every table needs its keys, with the right types, and a unique id.
     for table, keys in REQUIRED.items():
         rows = data.get(table) if isinstance(data, dict) else None
         if not isinstance(rows, list):
@@ -63,7 +63,7 @@ def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]
             if absent:
                 raise ValueError(f"{path}: {table}[{position}] has no {absent[0]}")
             for key, kinds in keys.items():
-                if type(row[key]) is float and row[key].is_integer():  # as pandas writes a column with a gap in it
+                if type(row[key]) is float and row[key].is_integer():  # pandas writes a column with gaps as floats
                     row[key] = int(row[key])
                 if not _is(row[key], kinds):
                     raise ValueError(f"{path}: {key} of {table}[{position}] must be {MEANT[kinds]}, not {row[key]!r}")
@@ -73,7 +73,7 @@ def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]
         if repeated:
             raise ValueError(f"{path}: two of the {table} have the id {repeated[0]!r}")
 
-    # Annotations are of images and categories that are there, and their numbers are numbers.
+    # Annotations must refer to known images and categories, and have valid numbers.
     known = {table: {row["id"] for row in data[table]} for table in ("images", "categories")}
     for row in data["annotations"]:
         for key, table in (("image_id", "images"), ("category_id", "categories")):
@@ -94,20 +94,20 @@ def read_annotations(path: str | os.PathLike) -> dict[str, list[dict[str, Any]]]
 
 
 def _is(value: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether a value of a JSON file is of one of the types. True, false, NaN and infinity are no numbers."""
+    """Whether a JSON value has one of the types. True, false, NaN, infinity and huge numbers are not numbers here."""
     return type(value) in kinds and (type(value) not in NUMBER or -LARGEST < value < LARGEST)
 
 
 def encode_segment(segment: Any, height: int, width: int) -> dict[str, Any] | None:
-    """Compressed RLE of a segment in any of its forms; None where it has no pixel or is none.
+    """Convert a segment in any of its forms to compressed RLE; None if it covers no pixel or is not a segment.
 
-    Raises ValueError if it cannot be read, or is of another image size.
+    Raises ValueError if the segment cannot be read or belongs to another image size.
     """
     from pycocotools import mask as mask_utils
 
-    # Polygons, or RLE, whose counts are a list or compressed. RLE marks crowds, but not only these.
+    # A segment is a list of polygons, or RLE with counts as a list or compressed. RLE is not limited to crowds.
     if isinstance(segment, list):
-        if segment and _is(segment[0], NUMBER):  # one polygon that is not in a list of them
+        if segment and _is(segment[0], NUMBER):  # a single polygon outside a list
             segment = [segment]
         polygons = [polygon for polygon in segment if isinstance(polygon, list) and len(polygon) >= MIN_POLYGON]
         if not polygons:
@@ -132,19 +132,19 @@ def encode_segment(segment: Any, height: int, width: int) -> dict[str, Any] | No
 class CocoDataset(ImageDataset):
     """Images with the objects in them.
 
-    An item is (image, target): the image (3, H, W) in [0, 1], and a dict of tensors: `boxes` (n, 4), float32, as x1,
-    y1, x2, y2 in pixels; `labels` (n,), int64, from 1; and with masks `masks` (n, H, W), uint8, 0 or 1.
+    An item is (image, target). The image is (3, H, W) in [0, 1]. The target is a dict of tensors: `boxes` (n, 4),
+    float32, as x1, y1, x2, y2 in pixels; `labels` (n,), int64, from 1; and optionally `masks` (n, H, W), uint8, 0 or 1.
 
     Args:
         annotations: the JSON file.
         images: the folder of the images.
-        train: leave out images that have no object but crowds, and flip.
+        train: flip images at random, and leave out images whose annotations contain no object to learn.
         masks: whether the targets have masks.
         flip: probability of mirroring an image.
 
     Attributes:
-        data: the annotations as they were read, for evaluation; None with `train`, where COCO's would take gigabytes.
-        category_ids: of the classes, in their order; class i + 1 is the i-th.
+        data: the annotations as read, for evaluation; None with `train`, because COCO's would take gigabytes.
+        category_ids: category id of each class; that of class i + 1 is `category_ids[i]`.
 
     Raises:
         ValueError: the file or an image is missing, or the file is not in COCO's format.
@@ -158,13 +158,13 @@ class CocoDataset(ImageDataset):
         data = read_annotations(annotations)
         self.data = None if train else data
 
-        # Categories become the classes 1, 2, ... in the order of their ids, which may have gaps; 0 is the background.
+        # Categories become classes 1, 2, ... in the order of their ids, which may have gaps. Class 0 is the background.
         categories = sorted(data["categories"], key=lambda category: category["id"])
         self.category_ids = [category["id"] for category in categories]
         self.classes = tuple(str(category["name"]) for category in categories)
         self.labels = {category: label for label, category in enumerate(self.category_ids, 1)}
 
-        # Annotations become the objects of their images.
+        # Collect the objects of each image from the annotations.
         self.images = sorted(data["images"], key=lambda image: image["id"])
         self._check_files()
         by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in self.images}
@@ -174,7 +174,7 @@ class CocoDataset(ImageDataset):
         if masks and data["annotations"] and not any("segmentation" in a for a in data["annotations"]):
             raise ValueError(f"{annotations} has boxes without segments, which train no masks: use a RetinaNet")
 
-        # An image without annotations is background to learn; one with annotations, but without an object, is not.
+        # Without any annotation, an image is background to learn; with annotations but no learnable object, it is not.
         if train:
             single = sum(not annotation["iscrowd"] for annotation in data["annotations"])
             degenerate = single - sum(map(len, self.objects.values()))
@@ -185,7 +185,7 @@ class CocoDataset(ImageDataset):
             raise ValueError(f"{annotations} has no image{' to train on' if train else ''}")
 
     def _check_files(self) -> None:
-        """All images are there. By the folder, since asking file by file is slow over a network."""
+        """Check that all images exist. Listing folders is faster on a network drive than checking file by file."""
         names = [Path(image["file_name"]) for image in self.images]
         found: dict[Path, set[str]] = {}
         for parent in {name.parent for name in names}:
@@ -199,7 +199,7 @@ class CocoDataset(ImageDataset):
             raise ValueError(f"{len(missing)} images of {self.path} are not in {self.folder}, such as {missing[0]}")
 
     def _find_objects(self, image: Mapping[str, Any], annotations: Sequence[dict[str, Any]]) -> list[tuple]:
-        """(box, label, RLE or None) of the objects that can be learned."""
+        """Return (box, label, RLE or None) of each object that can be learned."""
         height, width = image["height"], image["width"]
         found = []
         for annotation in annotations:
@@ -244,7 +244,7 @@ class CocoDataset(ImageDataset):
     def apply(
         self, image: Image.Image, target: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """As a tensor, mirrored by chance."""
+        """Convert the image to a tensor, and mirror image and target at random."""
         pixels = to_tensor(image)
         if self.flip and random.random() < self.flip:
             pixels = horizontal_flip(pixels)
@@ -257,6 +257,6 @@ class CocoDataset(ImageDataset):
 
 
 def collate(samples: list[tuple]) -> tuple[list, list, list]:
-    """(image, target, index) of each sample -> lists of images, targets and indices, since images differ in size."""
+    """Collect (image, target, index) samples into three lists, because images of different sizes cannot be stacked."""
     images, targets, indices = zip(*samples, strict=True)
     return list(images), list(targets), list(indices)

@@ -1,4 +1,4 @@
-"""How far the detections of one detector are from those of another: fused, or exported."""
+"""Compare the detections of a detector with those of its fused or exported form."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from object_detection.detectors import Detector
 
 @contextmanager
 def _unpasted(detector: Detector) -> Iterator[None]:
-    """Detections as the heads make them: boxes in pixels of the resized image, masks by box instead of by image.
+    """Let a detector return what its heads make: boxes in pixels of the resized image, masks not pasted into the image.
 
-    Pasting rounds boxes to whole pixels, which would turn the smallest difference of a box into one of a mask.
+    Pasting rounds boxes to whole pixels, so that a tiny difference between boxes would become a difference of masks.
     """
     detector.transform.postprocess = lambda detections, *_: detections
     try:
@@ -24,16 +24,16 @@ def _unpasted(detector: Detector) -> Iterator[None]:
 def largest_gap(
     one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], *, detector: Detector, side: float
 ) -> float:
-    """The largest difference between two detectors' detections in an image, in either direction.
+    """Return the largest difference between two detectors' detections in an image, in either direction.
 
-    It is the largest of the differences of boxes, as a part of the image's long side, of scores, and of mask
-    probabilities. A detection is compared with the nearest of its class, since the order of near ties is a matter of
-    rounding. One that is lacking differs by what its score is above the lowest that can be detected.
+    Differences are those of boxes, relative to the image's long side, of scores, and of mask probabilities. Each
+    detection is compared with the nearest one of its class, because rounding decides the order of near ties. The
+    difference is never more than the distance of the detection's score from the lowest score that is still detected.
 
     Args:
         one, other: what the detectors return for the image.
-        detector: one of them, for its score threshold and number of detections.
-        side: of the image, px.
+        detector: either detector, for its score threshold and number of detections.
+        side: long side of the image that the boxes refer to, px.
     """
     largest = 0.0
     for a, b in ((one, other), (other, one)):
@@ -45,14 +45,14 @@ def largest_gap(
             gaps = torch.maximum(gaps, (b["scores"][same] - a["scores"][position]).abs())
             if "masks" in a:
                 gaps = torch.maximum(gaps, (b["masks"][same] - a["masks"][position]).abs().flatten(1).amax(1))
-            lacking = max(a["scores"][position].item() - cut, 0.0)  # it may have fallen below that
+            lacking = max(a["scores"][position].item() - cut, 0.0)  # the other score may just be below the cut
             largest = max(largest, min([lacking, *gaps.tolist()]))
     return largest
 
 
 @torch.no_grad()
 def largest_difference(detector: Detector, fused: Detector, images: Sequence[torch.Tensor]) -> float:
-    """The largest gap between the detections of two detectors in eval mode over images (3, H, W) in [0, 1]."""
+    """Return the largest gap between two detectors' detections, in eval mode, over images (3, H, W) in [0, 1]."""
     largest = 0.0
     for image in images:
         with _unpasted(detector), _unpasted(fused):

@@ -1,7 +1,7 @@
 """torchvision's RetinaNet and Mask R-CNN on the feature maps of a timm network.
 
-RetinaNet: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017. Mask R-CNN: He et al., ICCV 2017. The
-pyramid between network and heads: Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017.
+RetinaNet: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017. Mask R-CNN: He et al., ICCV 2017.
+Feature pyramid between network and heads: Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017.
 """
 
 from collections import OrderedDict
@@ -32,18 +32,18 @@ from records.checkpoints import load_weights
 HALF = (torch.float16, torch.bfloat16)
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 STRIDES = (4, 8, 16, 32)  # of C2 to C5
-LAYER_DECAY_GROUPS = 6  # the network's layers are spread over, for layer decay
-# What a classifier's checkpoint has beyond the features: its last layers, and in some networks the norm before them.
+LAYER_DECAY_GROUPS = 6  # groups of the network's layers for layer decay
+# Weights that only a classifier has: those of its last layers and, in some networks, of the norm before them.
 CLASSIFIERS = ("cls", "fc.", "head.", "classifier.", "norm.")
 
 
 class Pyramid(nn.Module):
-    """Features and a pyramid on them, (N, 3, H, W) -> maps (N, out_channels, H / s, W / s) by level, finest first.
+    """A network and a pyramid on its maps, (N, 3, H, W) -> (N, out_channels, H / s, W / s) by level, finest first.
 
     Args:
-        body: timm's features of a network, a list of maps.
-        levels: positions in that list to use, finest first.
-        fpn: takes these maps by name: 0, 1, ...
+        body: timm's feature extractor, which returns a list of maps.
+        levels: positions of the maps to use in that list, finest first.
+        fpn: the pyramid; its inputs are named "0", "1", ...
     """
 
     def __init__(self, body: nn.Module, levels: Sequence[int], fpn: FeaturePyramidNetwork, out_channels: int):
@@ -56,24 +56,24 @@ class Pyramid(nn.Module):
 
 
 def _in_float32(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """The output of a module in float32 where autocast computed it in half precision; a hook.
+    """Forward hook that converts a module's half-precision output, as autocast computes it, to float32.
 
-    torchvision makes anchors and boxes in the precision of the maps and of the heads' outputs. In bfloat16 a coordinate
-    beyond 512 px is a multiple of 4.
+    torchvision computes anchors and boxes in the precision of the maps and of the heads' outputs. In bfloat16,
+    coordinates beyond 512 px are multiples of 4.
     """
     return tree_map(lambda value: value.float() if value.dtype in HALF else value, output)
 
 
 class Detector(nn.Module):
-    """What both detectors have beyond torchvision's: the network's form, and its layers for layer decay.
+    """Base class of both detectors, which adds fusing, sizes, normalization and layer decay to torchvision's.
 
-    Images are a list of (3, H, W) in [0, 1]; they are normalized, resized and padded within. In train mode the output
-    is a dict of losses, in eval mode a dict for each image: `boxes` (n, 4) as x1, y1, x2, y2 in pixels of that image,
-    `labels` (n,), `scores` (n,), best first, and of Mask R-CNN `masks` (n, 1, H, W), probabilities.
+    The input is a list of images (3, H, W) in [0, 1], which the detector normalizes, resizes and pads. In train mode
+    the output is a dict of losses, in eval mode one dict for each image: `boxes` (n, 4) as x1, y1, x2, y2 in pixels of
+    that image, `labels` (n,), `scores` (n,), best first, and with Mask R-CNN `masks` (n, 1, H, W), probabilities.
 
     Attributes:
         losses: names of the losses.
-        has_masks: whether there are masks.
+        has_masks: whether the detector predicts masks.
         heads: the submodules whose outputs become boxes, classes and masks.
     """
 
@@ -84,18 +84,18 @@ class Detector(nn.Module):
     test_size: int = 800
 
     def train(self, mode: bool = True) -> "Detector":
-        """torchvision draws one of `min_size` in training and takes the last in evaluation, so it is set by mode."""
+        """Set mode and sizes: torchvision draws one of `min_size` in training and takes the last in evaluation."""
         self.transform.min_size = self.train_sizes if mode else (self.test_size,)
         return super().train(mode)
 
     @property
     def network(self) -> nn.Module:
-        """The timm network within."""
+        """The timm network inside the detector."""
         return self.backbone.body.model
 
     @property
     def selection(self) -> nn.Module:
-        """What selects the detections, by its `score_thresh`, `nms_thresh` and `detections_per_img`."""
+        """The module that selects detections, with `score_thresh`, `nms_thresh` and `detections_per_img`."""
         return self.roi_heads if self.has_masks else self
 
     @property
@@ -104,7 +104,7 @@ class Detector(nn.Module):
 
     @property
     def normalization(self) -> networks.Normalization:
-        """Mean and std that images are normalized with, those of timm's configuration of the network if not set."""
+        """Mean and std that images are normalized with; by default those of the network's configuration in timm."""
         return tuple(self.transform.image_mean), tuple(self.transform.image_std)
 
     @normalization.setter
@@ -112,13 +112,13 @@ class Detector(nn.Module):
         self.transform.image_mean, self.transform.image_std = map(list, value)
 
     def switch_to_deploy(self) -> None:
-        """Fuse the network, in place. ValueError if it has no deploy form, or its lambda is below 1."""
+        """Fuse the network in place. Raises ValueError if it has no deploy form or its lambda is below 1."""
         if not hasattr(self.network, "switch_to_deploy"):
             raise ValueError(f"{type(self.network).__name__} has no deploy form")
         self.network.switch_to_deploy()
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[int]]:
-        """The group of a parameter for layer decay: the network's layers over six groups, all else a seventh."""
+        """Return a function from parameter names to layer-decay groups: six for the network, one for all else."""
         layers = group_parameters(self.network, self.network.group_matcher(coarse=False), reverse=True)
         count = max(layers.values()) + 1
         groups = {f"backbone.body.model.{name}": i * LAYER_DECAY_GROUPS // count for name, i in layers.items()}
@@ -142,10 +142,10 @@ class MaskRCNN(Detector, detection.MaskRCNN):
 
 
 def _build_body(name: str, strides: Sequence[int], **kwargs: Any) -> tuple[nn.Module, list[int]]:
-    """timm's features of a network, and for each stride the position of its last map."""
+    """Build timm's feature extractor. Returns it and, for each stride, the position of the last map of that stride."""
     networks.check_name(name, "the backbone", family="vanillanet*")
     if name.startswith("swin"):
-        kwargs["strict_img_size"] = False  # or it takes images of one size only
+        kwargs["strict_img_size"] = False  # otherwise it takes images of one size only
     try:
         body = timm.create_model(name, features_only=True, feature_cls="getter", **kwargs)
     except (AttributeError, RuntimeError, TypeError) as error:
@@ -173,26 +173,26 @@ def create_detector(
     max_size: int = 1333,
     **kwargs: Any,
 ) -> Detector:
-    """A detector, initialized from the current seed; its network is at lambda 1.
+    """Create a detector, initialized from the current seed. The lambda of its network is 1.
 
     Args:
-        name: `retinanet_` or `mask_rcnn_`, then any model of timm that has maps of strides 4, 8, 16 and 32.
-        num_classes: with the background, which is class 0.
-        act_num, width_mult, deploy: of a VanillaNet; the first is 4 if not given.
-        fpn_channels: of the pyramid, and of all of RetinaNet's head.
-        box_channels: of the two hidden layers of Mask R-CNN's box head.
-        mask_channels: of the convolutions of its mask head.
-        head_norm: BatchNorm in pyramid and heads, and two convolutions more in Mask R-CNN's box head, which helps heads
-            that learn for a short time (as torchvision's v2 detectors have it); the published ones have none.
-        anchor_sizes: five, px, by the pyramid's level, finest first; RetinaNet has each of them thrice, a third of an
-            octave apart.
-        train_sizes: px, one of which an image's short side is resized to in training.
-        test_size: px, of the short side in evaluation.
-        max_size: px, of the long side at most.
-        kwargs: of torchvision's detector.
+        name: `retinanet_` or `mask_rcnn_`, then any timm model with maps of strides 4, 8, 16 and 32.
+        num_classes: number of classes, including the background, which is class 0.
+        act_num, width_mult, deploy: arguments of a VanillaNet; `act_num` is 4 by default.
+        fpn_channels: channels of the pyramid and of RetinaNet's head.
+        box_channels: size of the hidden linear layers of Mask R-CNN's box head.
+        mask_channels: channels of each convolution of Mask R-CNN's mask head.
+        head_norm: use BatchNorm in pyramid and heads, and two convolutions and one hidden layer in Mask R-CNN's box
+            head, similar to torchvision's v2 detectors. It helps in short trainings. The published detectors lack it.
+        anchor_sizes: five sizes, px, by the pyramid's level, finest first. RetinaNet uses each at three scales, a third
+            of an octave apart.
+        train_sizes: px; in training, an image's short side is resized to one of these.
+        test_size: px, length of the short side in evaluation.
+        max_size: px, largest length of the long side.
+        kwargs: further arguments of torchvision's detector.
 
     Raises:
-        ValueError: an unknown name, a network without the feature maps, an argument that does not go with the others.
+        ValueError: unknown name, a network without these feature maps, or arguments that do not fit together.
     """
     prefix = next(filter(name.startswith, FRAMEWORKS), None)
     if prefix is None:
@@ -201,17 +201,17 @@ def create_detector(
     if len(anchor_sizes) != len(ANCHOR_SIZES):
         raise ValueError(f"there must be {len(ANCHOR_SIZES)} anchor sizes, not {len(anchor_sizes)}")
 
-    # The network, as timm's features of it.
+    # The network, as timm's feature extractor.
     own = {"act_num": act_num, "width_mult": width_mult, "deploy": deploy or None}
     own = {argument: value for argument, value in own.items() if value is not None}
     if backbone.startswith("vanillanet"):
         own = {"act_num": 4, **own}
     elif own:
         raise ValueError(f"act_num, width_mult and deploy belong to VanillaNet, {backbone} has no such thing")
-    retinanet = prefix == "retinanet_"  # which needs no map of stride 4
+    retinanet = prefix == "retinanet_"  # needs no map of stride 4
     body, levels = _build_body(backbone, STRIDES[1:] if retinanet else STRIDES, **own)
 
-    # The pyramid on its maps, and the anchors at each of its levels.
+    # The pyramid on the network's maps, and the anchors at each level.
     norm = nn.BatchNorm2d if head_norm else None
     channels = [body.feature_info.channels()[level] for level in levels]
     coarser = LastLevelP6P7(channels[-1], fpn_channels) if retinanet else LastLevelMaxPool()
@@ -221,7 +221,7 @@ def create_detector(
     scales = tuple(tuple(int(size * octave) for octave in octaves) for size in anchor_sizes)
     anchors = AnchorGenerator(sizes=scales, aspect_ratios=(ASPECT_RATIOS,) * len(scales))
 
-    # The heads of the two, which torchvision puts together.
+    # The heads; torchvision's classes assemble the detector.
     if retinanet:
         detector = RetinaNet(
             pyramid,
@@ -243,7 +243,7 @@ def create_detector(
             **{"max_size": max_size} | kwargs,
         )
 
-    # What torchvision leaves to us: normalization, sizes by mode, and boxes in float32.
+    # What torchvision does not set: timm's normalization, sizes by mode, and boxes in float32 under autocast.
     images = networks.config_preprocessing(body.model.pretrained_cfg)
     detector.normalization = images.mean, images.std
     detector.train_sizes, detector.test_size = tuple(train_sizes), test_size
@@ -255,13 +255,13 @@ def create_detector(
 def load_backbone(
     detector: Detector, weights: Mapping[str, torch.Tensor], *, path: str | Path = "the checkpoint"
 ) -> None:
-    """Load a classifier's weights into the detector's network, strictly, less the classifier.
+    """Load a classifier's weights, except those of its last layers, strictly into the detector's network.
 
-    A series activation of a smaller n, as the released weights have it, is given a margin of zeros, which computes the
-    same.
+    Kernels of series activations with a smaller n, as in the released weights, are padded with zeros. Their outputs do
+    not change.
 
     Raises:
-        CheckpointError: what is left does not fit.
+        CheckpointError: the remaining weights do not fit.
     """
     own = detector.network.state_dict()
     weights = {name: value for name, value in weights.items() if name in own or not name.startswith(CLASSIFIERS)}

@@ -15,18 +15,18 @@ from object_detection.detectors import Detector
 
 logger = logging.getLogger(__name__)
 
-# pycocotools' first six numbers: over IoU 0.50 to 0.95, at 0.50, at 0.75, of small, medium and large objects.
+# pycocotools' first six numbers: AP over IoU 0.50 to 0.95, at 0.50, at 0.75, of small, medium and large objects.
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-KINDS = {"bbox": "box", "segm": "mask"}  # pycocotools' name of a kind, and ours
+KINDS = {"bbox": "box", "segm": "mask"}  # pycocotools' name of each kind, and ours
 MASK_THRESHOLD = 0.5
 
 
 def to_results(detection: Mapping[str, torch.Tensor], *, image_id: int, category_ids: Sequence[int]) -> list[dict]:
-    """COCO's result rows of one image's detections.
+    """Convert one image's detections to rows of COCO's result format.
 
     Args:
-        detection: what a detector returns for the image, in its own pixels.
-        category_ids: of the classes 1, 2, ...
+        detection: what a detector returns for the image, in pixels of the original image.
+        category_ids: category ids of classes 1, 2, ...
     """
     x1, y1, x2, y2 = detection["boxes"].double().cpu().unbind(1)
     boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], 1).tolist()  # (n, 4), corners -> corner and size
@@ -46,7 +46,7 @@ def to_results(detection: Mapping[str, torch.Tensor], *, image_id: int, category
 
 @torch.no_grad()
 def detect(detector: Detector, batches: Iterable, *, dataset: CocoDataset, precision: Precision) -> list[dict]:
-    """COCO's result rows of all images of `batches`, (images, targets, indices). The detector's mode is put back."""
+    """Return result rows of all images in `batches` of (images, targets, indices). The detector's mode is restored."""
     training = detector.training
     detector.eval()
     rows = []
@@ -63,25 +63,25 @@ def detect(detector: Detector, batches: Iterable, *, dataset: CocoDataset, preci
 def average_precision(
     data: Mapping[str, Any], results: Sequence[Mapping[str, Any]], *, masks: bool
 ) -> dict[str, float]:
-    """AP in [0, 1] by pycocotools, as `box_AP`, `box_AP50`, ..., and with `masks` also `mask_AP`, ...
+    """Compute AP in [0, 1] with pycocotools: `box_AP`, `box_AP50`, ..., and with `masks` also `mask_AP`, ...
 
     Args:
         data: annotations, as `read_annotations` returns them.
         results: rows of all images, in any order.
 
-    Returns the numbers that have a ground truth: without a small object there is no `box_APs`.
+    Returns only numbers that have a ground truth: without a small object there is no `box_APs`.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     found = {}
     for kind in ("bbox", "segm") if masks else ("bbox",):
-        # Copies, since pycocotools writes into them. It would take a mask's size from its box.
+        # pycocotools writes into rows, so copy them. Mask rows get no box, because it would set the mask's area.
         truth = COCO()
         truth.dataset = _ground_truth(data, kind)
         rows = [{key: value for key, value in row.items() if kind == "bbox" or key != "bbox"} for row in results]
 
-        # Its numbers, without its words.
+        # Compute the numbers, without pycocotools' printed output.
         with contextlib.redirect_stdout(io.StringIO()):
             truth.createIndex()
             detections = truth.loadRes(rows) if rows else COCO()
@@ -95,7 +95,7 @@ def average_precision(
 
 
 def _ground_truth(data: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """A copy for pycocotools, which takes an annotation of id 0 for an unmatched one, and fails without a segment."""
+    """Copy annotations for pycocotools: with ids from 1, because 0 means unmatched; for masks, only with a segment."""
     sizes = {image["id"]: (image["height"], image["width"]) for image in data["images"]}
     annotations = []
     for row in data["annotations"]:

@@ -1,7 +1,7 @@
-"""ONNX export of a detector as a whole, selection of the detections and pasting of the masks included.
+"""ONNX export of a whole detector, including the selection of detections and the pasting of masks.
 
-torchvision's detectors export by tracing (`dynamo=False`): torchvision has the operators and the traceable paths for
-it. `torch.export` gives up at their non-maximum suppression, whose number of boxes depends on the data.
+torchvision's detectors are exported by tracing (`dynamo=False`), for which torchvision has the operators and the
+traceable paths. `torch.export` fails at non-maximum suppression, because its number of boxes depends on the data.
 """
 
 import warnings
@@ -17,7 +17,7 @@ OPSET = 18
 
 
 class _OneImage(nn.Module):
-    """(3, H, W) -> the outputs, as a tuple."""
+    """A detector that takes one image (3, H, W) and returns its outputs as a tuple."""
 
     def __init__(self, detector: Detector):
         super().__init__()
@@ -33,15 +33,15 @@ def output_names(detector: Detector) -> list[str]:
 
 
 def export_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) -> float:
-    """Write a detector in eval mode as ONNX, which takes one `image`, (3, height, width) in [0, 1], of any size.
+    """Write a detector in eval mode as ONNX. The file takes one `image` (3, height, width) in [0, 1], of any size.
 
     Args:
-        image: to trace with and to compare on.
+        image: the image to trace with and to compare outputs on.
 
     Returns the largest difference, see `compare_onnx`. Raises ValueError if a package is missing.
     """
     try:
-        import onnx  # noqa: F401  the exporter asks for it
+        import onnx  # noqa: F401  needed by the exporter
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise ValueError(f"--export_onnx needs the package {error.name}: pip install onnx onnxruntime") from None
@@ -49,7 +49,7 @@ def export_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) ->
     names = output_names(detector)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of what tracing fixes, which torchvision has seen to
+        warnings.simplefilter("ignore")  # about values that tracing freezes; torchvision handles these
         torch.onnx.export(
             _OneImage(detector).eval(),
             args=(image,),
@@ -65,7 +65,7 @@ def export_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) ->
 
 @torch.no_grad()
 def compare_onnx(detector: Detector, path: str | Path, *, image: torch.Tensor) -> float:
-    """The largest gap between what a file detects, by ONNX Runtime on the CPU, and the detector; masks are pasted."""
+    """Return the largest gap between the detector and an ONNX file in ONNX Runtime on the CPU, with masks pasted."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Python looks for modules beside the file that it starts, where `options` is another one; ours are a folder above.
+    # Python puts this folder first in sys.path and would import its options.py. Put the parent folder there instead.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from object_detection.options import parse_args
 from options import Arguments
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # a mistake is answered before the imports below, which take seconds
+    ARGS = parse_args()  # report a wrong flag before the slow imports below
 
 import contextlib
 import functools
@@ -61,17 +61,17 @@ def build_dataset(args: Arguments, *, train: bool) -> CocoDataset:
 
 
 def build_eval_loader(args: Arguments, dataset: CocoDataset, world: utils.World) -> loaders.EvalLoader:
-    """Image by image: in a batch, what is found in an image would depend a little on the others, which pad it, and so
-    AP on the number of processes."""
+    """Build a loader of single images: in batches, the padding changes detections a little, so that AP would depend on
+    the number of processes."""
     loading = replace(training.loading_of(args, world), batch_size=1, collate=collate)
     return loaders.build_eval_loader(dataset, loading)
 
 
 def first_images(dataset: CocoDataset, count: int) -> list[torch.Tensor]:
-    """The first images (3, H, W) that can be read. ValueError if none can."""
+    """Return the first `count` images (3, H, W) that can be read. Raises ValueError if none can."""
     found: list[torch.Tensor] = []
     for index in range(len(dataset)):
-        with contextlib.suppress(BrokenImageError):  # evaluation tells of them
+        with contextlib.suppress(BrokenImageError):  # reporting broken images is left to evaluation
             found.append(dataset[index][0])
         if len(found) == count:
             break
@@ -92,7 +92,7 @@ def evaluate(
     name: str,
     stop: utils.StopRequest | None = None,
 ) -> dict[str, float]:
-    """AP on all images, each of which one rank sees. Known to rank 0, empty on the others; all ranks call it.
+    """Compute AP over all images, divided among the ranks. All ranks must call it; only rank 0 gets a non-empty result.
 
     Raises `training.EvaluationStopped`, see `training.until_stopped`.
     """
@@ -111,7 +111,7 @@ def ap_rows(found: dict[str, float], name: str) -> Iterator[list[str]]:
 
 
 def prepare_eval(args: Arguments, world: utils.World):
-    """The loader, its data set, and the loaded detector in eval mode."""
+    """Return the loader, its data set, and the loaded detector in eval mode."""
     dataset = build_dataset(args, train=False)
     detector = checkpoints.build_detector(vars(args), len(dataset.classes) + 1)
     checkpoints.load_detector(args, detector, dataset)
@@ -142,7 +142,7 @@ def evaluate_checkpoint(args: Arguments, world: utils.World) -> None:
 
 
 def deploy_checkpoint(args: Arguments, world: utils.World) -> None:
-    """Fuse the network, compare the detections, write the file once, evaluate both forms side by side."""
+    """Fuse the network, compare the detections, write the file on rank 0, and evaluate both forms side by side."""
     # Fuse, compare, write.
     loader, dataset, detector = prepare_eval(args, world)
     images = [image.to(world.device) for image in first_images(dataset, COMPARED_IMAGES)]
@@ -157,7 +157,7 @@ def deploy_checkpoint(args: Arguments, world: utils.World) -> None:
         is_main=world.is_main,
     )
 
-    # Evaluate both forms on all ranks; rank 0 measures them by turns, and prints all of it.
+    # All ranks evaluate both forms. Rank 0 also measures their speed in turns, and prints the results.
     precision = training.build_precision(args, world.device)
     forms = {"train form": detector, "deploy form": fused}
     found = {name: evaluate(form, loader, dataset, world, precision, name) for name, form in forms.items()}
@@ -188,10 +188,10 @@ def export_checkpoint(args: Arguments, world: utils.World) -> None:
 
 @dataclass(frozen=True)
 class Detection:
-    """The loss of a list of images (3, H, W) with their targets: the sum of the detector's losses.
+    """Objective of training: the sum of the detector's losses for a list of images (3, H, W) and their targets.
 
     Args:
-        precision: to compute in; the losses are summed in float32 at least.
+        precision: precision to compute in; the losses are summed in float32 at least.
         sums: the names of the losses, with `loss` and `count`.
     """
 
@@ -214,8 +214,8 @@ class Detection:
 
 
 def open_detector(args: Arguments, world: utils.World, dataset: CocoDataset) -> Detector:
-    """The detector to train on its device, from --finetune, from a classifier, or anew."""
-    utils.seed_everything(args.seed)  # the same on all ranks, so that the initial weights are
+    """Open the detector to train, on its device, with weights from --finetune or a classifier, or with random ones."""
+    utils.seed_everything(args.seed)  # all ranks must start from the same weights
     detector = checkpoints.build_detector(vars(args), len(dataset.classes) + 1)
     if args.finetune:
         checkpoints.load_detector(args, detector, dataset)
@@ -225,7 +225,7 @@ def open_detector(args: Arguments, world: utils.World, dataset: CocoDataset) -> 
 
 
 def open_schedule(args: Arguments, steps_per_epoch: int) -> Schedule:
-    """The learning rate falls at --lr_steps; the weight decay stays."""
+    """Return a schedule that lowers the learning rate at --lr_steps and keeps the weight decay."""
     warmup_steps = training.checked_warmup(
         args, "warmup_steps", warmup_steps=args.warmup_steps, total_steps=args.epochs * steps_per_epoch
     )
@@ -239,10 +239,10 @@ def open_schedule(args: Arguments, steps_per_epoch: int) -> Schedule:
 
 
 def train(args: Arguments, world: utils.World) -> None:
-    """A run: data, detector, state, and then epoch by epoch, as `training.fit` shows it; lambda is 1 throughout."""
+    """Train a detector: set up data, detector and state, then call `training.fit`. Lambda is 1 throughout."""
     stop = utils.StopRequest()
 
-    # The data, of the same categories in both splits.
+    # The data; both splits must have the same categories.
     dataset, eval_dataset = build_dataset(args, train=True), None
     loader = loaders.build_train_loader(dataset, replace(training.loading_of(args, world), collate=collate))
     if not args.disable_eval:
@@ -251,14 +251,14 @@ def train(args: Arguments, world: utils.World) -> None:
             raise ValueError(f"{dataset.path} and {eval_dataset.path} have different categories")
         eval_loader = build_eval_loader(args, eval_dataset, world)
 
-    # The detector, its loss, and the state that the run changes.
+    # The detector, its loss, and the state of the run.
     detector = open_detector(args, world, dataset)
     objective = Detection(training.build_precision(args, world.device), ("loss", *detector.losses, "count"))
     state = training.build_state(
         args, world, detector, loader=loader, objective=objective, classes=len(dataset.classes)
     )
 
-    # What of the loop is detection's own.
+    # The parts of the loop that only detection has.
     def evaluate_all(forms: Mapping[str, Detector]) -> dict[str, float]:
         found = {}
         for prefix, form in forms.items():

@@ -2,8 +2,8 @@
 
     python -m object_detection.make_garments outputs/garments
 
-Each image has up to five garments at random places, sizes and tints; the later ones hide parts of the earlier ones, and
-masks and boxes are of what is left to see. Some images are empty. The result depends on nothing but the seed.
+Each image has up to five garments with random places, sizes and tints. Later garments may hide parts of earlier ones;
+masks and boxes cover the visible parts. Some images are empty. The seed is the only source of randomness.
 """
 
 import json
@@ -22,8 +22,8 @@ from records.files import mistakes_end
 logger = logging.getLogger("make_garments")
 
 SOURCE = Path(__file__).parents[1] / "data/fashion-mnist"
-# By category id, which have gaps as COCO's have, its name and Fashion-MNIST's classes. The four tops are one category,
-# and so are the two low shoes: what sets them apart is hard to see at 28 px.
+# Category id: name and Fashion-MNIST's classes. The ids have gaps, as COCO's do. The four tops share a category, and so
+# do the two low shoes, because they are hard to tell apart at 28 px.
 CATEGORIES = {
     1: ("top", (0, 2, 4, 6)),
     2: ("trousers", (1,)),
@@ -32,16 +32,16 @@ CATEGORIES = {
     8: ("bag", (8,)),
     9: ("boot", (9,)),
 }
-STREAMS = {"train": 0, "val": 1}  # what sets the random numbers of the splits apart
-CLOTH = 24  # grey value from which a pixel of the source belongs to the garment
-SMALLEST, LARGEST = 28, 64  # px, side of the square that a garment is pasted as
-MOST = 5  # garments in an image
-EMPTY = 0.05  # of the images
-LEAST_VISIBLE = 0.7  # of a garment; one of which less is left to see is taken away again
+STREAMS = {"train": 0, "val": 1}  # seeds that give each split its own random numbers
+CLOTH = 24  # lowest grey value of a garment's pixels
+SMALLEST, LARGEST = 28, 64  # px, range of the side of a pasted garment's square
+MOST = 5  # largest number of garments in an image
+EMPTY = 0.05  # share of images without garments
+LEAST_VISIBLE = 0.7  # share of a garment; a later garment that would leave less visible is left out
 
 
 def make_canvas(side: int, rng: np.random.Generator) -> np.ndarray:
-    """A background, (side, side, 3) in [0, 255]: coloured noise of several scales."""
+    """Make a background (side, side, 3) in [0, 255] from coloured noise of several scales."""
     canvas = np.zeros((side, side, 3))
     for cells, weight in ((3, 25), (12, 18), (side, 6)):
         noise = rng.uniform(-1, 1, (cells, cells, 3)).astype(np.float32)
@@ -51,7 +51,7 @@ def make_canvas(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def scale_garment(garment: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A garment (28, 28) -> pixels (size, size, 3) in [0, 255] and mask (size, size), mirrored by chance and tinted."""
+    """Scale, tint and randomly mirror a garment (28, 28): unclipped pixels (size, size, 3) and mask (size, size)."""
     if rng.random() < 0.5:
         garment = garment[:, ::-1]
     grey = np.asarray(Image.fromarray(garment).resize((size, size), Image.Resampling.BILINEAR), np.float64)
@@ -61,11 +61,11 @@ def scale_garment(garment: np.ndarray, size: int, rng: np.random.Generator) -> t
 def make_image(
     garments: Sequence[np.ndarray], side: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, list[np.ndarray | None]]:
-    """Paste garments (28, 28) on a canvas, in their order.
+    """Paste garments (28, 28) on a canvas, in order.
 
     Returns:
-        The image (side, side, 3), uint8, and of each garment the mask (side, side) of what can be seen of it, bool, or
-        None if it was left out, since too little of it or of one before it would have been.
+        The image (side, side, 3), uint8, and for each garment the mask (side, side) of its visible part, bool. The mask
+        is None for a garment left out because it had no pixel or would have hidden too much of an earlier one.
     """
     image = make_canvas(side, rng)
     masks: list[np.ndarray | None] = []
@@ -88,13 +88,13 @@ def make_image(
 
 
 def make_split(folder: Path, split: str, *, source: Path, images: int, side: int, seed: int) -> int:
-    """Write the images of a split into `folder`/`split` and its annotations beside that. Returns how many objects.
+    """Write a split's images to `folder`/`split` and its annotations to `folder`/`split`.json.
 
-    Raises ValueError if the source is not Fashion-MNIST.
+    Returns the number of objects. Raises ValueError if the source is not Fashion-MNIST.
     """
     from pycocotools import mask as mask_utils
 
-    # Fashion-MNIST's images by the garment they show, and an empty data set.
+    # Group Fashion-MNIST's images by category, and begin with an empty data set.
     garments = build_dataset("FMNIST", source, train=split == "train", transform=None)
     groups = {category: np.flatnonzero(np.isin(garments.targets, c)) for category, (_, c) in CATEGORIES.items()}
     (folder / split).mkdir(parents=True, exist_ok=True)
@@ -104,10 +104,10 @@ def make_split(folder: Path, split: str, *, source: Path, images: int, side: int
         "categories": [{"id": category, "name": name} for category, (name, _) in CATEGORIES.items()],
     }
     for image_id in range(1, images + 1):
-        # An image has random numbers of its own, so that a larger data set begins with the images of a smaller one.
+        # Each image has its own random numbers, so that a larger data set begins with the images of a smaller one.
         rng = np.random.Generator(np.random.PCG64((seed, STREAMS[split], image_id)))
         count = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST + 1))
-        # How many garments, which, and where: the last ones lie on top and may hide others.
+        # Choose the garments and paste them in order: later ones lie on top and may hide others.
         categories = rng.choice(list(CATEGORIES), count).tolist()
         chosen = [garments.images[rng.choice(groups[category])] for category in categories]
         image, masks = make_image(chosen, side, rng)

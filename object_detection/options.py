@@ -1,4 +1,4 @@
-"""The flags of object_detection/main.py: those of every training run, and the detector's own."""
+"""The flags of object_detection/main.py: those of every training run and those of detectors."""
 
 from collections.abc import Sequence
 
@@ -88,5 +88,5 @@ def _check(args: Arguments) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
-    """Parse and check a command, see `options.parse_checked`."""
+    """Parse and check a command; see `options.parse_checked`."""
     return options.parse_checked(build_parser(), argv, _check, launched=True)

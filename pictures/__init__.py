@@ -1,1 +1,1 @@
-"""What `visualize.py` draws; each module returns a matplotlib figure and knows nothing of the command line."""
+"""Matplotlib figures of networks and results, and their common style. The modules here parse no command line."""

@@ -1,9 +1,9 @@
 """Class-activation maps: where in an image a network finds the evidence for a class.
 
-The paper compares VanillaNet-9 with ResNet-50 by them. The map is Grad-CAM's, ReLU(sum over c of w_c A_c), where
-A (C, h, w) is a feature map and w_c the mean over positions of the gradient of the class's logit by A_c. Under a linear
-classifier on average-pooled features, which VanillaNet's is at lambda 1, that is the class-activation map proper (Zhou
-et al., "Learning Deep Features for Discriminative Localization", CVPR 2016).
+The paper uses such maps to compare VanillaNet-9 with ResNet-50. The map is Grad-CAM's, ReLU(sum over c of w_c A_c),
+where A (C, h, w) is a feature map and w_c is the mean over positions of the gradient of the class's logit with respect
+to A_c. With a linear classifier on average-pooled features, as VanillaNet has at lambda 1, this is the original
+class-activation map (Zhou et al., "Learning Deep Features for Discriminative Localization", CVPR 2016).
 """
 
 import math
@@ -34,13 +34,13 @@ class _Split(nn.Module):
 
 
 def _observed_layer(split: _Split, level: int | None) -> nn.Module:
-    """The layer whose output is the feature map, by timm's `feature_info` if it is not the last one before pooling."""
+    """Return the layer whose output is the feature map: the last before pooling, or one in timm's `feature_info`."""
     levels = getattr(split.model, "feature_info", None) or []
     if level is None:
         if getattr(split.model, "global_pool", None) != "token":
             return split.features
-        # Such a transformer reads its class off one token: the other tokens of its last block have no part in it, and
-        # those of the block before it have, through that block's attention.
+        # The logits depend on the class token alone. The last block's other tokens have no influence on them; those of
+        # the block before do, through the attention of the last block.
         level = -2
     try:
         return split.model.get_submodule(levels[level]["module"])
@@ -50,7 +50,7 @@ def _observed_layer(split: _Split, level: int | None) -> nn.Module:
 
 
 def _as_map(features: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """(N, C, h, w) of features in the layout that timm's `output_fmt` names, or of tokens (N, T, C) of a square grid.
+    """Convert features in the layout of timm's `output_fmt`, or tokens (N, T, C) of a square grid, to (N, C, h, w).
 
     Raises:
         ValueError: several maps, tokens that form no square, or a single position.
@@ -61,7 +61,7 @@ def _as_map(features: torch.Tensor, model: nn.Module) -> torch.Tensor:
         features = features.permute(0, 3, 1, 2)
     elif features.ndim == 3:
         count = features.shape[1]
-        # Some models put their class token in front only after the blocks.
+        # Some models add their class token only after the blocks, so that these tokens have no prefix yet.
         for prefix in (getattr(model, "num_prefix_tokens", 0), 0):
             side = math.isqrt(count - prefix)
             if side * side == count - prefix:
@@ -77,19 +77,19 @@ def _as_map(features: torch.Tensor, model: nn.Module) -> torch.Tensor:
 def activation_maps(
     model: nn.Module, images: torch.Tensor, *, target: int | None = None, level: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Class-activation maps of a timm model, which is left in eval mode, without in-place activations.
+    """Compute class-activation maps of a timm model. The model is left in eval mode, without in-place activations.
 
     Args:
-        images: (N, 3, H, W), as the network wants them.
-        target: the class to explain; None: the one predicted for each image.
+        images: network input (N, 3, H, W).
+        target: the class to explain; None: the predicted class of each image.
         level: index into timm's `feature_info`, negative from the end; None: the last feature map before pooling.
 
     Returns:
-        The maps (N, H, W), float32, each scaled to reach from 0 to 1 and enlarged bilinearly, all 0 if nothing speaks
-        for the class; and the logits (N, classes).
+        The maps (N, H, W), float32, enlarged bilinearly and scaled to [0, 1], or all 0 without evidence for the class;
+        and the logits (N, classes).
 
     Raises:
-        ValueError: the package grad-cam is missing, no such class or level, or features that are no map.
+        ValueError: the package grad-cam is missing, the class or level does not exist, or the features are no map.
     """
     try:
         from pytorch_grad_cam import GradCAM
@@ -100,8 +100,8 @@ def activation_maps(
         raise ValueError(f"--target {target} is no class of the network, which has 0 to {model.num_classes - 1}")
     for module in model.modules():
         if hasattr(module, "inplace"):
-            module.inplace = False  # would overwrite the feature map after it was observed
-    # The library weights what the layer gives out by the gradient of the class's logit.
+            module.inplace = False  # an in-place activation would overwrite the observed feature map
+    # The library calls `observe` with the layer's output, and then with the gradient of the class's logit.
     split = _Split(model)
     targets = None if target is None else [ClassifierOutputTarget(target)] * len(images)
     seen = []  # the feature map, then its gradient
@@ -111,11 +111,11 @@ def activation_maps(
         return seen[-1]
 
     cam = GradCAM(split, [_observed_layer(split, level)], reshape_transform=observe)
-    try:  # not as a context, which would swallow an IndexError
+    try:  # not `with cam`, because its exit suppresses an IndexError
         with torch.enable_grad():
             maps = cam(images, targets)
         logits = cam.outputs.detach().cpu().numpy()
-    except AttributeError as error:  # what the library ends in without a gradient
+    except AttributeError as error:  # raised by the library if it got no gradient
         if len(seen) == 2:
             raise
         raise ValueError("the model does not answer by the feature map that timm names: try --level") from error
@@ -127,16 +127,16 @@ def activation_maps(
 
 @dataclass(frozen=True)
 class View:
-    """What one network makes of one image."""
+    """One network's answer for one image, with the map that explains it."""
 
-    image: np.ndarray  # (H, W, 3) in [0, 1], the part of the image that the network is given
+    image: np.ndarray  # (H, W, 3) in [0, 1], the part of the image that the network sees
     heat: np.ndarray  # (H, W) in [0, 1], the map
-    title: str  # the network's answer, in words
-    right: bool | None  # whether that is the true class; None where that is not known
+    title: str  # the network's answer in words
+    right: bool | None  # whether the answer is the true class; None if this is unknown
 
 
 def _views(network: Network, photos: Sequence[Photo], target: int | None, level: int | None) -> list[View]:
-    """What a network makes of each image; the title has its answer, or with `target` that class's probability too."""
+    """Return a network's view of each image. With `target`, the title also has the probability of that class."""
     prepare = build_eval_transform(network.preprocessing)
     inputs = torch.stack([prepare(photo.image) for photo in photos])  # (N, 3, H, W)
     maps, logits = activation_maps(network.module, inputs, target=target, level=level)  # (N, H, W), (N, classes)
@@ -155,7 +155,7 @@ def _views(network: Network, photos: Sequence[Photo], target: int | None, level:
 
 
 PANEL = 2.1  # inches
-WIDTH = 11  # inches, up to which images stand beside each other
+WIDTH = 11  # inches, largest width of images side by side
 MARKS = {None: ("", style.INK), True: ("\u2713 ", style.RIGHT), False: ("\u2717 ", style.WRONG)}
 
 
@@ -163,15 +163,15 @@ MARKS = {None: ("", style.INK), True: ("\u2713 ", style.RIGHT), False: ("\u2717 
 def cam_figure(
     opened: Sequence[Network], photos: Sequence[Photo], *, target: int | None = None, level: int | None = None
 ) -> Figure:
-    """A group of panels an image: as the first network is given it, then each network's map over its own.
+    """Draw a group of panels for each image: the first network's input, then each network's map over its own input.
 
-    Groups stand beside each other as far as the width allows, and then below each other.
+    Groups are placed side by side up to `WIDTH`, and then in further rows.
 
     Args:
-        target, level: as for `activation_maps`.
+        target, level: see `activation_maps`.
 
     Raises:
-        ValueError: as `activation_maps`; it names the network.
+        ValueError: see `activation_maps`; the message names the network.
     """
     columns: dict[str, list[View]] = {}
     for number, network in enumerate(opened, 1):
@@ -180,13 +180,13 @@ def cam_figure(
             columns[column] = _views(network, photos, target, level)
         except ValueError as error:
             raise ValueError(f"{' '.join(column.split())}: {error}") from error
-    # The first network's name for the true class stands for all.
+    # The true class is named once for all networks, in the words of the first.
     truths = [true_class(opened[0], photo.folder) for photo in photos]
     names = [
         photo.name if truth is None else f"{photo.name}\ntrue: {short_name(opened[0], truth)}"
         for photo, truth in zip(photos, truths, strict=True)
     ]
-    # A row of the grid holds whole groups; panels without an image go.
+    # Each row of the grid holds whole groups. Panels without an image are removed.
     group = 1 + len(columns)
     across = min(len(names), max(1, int(WIDTH / (PANEL * group))))
     down = -(-len(names) // across)

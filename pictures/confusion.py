@@ -1,4 +1,4 @@
-"""The confusion matrix of an evaluation: which classes a network takes for which others."""
+"""Confusion matrix of an evaluation: which classes a network mistakes for which others."""
 
 from collections.abc import Sequence
 
@@ -9,30 +9,30 @@ from matplotlib.figure import Figure
 
 from pictures import style
 
-NAMED = 40  # classes, up to which each row and column has its name
-NUMBERED = 20  # classes, up to which each cell has its number
+NAMED = 40  # largest number of classes for which rows and columns are named
+NUMBERED = 20  # largest number of classes for which cells show their counts
 SHADES = LinearSegmentedColormap.from_list("shades", [(style.ACCENT, 0), (style.ACCENT, 1)])
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
-    """Of the images of each class, the share that each prediction has; 0 in the row of a class without images."""
+    """Share of each prediction among a class's images; the row of a class without images is 0."""
     return counts / np.maximum(counts.sum(1, keepdims=True), 1)
 
 
 def worst_pairs(counts: np.ndarray, limit: int = 20) -> list[tuple[int, int]]:
-    """(true class, prediction) of the errors that take the largest share of a class's images, the worst first.
+    """Return (true class, prediction) of the errors with the largest share of their class's images, worst first.
 
     Args:
-        counts: (C, C), images by true class and prediction.
+        counts: (C, C), number of images by true class and prediction.
     """
     wrong = _shares(counts) * (1 - np.eye(len(counts)))
-    order = np.lexsort((-counts.ravel(), -wrong.ravel()))[:limit]  # of equal shares, the one of more images
+    order = np.lexsort((-counts.ravel(), -wrong.ravel()))[:limit]  # of equal shares, more images first
     return [divmod(int(index), len(counts)) for index in order if wrong.flat[index] > 0]
 
 
 def _draw_matrix(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> None:
     shares, size = _shares(counts), len(classes)
-    # By its square root, which sets a few per cent off from nothing.
+    # The square root of the share makes a few per cent distinguishable from zero.
     axes.imshow(shares, cmap=SHADES, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     axes.set(xlabel="prediction", ylabel="true class")
     axes.grid(visible=False)
@@ -48,7 +48,7 @@ def _draw_matrix(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> None
 
 
 def _list_pairs(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> None:
-    """A bar for each of the worst pairs: the share of the true class's images, and their number."""
+    """Draw a bar for each of the worst pairs, with their share of the true class's images and their number."""
     pairs, shares = worst_pairs(counts), _shares(counts)
     names = [f"{classes[true]} \N{RIGHTWARDS ARROW} {classes[predicted]}" for true, predicted in pairs]
     bars = axes.barh(range(len(pairs)), [100 * shares[pair] for pair in pairs], color=style.ACCENT)
@@ -62,14 +62,14 @@ def _list_pairs(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> None:
 
 @style.styled
 def confusion_figure(counts: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Rows are true classes, columns predictions; for more than 40 classes the 20 worst pairs are listed beside them.
+    """Draw true classes as rows and predictions as columns; for more than 40 classes, also list the 20 worst pairs.
 
     Args:
-        counts: (C, C), integers: images by true class and prediction.
-        classes: names of the C classes; of several names for one, as ImageNet has them, the first is shown.
+        counts: (C, C), integers, number of images by true class and prediction.
+        classes: names of the C classes; if a class has several names, as in ImageNet, the first is shown.
     """
     classes = [name.partition(",")[0] for name in classes]
-    # As large as the names need; many classes have no names, and the worst pairs in words instead.
+    # The figure is as large as the names need. For many classes, names are replaced by a list of the worst pairs.
     if len(classes) > NAMED:
         figure = style.new_figure(13, 6.5)
         matrix, pairs = figure.subplots(1, 2)
@@ -79,7 +79,7 @@ def confusion_figure(counts: np.ndarray, classes: Sequence[str]) -> Figure:
         figure = style.new_figure(side, side + 0.4)
         matrix = figure.subplots()
     _draw_matrix(matrix, counts, classes)
-    # What one should see: the share of right answers, and the worst of the wrong ones.
+    # The title states the share of right answers and the most frequent error.
     title = f"Right for {100 * np.trace(counts) / counts.sum():.2f} % of {counts.sum():,} images"
     for true, predicted in worst_pairs(counts, 1):
         title += f"; {100 * _shares(counts)[true, predicted]:.0f} % of {classes[true]} taken for {classes[predicted]}"

@@ -1,4 +1,4 @@
-"""Depth or latency against accuracy; every number names its source."""
+"""Figures of depth or latency against accuracy; the caption names the source of every number."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,7 +18,7 @@ class Result:
     """A network's numbers; None where its source does not give one."""
 
     network: str
-    series: str  # the family that it is joined to by a line
+    series: str  # the family; a line joins its networks
     layers: float | None  # its depth
     latency_ms: float | None  # of one image
     top1: float | None  # accuracy in percent
@@ -27,7 +27,7 @@ class Result:
 
 
 def paper_results() -> list[Result]:
-    """The rows of docs/paper_results.csv; its further columns are left alone."""
+    """Read docs/paper_results.csv; columns that are not fields of `Result` are ignored."""
     rows = [{field.name: row[field.name] for field in fields(Result)} for row in read_rows(PAPER_RESULTS)]
     for row in rows:
         row |= {column: float(row[column]) if row[column] else None for column in ("layers", "latency_ms", "top1")}
@@ -35,7 +35,7 @@ def paper_results() -> list[Result]:
 
 
 def _draw_series(axes: Axes, results: Sequence[Result], quantity: str) -> None:
-    """A line a series: VanillaNet's in the strong colour, those of others in grey."""
+    """Draw a line for each series, VanillaNets in the strong colour and others in grey."""
     dashes = iter(("-", "--", ":"))
     for series in dict.fromkeys(result.series for result in results):
         points = [(getattr(result, quantity), result.top1) for result in results if result.series == series]
@@ -50,7 +50,7 @@ def _draw_series(axes: Axes, results: Sequence[Result], quantity: str) -> None:
 
 
 def _name_networks(axes: Axes, results: Sequence[Result], quantity: str) -> None:
-    """Every point's name; those of a series of VanillaNets are shortened to what follows the first one's."""
+    """Name every point. Within a series, only the first name keeps the prefix `VanillaNet-`."""
     names, colours, begun = [], [], set()
     for result in results:
         names.append(result.network.removeprefix("VanillaNet-") if result.series in begun else result.network)
@@ -60,7 +60,7 @@ def _name_networks(axes: Axes, results: Sequence[Result], quantity: str) -> None
 
 
 def _draw_latencies_alone(axes: Axes, results: Sequence[Result]) -> None:
-    """Below the axis of latency, the networks whose accuracy the source does not give."""
+    """Draw networks whose accuracy the source does not give, by latency alone."""
     for position, result in enumerate(sorted(results, key=lambda result: result.latency_ms)):
         axes.plot([result.latency_ms], [-position], marker="o", markersize=4, color=style.PEER, label=result.network)
         text, place = f"{result.network}, {result.latency_ms:g} ms", (result.latency_ms, -position)
@@ -71,13 +71,13 @@ def _draw_latencies_alone(axes: Axes, results: Sequence[Result]) -> None:
 
 @style.styled
 def accuracy_figure(panels: Mapping[str, Sequence[Result]], quantity: str, *, title: str, xlabel: str) -> Figure:
-    """A quantity against accuracy, in panels of one range; under it the latencies of networks without an accuracy.
+    """Draw a quantity against accuracy in panels of the same range, above the latencies of networks without accuracy.
 
     Args:
-        panels: results by the title of their panel, all of the same sources.
+        panels: results by the title of their panel; the caption names the sources of all panels.
         quantity: `layers`, or `latency_ms`, which is drawn on a logarithmic axis.
     """
-    # What has both numbers is drawn; a latency alone stands in a strip below the axes.
+    # Networks with both numbers are points of the panels; those with a latency alone are in a strip below.
     drawn = {name: [one for one in rows if getattr(one, quantity) is not None] for name, rows in panels.items()}
     known = {name: [one for one in rows if one.top1 is not None] for name, rows in drawn.items()}
     alone = {name: [one for one in rows if one.top1 is None] for name, rows in drawn.items()}
@@ -96,14 +96,14 @@ def accuracy_figure(panels: Mapping[str, Sequence[Result]], quantity: str, *, ti
     grid[0, 0].set_ylabel("top-1 (%)")
     provenance = dict.fromkeys(f"{one.source}: {one.conditions}" for rows in drawn.values() for one in rows)
     style.caption(figure, title, "\n".join(provenance))
-    for axes, results in zip(grid[0], known.values(), strict=True):  # last, as names keep clear of what is drawn
+    for axes, results in zip(grid[0], known.values(), strict=True):  # last, because names avoid what is drawn
         _name_networks(axes, results, quantity)
     return figure
 
 
 def results_figures(results: Sequence[Result]) -> dict[str, Figure]:
-    """The paper's two figures by the name of their file: depth and latency against accuracy."""
-    # What each should be seen for: what the most accurate VanillaNet reaches.
+    """Draw the paper's two figures, depth and latency against accuracy. Returns them by file name."""
+    # The titles state what the most accurate VanillaNet reaches.
     best = max((one for one in results if one.series.startswith("VanillaNet")), key=lambda one: one.top1)
     depth = f"{best.layers:g} layers reach {best.top1:g} % top-1"
     speed = f"VanillaNet needs {best.latency_ms:g} ms for {best.top1:g} % top-1"

@@ -1,4 +1,4 @@
-"""Experiments over several seeds: each run as a dot, the mean as a bar."""
+"""Figure of experiments over several seeds, with runs as dots and their means as bars."""
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
@@ -12,10 +12,10 @@ Panel = tuple[str, str, Mapping[str, Sequence[float]]]
 
 @style.styled
 def seeds_figure(rows: Sequence[Sequence[Panel]], *, title: str, conditions: str, ylabel: str) -> Figure:
-    """Rows of panels, as wide together as the figure; those of a row are to be compared, and have the same range.
+    """Draw rows of panels. The panels of a row have the same range, so that they can be compared.
 
     Args:
-        rows: of each panel, its title, the name of what is varied, and the scores of the runs by its value.
+        rows: panels, each with its title, the name of what is varied, and the runs' scores by the varied value.
     """
     figure = style.new_figure(9, 3.2 * len(rows) + 0.8)
     grid = figure.subplots(len(rows), max(map(len, rows)), sharey="row", squeeze=False)

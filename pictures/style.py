@@ -1,6 +1,6 @@
-"""The look of every figure: one font, one strong colour for what a figure is about, grey for what it is compared with.
+"""Style of all figures: one font, a strong colour for the subject of a figure, and grey for its peers.
 
-Figures have no background, and their inks are chosen so that white pages and dark ones both show them.
+Figures have no background, and their colours are legible on both white and dark pages.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-INK = "#737b85"  # text and axes: a contrast of at least 4 both on white and on a page that is almost black
-ACCENT = "#e8590c"  # VanillaNet, or what else the figure is about
-PEER = "#8b949e"  # what it is compared with
+INK = "#737b85"  # text and axes; the contrast is at least 4 on white and on almost black pages
+ACCENT = "#e8590c"  # VanillaNet, or another subject of a figure
+PEER = "#8b949e"  # what the subject is compared with
 RIGHT, WRONG = "#1f883d", "#cf222e"
-# For series of equal rank, told apart by colour-blind readers too: Okabe and Ito's, without black and yellow.
+# For series of equal rank: Okabe and Ito's colour-blind safe palette, with a lighter blue and no black or yellow.
 COLOURS = ("#0080c6", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#d55e00")
 
 _SETTINGS = {
@@ -50,27 +50,27 @@ _SETTINGS = {
     "lines.linewidth": 1.8,
     "lines.markersize": 6,
 }
-# Decorates a function that draws: what it makes takes the settings above, and no other figure does.
+# Decorator of functions that draw figures; the settings above apply within them only.
 styled = matplotlib.rc_context(_SETTINGS)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, which makes room for all of its texts by itself."""
+    """Create an empty figure of this size in inches, with a layout that makes room for all texts."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def caption(figure: Figure, title: str, conditions: str) -> None:
-    """What one should see, above the figure, and in small print below it what it holds for."""
-    width = figure.get_figwidth()  # inches, in each of which there is room for so many letters
+    """Write the title above a figure and, in small print below it, the conditions that it holds for."""
+    width = figure.get_figwidth()  # inches; the factors below are letters per inch
     figure.suptitle(fill(title, int(8.6 * width)), x=0.01, ha="left", fontsize=13, fontweight="bold")
     small = "\n".join(fill(line, int(15.5 * width)) for line in conditions.splitlines())
     figure.supxlabel(small, x=0.01, ha="left", fontsize=8)
 
 
 def plain_log(axis: Axis) -> None:
-    """Make an axis logarithmic with plain numbers on it: 20, 50, 100, not 10^2."""
+    """Make an axis logarithmic, labelled with plain numbers: 20, 50, 100, not 10^2."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 4 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
@@ -81,14 +81,14 @@ def plain_log(axis: Axis) -> None:
 def name_points(
     axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], *, colours: Sequence[str]
 ) -> None:
-    """Write each point's name beside it, where it covers no point, line or other name, and stays inside the axes.
+    """Write each point's name beside it, inside the axes and clear of points, lines and other names if possible.
 
-    The places around a point are tried from near to far, and the one that covers least is taken; a name that had to
-    go far is joined to its point by a thin line. Call it last: the limits of the axes must not change any more.
+    Of several places around a point, near and far, the one that covers least is used. A thin line joins a distant name
+    to its point. Call this function last, because the limits of the axes must not change afterwards.
     """
-    # What is taken already, as boxes in pixels: points, the legend, and lines.
+    # Collect what names must not cover, as boxes in pixels: points, the legend, and lines.
     figure = axes.figure.figure
-    figure.draw_without_rendering()  # the layout gives the axes their place
+    figure.draw_without_rendering()  # the layout places the axes
     renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
     dots = axes.transData.transform(points)
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in dots]
@@ -100,14 +100,14 @@ def name_points(
             for one, other in pairwise(ends):
                 steps = np.linspace(one, other, 2 + int(np.hypot(*(other - one)) // 5))
                 taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in steps]
-    # Each name in the place of the least cost: overlap in pixels, then distance, and dearest what leaves the axes.
+    # Put each name where it costs least: the overlap in pixels, a little for distance, and most for leaving the axes.
     for name, point, (x, y), colour in zip(names, points, dots, colours, strict=True):
         text = axes.annotate(name, point, (0, 0), textcoords="offset points", fontsize=8, color=colour, va="center")
         extent = text.get_window_extent(renderer)
         places = []
         for distance in (8, 16, 26, 38):
             for dx, dy in ((1, 0), (-1, 0), (0.7, -0.7), (-0.7, 0.7), (0.7, 0.7), (-0.7, -0.7), (0, 1), (0, -1)):
-                # A horizontal text hangs on its left edge right of the point, on its middle above it.
+                # Text right of a point is aligned at its left edge, text left of it at its right edge.
                 align = "left" if dx > 0 else "right" if dx < 0 else "center"
                 left = x + dx * distance - {"left": 0, "center": 0.5, "right": 1}[align] * extent.width
                 bottom = y + dy * distance - extent.height / 2
@@ -124,13 +124,13 @@ def name_points(
 
 
 def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
-    """Of two boxes (left, bottom, right, top), the area that they share."""
+    """Area shared by two boxes (left, bottom, right, top)."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(0.0, width) * max(0.0, height)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, with its folder; the background is transparent."""
+    """Write a figure as PNG with a transparent background, creating its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140, transparent=True)

@@ -1,4 +1,4 @@
-"""What pictures are drawn of: networks with their names and answers in words, and images."""
+"""Subjects of pictures: networks with readable names of their classes, and images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from networks import Network
 
 
 def true_class(network: Network, folder: str) -> int | None:
-    """The class that a folder is named for, by its own name or one like ImageNet's n01440764; None for no class."""
+    """Index of the one class that a folder is named after, by its name or by ImageNet's, such as n01440764; or None."""
     imagenet = ImageNetInfo()
     name = imagenet.label_name_to_description(folder) if folder in imagenet.label_names() else folder
     labels = network.labels
@@ -23,40 +23,40 @@ def true_class(network: Network, folder: str) -> int | None:
 
 
 def short_name(network: Network, index: int) -> str:
-    """A class in words: the first name of it, where it has several."""
+    """The first of the class's names."""
     return network.labels[index].partition(",")[0]
 
 
 def label(network: Network) -> str:
-    """The model's name and form, and the file it is from."""
+    """The model's name and form, and the file that it was opened from."""
     form = ", deployed" if getattr(network.module, "deploy", False) else ""
     return f"{network.name}{form}\n{Path(network.weights.path).name}" if network.weights else network.name
 
 
 def open_network(spec: str, *, key: str | None = None) -> Network:
-    """A network as a user names it, by `networks.open`: a checkpoint, MODEL=CHECKPOINT, or MODEL."""
+    """Open a network that a user names as CHECKPOINT, MODEL=CHECKPOINT or MODEL; see `networks.open`."""
     return networks.open(spec, key=key, flag="--network", mend=f"add its checkpoint, --network {spec}=FILE")
 
 
 @dataclass(frozen=True)
 class Photo:
-    """An image to look at."""
+    """An image to draw, and where it comes from."""
 
-    name: str  # of its file, with as many folders as tell it from others
-    folder: str  # that it lies in, which may be its true class; empty for an image of an idx file
+    name: str  # the file's name, with as many folders as make it unique
+    folder: str  # name of the file's folder, which may be the true class; empty for an image of an idx file
     image: Image.Image  # RGB
 
 
 def read_images(paths: Sequence[str], limit: int) -> tuple[list[Photo], int, list[str]]:
-    """The first `limit` images of files, folders (with what is under them), and idx files as those of Fashion-MNIST.
+    """Read the first `limit` images from files, folders with their subfolders, and idx files like Fashion-MNIST's.
 
     Returns:
-        The images, how many files there are without the limit, and what is wrong with those that cannot be read.
+        The images, the number of images without the limit, and the errors of files that cannot be read.
 
     Raises:
-        ValueError: nothing there, no image in a folder, or none that can be read.
+        ValueError: a path does not exist, a folder has no image, or no image can be read.
     """
-    # An idx file holds many images, which have no names and no folders.
+    # An idx file holds many images, without names and folders.
     sources = []
     for path in paths:
         if path.removesuffix(".gz").endswith("idx3-ubyte"):
@@ -79,7 +79,7 @@ def read_images(paths: Sequence[str], limit: int) -> tuple[list[Photo], int, lis
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:
-    """Each file's name, with as many folders in front of it as tell it from the others."""
+    """Each file's name, preceded by as many folders as make it unique."""
     parts = [Path(path).parts for path in paths]
 
     def unlike_others(own: tuple[str, ...]) -> int:

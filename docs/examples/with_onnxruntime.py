@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession(sys.argv[1])
 about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
 size, image = about["input_size"], ImageOps.exif_transpose(Image.open(sys.argv[2])).convert("RGB")
-if about["crop_pct"]:  # resize the shorter side, of which the crop keeps this part
+if about["crop_pct"]:  # resize so that the crop keeps this share of the shorter side
     resized, shorter = int(size / about["crop_pct"]), min(image.size)
     method = Image.Resampling[about["interpolation"].upper()]
     image = image.resize([resized * side // shorter for side in image.size], method)

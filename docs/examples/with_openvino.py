@@ -11,14 +11,14 @@ core = openvino.Core()
 model = core.read_model(sys.argv[1])
 about = {key: json.loads(value.astype(str)) for key, value in model.get_rt_info("vanillanet").astype(dict).items()}
 size, image = about["input_size"], ImageOps.exif_transpose(Image.open(sys.argv[2])).convert("RGB")
-if about["crop_pct"]:  # resize the shorter side, of which the crop keeps this part
+if about["crop_pct"]:  # resize so that the crop keeps this share of the shorter side
     resized, shorter = int(size / about["crop_pct"]), min(image.size)
     method = Image.Resampling[about["interpolation"].upper()]
     image = image.resize([resized * side // shorter for side in image.size], method)
 left, top = (round((side - size) / 2) if side > size else (side - size + 1) // 2 for side in image.size)
 pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
 batch = ((pixels - about["mean"]) / about["std"]).transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, size, size)
-hint = "f32" if about["precision"] == "fp32" else "bf16"  # or a CPU with bfloat16 uses it in place of float32
+hint = "f32" if about["precision"] == "fp32" else "bf16"  # without it, CPUs with bfloat16 do not compute in float32
 logits = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})({"images": batch})["logits"]
 chances = np.exp(logits[0] - logits[0].max())
 best = chances.argmax()
