@@ -28,7 +28,7 @@ from records.files import first_line, one_line, writing
 
 logger = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST_KEPT = 1 << 30  # bytes
+LARGEST_KEPT, LARGEST_KEPT_BEFORE_2_35 = 1 << 30, 32 << 20  # bytes; the second is the bound of older malloc.c
 
 
 # -- processes
@@ -277,8 +277,9 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    # mallopt takes an int for the value and returns 1 on success.
-    return bool(library.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and library.mallopt(M_TRIM_THRESHOLD, LARGEST_KEPT))
+    # mallopt takes an int for the value and returns 1 on success. Before glibc 2.35 the first value has an upper bound.
+    kept = any(library.mallopt(M_MMAP_THRESHOLD, size) for size in (LARGEST_KEPT, LARGEST_KEPT_BEFORE_2_35))
+    return bool(library.mallopt(M_TRIM_THRESHOLD, LARGEST_KEPT) and kept)
 
 
 # -- random numbers

@@ -4,9 +4,9 @@ import torch
 
 
 def sums_saturate() -> bool:
-    """Return whether pairs of 8-bit products are summed in 16 bits, so that large sums saturate.
+    """Whether products of 8-bit numbers are summed in pairs in 16 bits, so that large sums are cut off.
 
-    This is the case on x86 without the VNNI instructions. Weights must then keep to 7 bits.
+    This is the case on x86 without AVX-512 VNNI; torch does not tell AVX-VNNI. Weights then have to keep to 7 bits.
     """
     return torch.cpu._is_avx2_supported() and not torch.cpu._is_vnni_supported()
 

@@ -27,7 +27,7 @@ class SeriesNetwork(nn.Module):
         device: where the network runs.
 
     Raises:
-        ValueError: any other network, no classifier, adaptive pools, or images that the stem's patches do not tile.
+        ValueError: any other network, no classifier, other pools, or images that the stem's patches do not tile.
     """
 
     def __init__(self, network: nn.Module, images: torch.Tensor, *, precision: str, device: str):
@@ -36,6 +36,8 @@ class SeriesNetwork(nn.Module):
             raise ValueError("the engine triton takes deployed VanillaNets alone: use compile_cuda_graphs")
         if network.num_classes == 0:
             raise ValueError("the engine triton takes networks with a classifier")
+        if network.global_pool.removeprefix("fast") != "avg":
+            raise ValueError("the engine triton takes networks with average pooling: use compile_cuda_graphs")
         self.device, self.dtype = torch.device(device), DTYPES.get(precision, torch.float32)
         stem = network.stem[0]
         self.patch = stem.kernel_size[0]

@@ -15,11 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 import models
 import runtimes
+import utils
+from models.vanillanet import VanillaNet
 from processors import openvino_has_bfloat16
 from runtimes import Target, inductor, pt2e, wide
 from runtimes.adaptive_pool import AxisMaxPool, _as_strided_pool, fix_adaptive_pools, windows
 from runtimes.plain import plain
 from runtimes.running import FixedBatch
+from utils import keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
 METADATA = runtimes.Metadata(
@@ -115,8 +118,12 @@ def check_engine(network, images, engine, precision):
     assert torch.equal(runtime(images), runtime(images))
     layers = runtime.profile(images[:1])
     assert len(layers) >= 6
-    if engine == "onnxruntime":  # whose clock runs from the session's beginning
+    if engine == "onnxruntime":  # whose clock runs from the session's beginning, and whose profile ends once
         assert len({layer.name for layer in layers}) == len(layers)
+        with pytest.raises(ValueError, match="once: load it again"):
+            runtime.profile(images[:1])
+    else:
+        assert len(runtime.profile(images[:1])) == len(layers)
     assert all(layer.ms >= 0 for layer in layers)
     if engine in ("eager", "channels_last", "compile"):  # where torch's profiler sees the shapes
         kernels = {layer.kind.partition(" ")[2] for layer in layers if "conv" in layer.name}
@@ -568,3 +575,39 @@ def test_kept_memory_spares_page_faults():
     if kept != "True":
         pytest.skip("needs glibc")
     assert float(after) < 0.1 * float(before)
+
+
+def test_older_glibc_keeps_as_much_as_it_allows(monkeypatch):
+    """Before 2.35 it refuses a threshold of mmap above 32 MiB, `HEAP_MAX_SIZE / 2` in its malloc.c."""
+    settings = {}
+
+    class Library:
+        gnu_get_libc_version = None
+
+        @staticmethod
+        def mallopt(setting, value):
+            allowed = setting != utils.M_MMAP_THRESHOLD or value <= 32 << 20
+            if allowed:
+                settings[setting] = value
+            return int(allowed)
+
+    monkeypatch.setattr(utils.ctypes, "CDLL", lambda name: Library)
+    assert keep_freed_memory()
+    assert settings == {utils.M_MMAP_THRESHOLD: 32 << 20, utils.M_TRIM_THRESHOLD: 1 << 30}
+
+
+def test_any_number_of_networks_is_compiled(monkeypatch, images):
+    """torch compiles a code object 8 times, and runs it uncompiled then, which is no error."""
+    compiled, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(compile, backend=backend))
+    networks = [VanillaNet(num_classes=5, dims=(4, 4, 8), strides=(2, 1), deploy=True).eval() for _ in range(10)]
+    for network in networks:
+        runtime = runtimes.load(network, engine="compile", images=images[:1])
+        with torch.no_grad():
+            assert torch.allclose(runtime(images[:1]), network(images[:1]), atol=1e-6)
+    assert len(compiled) == len(networks)

@@ -151,6 +151,7 @@ def test_what_it_cannot_run_is_said(randomized):
         (timm.create_model("resnet10t").eval(), images, "deployed VanillaNets alone"),
         (deployed(randomized), images[..., :62], "patches of 4"),
         (timm.create_model("vanillanet_5", width_mult=1 / 32, deploy=True, num_classes=0), images, "classifier"),
+        (timm.create_model("vanillanet_5", width_mult=1 / 32, deploy=True, global_pool="max"), images, "average"),
     ):
         with pytest.raises(ValueError, match=message):
             SeriesNetwork(network, batch, precision="bf16", device="cpu")

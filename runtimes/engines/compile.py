@@ -1,5 +1,7 @@
 """torch.compile with inductor: the engine to use with plain PyTorch."""
 
+from types import FunctionType, MethodType
+
 from .. import base
 
 
@@ -17,8 +19,11 @@ class Engine(base.Engine):
         from ..inductor import inductor_form, inductor_settings
         from ..running import FixedBatch, Runtime, operator_profile
 
-        # Builds share the code object of `Form.forward`. torch compiles it up to 8 times; later builds run uncompiled.
-        compiled = torch.compile(inductor_form(network, images, target), dynamic=False)
+        # Each build gets its own code object: torch compiles a code object up to 8 times, and then no more.
+        form = inductor_form(network, images, target)
+        forward = type(form).forward
+        form.forward = MethodType(FunctionType(forward.__code__.replace(), forward.__globals__), form)
+        compiled = torch.compile(form, dynamic=False)
         run = FixedBatch(compiled, len(images))
         profile = operator_profile(run) if target.profile else None
         runtime = Runtime(target, run, size=tuple(images.shape[-2:]), profile=profile)

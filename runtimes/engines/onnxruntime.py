@@ -98,7 +98,7 @@ def write_onnx(
 
 class Engine(base.FileEngine):
     """An `.onnx` file. In int8 the depthwise convolutions are always quantized as well, because one in float32 between
-    8-bit layers would cost half as much again in conversions.
+    8-bit layers would need conversions, which cost more than it saves.
     """
 
     on_cpu = ("fp32", "fp16", "int8")
@@ -119,9 +119,9 @@ class Engine(base.FileEngine):
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        options.enable_profiling = target.profile
-        if target.profile:
-            options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
+        folder = tempfile.TemporaryDirectory() if target.profile else None
+        if folder:
+            options.enable_profiling, options.profile_file_prefix = True, str(Path(folder.name) / "profile")
         # On a GPU, use IEEE arithmetic, and a stream from torch, so that torch can wait for it.
         provider, settings, stream = "CPUExecutionProvider", {}, None
         if target.kind == "cuda":
@@ -139,14 +139,14 @@ class Engine(base.FileEngine):
             raise ValueError(f"cannot load {path}: {first_line(error)}") from error
         if session.get_providers()[0] != provider:  # it would silently run on the CPU
             raise ValueError(f"onnxruntime has no use of its {provider}: install the CUDA and cuDNN that it asks for")
-        return (session, stream), session.get_modelmeta().custom_metadata_map
+        return (session, stream, folder), session.get_modelmeta().custom_metadata_map
 
     def _open(self, content, strings, path, target):
         import torch
 
         from ..running import beside
 
-        session, stream = content
+        session, stream, folder = content
         device = torch.device(target.device)
         classes = session.get_outputs()[0].shape[1]
 
@@ -167,8 +167,11 @@ class Engine(base.FileEngine):
             return logits
 
         def layers(images: torch.Tensor) -> list[Layer]:
+            if not Path(folder.name).exists():
+                raise ValueError("onnxruntime profiles a network once: load it again")
             run(images)
-            events = json.loads(Path(session.end_profiling()).read_text())
+            with folder:
+                events = json.loads(Path(session.end_profiling()).read_text())
             begun = max(event["ts"] for event in events if event["name"] == "model_run")  # of the last call
             nodes = [event for event in events if event["ts"] >= begun and event["name"].endswith("_kernel_time")]
             return [Layer(event["name"], event["args"]["op_name"], event["dur"] / 1e3) for event in nodes]
