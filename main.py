@@ -37,7 +37,7 @@ from loading.streams import StreamDataset
 from loading.transforms import Preprocessing
 from optim_factory import activation_slope, cosine_schedule, freeze
 from records import logs, scores
-from records.checkpoints import checkpoint_weights, is_state_dict, load_weights
+from records.checkpoints import CheckpointError, checkpoint_weights, is_state_dict, load_weights
 from records.files import check_writable
 
 logger = logging.getLogger("main")
@@ -179,9 +179,10 @@ def build_model(args: Arguments, num_classes: int) -> nn.Module:
         for flag in own:
             args.moot(flag, f"--{flag} belongs to VanillaNet, --model {args.model} has no such thing")
         own = {}
-    model = networks.open(args.model, pretrained=False, num_classes=num_classes, drop_rate=args.drop, **own).module
-    networks.check_input_size(model, args.input_size, f"--model {args.model}")
-    return model.train()
+    network = networks.open(args.model, pretrained=False, num_classes=num_classes, drop_rate=args.drop, **own)
+    networks.check_input_size(network.module, args.input_size, f"--model {args.model}")
+    args.model = network.name  # of an address: the checkpoints record what timm can build
+    return network.module.train()
 
 
 def build_teacher(
@@ -370,12 +371,16 @@ def other_forms(network: networks.Network) -> Iterator[tuple[str, nn.Module]]:
     """Yield (key, network) for each of the other weights in the network's file, such as a moving average."""
     weights = network.weights
     for key in weights.checkpoint if weights and weights.key else ():
-        named = key != weights.key and key.startswith(("model", "state_dict"))
+        named = key != weights.key and str(key).startswith(("model", "state_dict"))
         if named and is_state_dict(weights.checkpoint[key]):
             other = copy.deepcopy(network.module)
-            tensors = checkpoint_weights(weights.checkpoint, key=key, path=weights.path)
-            load_weights(other, tensors, path=weights.path)
-            yield key, other
+            try:
+                tensors = checkpoint_weights(weights.checkpoint, key=key, path=weights.path)
+                load_weights(other, tensors, path=weights.path)
+            except CheckpointError as error:  # a teacher's weights, for example
+                logger.warning("%s is not evaluated: %s", key, error)
+            else:
+                yield key, other
 
 
 def deploy_checkpoint(args: Arguments, world: utils.World) -> None:

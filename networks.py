@@ -9,6 +9,7 @@ logits = network.module(images)
 import argparse
 import hashlib
 import logging
+import math
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,8 @@ def _ensure(value: Any, valid: bool) -> Any:
 
 
 def _number(value: Any, low: float, high: float = float("inf")) -> float:
-    return float(_ensure(value, isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high))
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return float(_ensure(value, number and math.isfinite(value) and low <= value <= high))
 
 
 def _channels(value: Any, low: float) -> tuple[float, ...]:
@@ -131,7 +133,7 @@ def read_record(checkpoint: Mapping[str, Any], path: str | Path = "the checkpoin
             return None
         try:
             return valid(value, *limits)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
             passed_over[name] = None
             return None
 
@@ -161,6 +163,7 @@ def read_record(checkpoint: Mapping[str, Any], path: str | Path = "the checkpoin
     model = take(arguments, "model", _instance, str) or take(checkpoint, "arch", _instance, str)
     if model and model.startswith(HUBS):  # timm's hub addresses end in the model's name
         model = model.rpartition("/")[2]
+        model = model if _is_known(model) else None
     record = Record(model, take(checkpoint, "classes", _names), slope, loss, found, arguments)
     if passed_over:
         logger.warning("%s: passed over what it records of %s, which is not valid", path, ", ".join(passed_over))
@@ -196,7 +199,7 @@ def read(path: str | Path, *, key: str | None = None, order: str = AVERAGE_FIRST
     others = [name for name, value in checkpoint.items() if is_state_dict(value) and name != used]
     choice = ""
     if used and others:
-        choice = f"{path}: the weights are those of {used}; it holds {', '.join(others)}, too (--model_key)"
+        choice = f"{path}: the weights are those of {used}; it holds {', '.join(map(str, others))}, too (--model_key)"
         logger.info("%s", choice)
     return Weights(str(path), tensors, used, read_record(checkpoint, path), checkpoint, choice)
 
@@ -274,7 +277,7 @@ class Network:
         if why:
             logger.info("%s: the classifier is new, since %s", self.source, why)
             self.module.reset_classifier(number)
-        return replace(self, classes=names or self.classes)
+        return replace(self, classes=names or (None if why else self.classes))
 
 
 def prepare(
@@ -370,14 +373,20 @@ def config_preprocessing(config: Mapping[str, Any]) -> Preprocessing:
 
 
 def named_preprocessing(name: str) -> Preprocessing:
-    """Return the preprocessing of the timm model with this name."""
+    """Return the preprocessing of the timm model with this name or hub address."""
+    if name.startswith(HUBS):
+        return open(name, pretrained=False).preprocessing
     config = timm.models.get_pretrained_cfg(name)
     return config_preprocessing(config.to_dict() if config else {})
 
 
+def _is_known(name: str) -> bool:
+    return timm.models.is_model(name.split(".")[0])
+
+
 def check_name(name: str, flag: str, *, family: str = "") -> None:
     """Raise ValueError, naming `flag`, if timm has no such model; `family` narrows the list in the message."""
-    if not timm.models.is_model(name.split(".")[0]):
+    if not _is_known(name):
         raise ValueError(f"{flag} {name} is not known; see timm.list_models({family!r})")
 
 

@@ -382,6 +382,17 @@ def test_deploy(tiny_fmnist, finished, tmp_path, capsys):
     assert reported(capsys.readouterr().err) == reported(evaluated[3])
 
 
+def test_weights_of_another_network_are_not_evaluated(tiny_fmnist, finished, tmp_path, capsys):
+    other = {"x": torch.zeros(1)}
+    torch.save(
+        {**load_checkpoint(finished / "checkpoint-last.pth"), "model_teacher": other, 0: other}, tmp_path / "w.pth"
+    )
+    run(tiny_fmnist, "--finetune", tmp_path / "w.pth", "--switch_to_deploy", tmp_path / "d.pth")
+    printed = capsys.readouterr()
+    assert "model_teacher is not evaluated: " in printed.err
+    assert "| train form, model_ema " in printed.out
+
+
 def test_deploying_mid_ramp_is_refused(tiny_fmnist, straight, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         run(tiny_fmnist, "--finetune", straight / "checkpoint-1.pth", "--switch_to_deploy", tmp_path / "d.pth")

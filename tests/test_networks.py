@@ -9,6 +9,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from timm.models import save_for_hf
 
 import models
 import networks
@@ -129,6 +130,8 @@ def test_a_checkpoint_of_timm_brings_its_preprocessing(tmp_path, photograph):
         ({"args": {"crop_pct": 87.5, "interpolation": "random"}}, "crop_pct, interpolation"),
         ({"args": {"bce_loss": "yes", "model": 6}}, "bce_loss, model"),
         ({"preprocessing": 7, "loss": "focal"}, "preprocessing, loss"),
+        ({"preprocessing": {"mean": [10**400] * 3, "std": [float("inf")] * 3}}, "mean, std"),
+        ({"classes": {"cat": 0, "dog": float("inf")}}, "classes"),
         ({"classes": None, "act_learn": None, "epoch": None, "args": None, "loss": None}, None),
     ],
 )
@@ -142,6 +145,24 @@ def test_what_is_recorded_is_taken_with_care(recorded, passed_over, tmp_path, ca
     assert len(lines) == (passed_over is not None)
     assert not lines or passed_over in lines[0]
     assert all(str(tmp_path / "w.pth") in line for line in lines)
+
+
+def test_a_folder_of_the_hubs_form_is_no_name(tmp_path):
+    """timm's own names end an address; the name of a folder may be anything."""
+    made = timm.create_model("resnet10t", num_classes=4)
+    torch.save({"model": made.state_dict(), "args": {"model": "local-dir:/tmp/demo"}}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"does not record which model it is of: name one by --model$"):
+        networks.open(tmp_path / "w.pth")
+    assert networks.open(tmp_path / "w.pth", fallback="resnet10t").name == "resnet10t"
+    assert networks.read_record({"args": {"model": "hf-hub:timm/resnet18.a1_in1k"}}).model == "resnet18.a1_in1k"
+
+
+def test_an_address_has_its_own_preprocessing(tmp_path):
+    """As timm's `save_for_hf` writes it."""
+    config = {"input_size": (3, 96, 96), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.3), "crop_pct": 0.9}
+    save_for_hf(timm.create_model("resnet10t", num_classes=4), tmp_path, data_config=config)
+    found = networks.named_preprocessing(f"local-dir:{tmp_path}")
+    assert (found.input_size, found.mean, found.std, found.crop_pct) == (96, *list(config.values())[1:])
 
 
 @pytest.mark.parametrize(
@@ -164,6 +185,7 @@ def test_another_classifier_for_other_classes(name, tmp_path):
     def classifier(classes, **keep):
         network = networks.open(tmp_path / "w.pth").for_classes(classes, **keep)
         assert network.module.num_classes == (classes if isinstance(classes, int) else len(classes))
+        assert network.classes is None or len(network.classes) == network.module.num_classes
         heads = [f"{head}." for head in np.atleast_1d(timm.get_pretrained_cfg_value(name, "classifier"))]
         own, theirs = network.module.state_dict(), made.state_dict()
         new = [key for key in own if not torch.equal(own[key].flatten()[:7], theirs[key].flatten()[:7])]
@@ -176,5 +198,6 @@ def test_another_classifier_for_other_classes(name, tmp_path):
     assert classifier(["b", "a", "c"])
     assert not classifier(["a", "b", "d"], keep=True)
     assert classifier(["a", "b"])
+    assert classifier(7)
     with pytest.raises(ValueError, match="--keep_classifier true"):
         classifier(5, keep=True)
