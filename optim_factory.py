@@ -162,12 +162,16 @@ def freeze(model: nn.Module, stages: int | str) -> None:
         stages: the number of stages; "all" freezes everything but the classifier. ValueError if there are fewer.
     """
     if stages == "all":
-        heads = model.pretrained_cfg["classifier"]
-        if hasattr(model, "change_act"):
-            heads = "cls"  # VanillaNet's classifier: two convolutions and a BatchNorm
+        # VanillaNet's classifier is two convolutions and a BatchNorm, of which timm knows the convolutions.
+        heads = "cls" if hasattr(model, "change_act") else model.pretrained_cfg.get("classifier")
+        if not heads:
+            raise ValueError(f"--freeze_stages all: timm does not name the classifier of {type(model).__name__}")
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
         frozen = {name for name, _ in model.named_parameters() if not name.startswith(heads)}
     else:
+        if not hasattr(model, "group_matcher"):
+            unknown = f"--freeze_stages {stages}: timm does not name the stages of {type(model).__name__}"
+            raise ValueError(f"{unknown}; all leaves the classifier alone")
         groups = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
         count = max(groups.values()) - 1  # without the stem (group 0) and the classifier (the last group)
         if stages > count:

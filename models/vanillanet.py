@@ -535,14 +535,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, *, fuse: 
     Raises:
         RuntimeError: names in the stem or the stages differ from the model's.
     """
-    if fuse and "stem.0.weight" in state_dict:
-        model.switch_to_deploy()
-    if "act_learn" in state_dict:
-        model.change_act(float(state_dict["act_learn"]))
+    slope = float(state_dict.get("act_learn", model.act_learn))
     for key in ("model_ema", "model"):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
             break
+    if fuse and "stem.0.weight" in state_dict:
+        model.switch_to_deploy()
+    model.change_act(slope)
     own = model.state_dict()
     alien = sorted(name for name in own.keys() ^ state_dict.keys() if not name.startswith("cls"))
     if alien:

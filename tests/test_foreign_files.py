@@ -21,6 +21,7 @@ import models
 import networks
 from deployment.fusing import open_deployed
 from object_detection.checkpoints import open_detector
+from optim_factory import freeze
 from records.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 
 SMALL = {"width_mult": 1 / 64, "num_classes": 5}
@@ -307,6 +308,15 @@ def test_more_stages_than_there_are(tiny_fmnist, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main.main([*command, "--freeze_stages", "5"])
     assert "--freeze_stages 5: there are 4 stages" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stages", [1, "all"])
+def test_stages_that_timm_does_not_name(stages):
+    model = timm.create_model("poolformer_s12", num_classes=10)
+    if stages == "all":
+        model.pretrained_cfg = {}
+    with pytest.raises(ValueError, match=f"^--freeze_stages {stages}: timm does not name the .* of MetaFormer"):
+        freeze(model, stages)
 
 
 # -- detectors

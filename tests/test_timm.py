@@ -592,6 +592,8 @@ def test_pretrained_deploy_file(tmp_path, released):
     assert_same_state(create("vanillanet_6", **source, deploy=True), released.ema.state_dict())
     with pytest.raises(RuntimeError, match="not the weights of this network"):
         create("vanillanet_6", **source)  # cannot be undone into the train form
+    source = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": {"model": released.ema.state_dict()}}}
+    assert_same_state(create("vanillanet_6", **source, deploy=True), released.ema.state_dict())
 
 
 def test_pretrained_from_a_file(released):
