@@ -57,11 +57,11 @@ def number(kind: type, *, low: float | None = None, high: float | None = None, a
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"a number, not {text!r}") from None
-        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
-            most = "any" if high is None else high
-            raise argparse.ArgumentTypeError(f"a number from {low} to {most}, not {text}")
-        if above is not None and value <= above:
-            raise argparse.ArgumentTypeError(f"a number above {above}, not {text}")
+        too_low = (low is not None and value < low) or (above is not None and value <= above)
+        if not math.isfinite(value) or too_low or (high is not None and value > high):
+            least = f"from {low}" if above is None else f"above {above}"
+            most = "" if high is None else f" up to {high}"
+            raise argparse.ArgumentTypeError(f"a finite number {least}{most}, not {text}")
         return value
 
     convert.metavar = "N" if kind is int else "X"
@@ -512,8 +512,8 @@ def _check(args: Arguments) -> None:
         if value and not value.endswith(suffixes):
             raise ValueError(f"--{flag} must end in {' or '.join(suffixes)}, not be {value}")
     args.needs("precision", args.engine, "add --engine")
-    # --engine also decides precision and memory format, but recipes set --use_amp and --channels_last for training.
     args.needs("compile", args.engine is None, "--engine compile does that")
+    args.needs("use_amp amp_dtype channels_last", args.engine is None, "--engine has its own precision and format")
     for flag, most in (("scale", 1.0), ("ratio", math.inf)):
         low, high = getattr(args, flag)
         if not low <= high <= most:

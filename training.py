@@ -389,7 +389,8 @@ class RunFolder:
             next_step = progress.epoch * self.state.steps_per_epoch + progress.step + 1
             sinks["step"].append(logs.JsonLinesSink(folder / "log.jsonl", next_step))
         else:
-            logger.warning("without --output_dir nothing of this run is kept: no checkpoint, no curve, no log")
+            log = "" if args.log_dir or args.enable_wandb else ", no log"
+            logger.warning("without --output_dir this run keeps no checkpoint, no curve%s", log)
         # TensorBoard and Weights & Biases.
         events = args.log_dir or (Path(args.output_dir) / "tensorboard" if args.output_dir else None)
         if events:
@@ -424,7 +425,7 @@ class RunFolder:
         if self.checkpoints is not None and self.args.save_ckpt:
             kept = "the state is saved, --auto_resume true goes on"
             if not self.task.loader.resumable:
-                kept = "--auto_resume true goes on from the last whole epoch, since the data are a stream"
+                kept = "--auto_resume true goes on from the last epoch that was saved, since the data are a stream"
         logger.warning("stopped by a signal in epoch %d, step %d: %s", progress.epoch, progress.step, kept)
         self.step_sinks.close()
         self.epoch_sinks.close()

@@ -8,6 +8,7 @@ import torch
 
 import datasets
 from loading.images import list_images, read_image
+from loading.streams import StreamDataset
 from loading.transforms import Preprocessing, Transform, build_eval_transform
 from runtimes import Metadata
 
@@ -45,4 +46,6 @@ def real_images(prepare: Transform, count: int, *, path: str | Path | None, data
         return torch.stack([prepare(read_image(paths[place])) for place in spread(len(paths), count)])
     kind, root = (data_set, path) if path is not None else ("FMNIST", EMBEDDED)
     dataset = datasets.build_dataset(kind, root, train=path is not None, transform=prepare)
+    if isinstance(dataset, StreamDataset):
+        raise ValueError(f"--data_set {kind} is a stream, which cannot be read by index: name a folder of images")
     return torch.stack([dataset[place][0] for place in spread(len(dataset), count)])

@@ -191,7 +191,7 @@ def checkpoint_weights(
         keys = ", ".join(map(str, list(checkpoint)[:12]))
         raise CheckpointError(f"{path} has no key {key}; choose one by --model_key: {keys}")
     weights = checkpoint if name is None else checkpoint[name]
-    if weights != {} and not is_state_dict(weights):
+    if not (is_state_dict(weights) or (isinstance(weights, Mapping) and not weights)):
         raise CheckpointError(f"what {path} holds under {name} is no state dict")
     # Look for the prefix in the names as they are and, if no name has it, in the names without wrappers' prefixes.
     weights = {str(name): value for name, value in weights.items()}

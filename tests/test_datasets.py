@@ -462,7 +462,7 @@ def test_as_many_images_are_tried_as_the_error_says():
             self.tried.append(index)
             raise BrokenImageError("gone")
 
-    with pytest.raises(ValueError, match="^no readable training image in 100 tries"):
+    with pytest.raises(ValueError, match=r"^no readable training image in 100 tries"):
         list(loaders.build_train_loader(Broken(), Loading(1)))
     assert len(Broken.tried) == len(set(Broken.tried)) == 100
 

@@ -20,6 +20,7 @@ import networks
 import runtimes
 from deployment.images import EMBEDDED, real_images, transform
 from loading.images import read_image
+from loading.streams import StreamDataset
 from loading.transforms import build_eval_transform
 from records.checkpoints import save_checkpoint
 
@@ -184,6 +185,13 @@ def test_images_are_spread_over_the_folder(photographs, checkpoint):
 
 
 # -- refusals
+
+
+def test_a_stream_has_no_images_to_take(monkeypatch, tmp_path):
+    stream = StreamDataset.__new__(StreamDataset)
+    monkeypatch.setattr(datasets, "build_dataset", lambda *args, **kwargs: stream)
+    with pytest.raises(ValueError, match="--data_set wds/ is a stream"):
+        real_images(lambda image: image, 3, path=tmp_path, data_set="wds/")
 
 
 @pytest.mark.parametrize("pickled", [False, True])

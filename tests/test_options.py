@@ -137,7 +137,11 @@ def test_every_recipe_parses():
         ("--batch_size 0", ["--batch_size", "0"]),
         ("--lr nan", ["--lr", "nan"]),
         ("--lr -1", ["--lr", "-1"]),
-        ("--smoothing 2", ["--smoothing", "2"]),
+        ("--lr inf", ["--lr", "a finite number above 0, not inf"]),
+        ("--crop_pct 2", ["--crop_pct", "a finite number above 0 up to 1, not 2"]),
+        ("--smoothing 2", ["--smoothing", "from 0 up to 1, not 2"]),
+        ("--eval --finetune a --engine eager --channels_last", ["--channels_last", "--engine"]),
+        ("--eval --finetune a --engine eager --use_amp", ["--use_amp", "--engine"]),
         ("--use_amp maybe", ["--use_amp", "maybe"]),
         ("--mixup_mode row", ["--mixup_mode", "row"]),
         ("--no_such_flag 1", ["--no_such_flag"]),
@@ -192,6 +196,7 @@ def test_typed_flags_are_told_from_those_of_a_recipe(recipe):
         ("--disable_eval true", "--eval true --finetune a", "disable_eval", False),
         ("--deploy true", "--switch_to_deploy a --finetune b", "deploy", False),
         ("--engine eager --compile true", "--eval --finetune a", "compile", False),
+        ("--use_amp true --amp_dtype bf16", "--eval --finetune a --engine eager", "amp_dtype", None),
     ],
 )
 def test_a_recipes_value_that_has_no_effect_is_a_note(recipe, in_recipe, typed, flag, value):

@@ -130,9 +130,9 @@ def test_weights_of_a_checkpoint():
     assert checkpoint_weights(file, key="nothing|model_ema")["x"] == 0
     assert checkpoint_weights(weights, whole_file=True) == weights
     assert list(checkpoint_weights({"model": {"net.x": weights["x"], "y": weights["x"]}}, prefix="net.")) == ["x"]
-    for bad in ({"key": "ema"}, {"key": "epoch"}, {"prefix": "net."}):
+    for bad in ({"key": "ema"}, {"key": "epoch"}, {"prefix": "net."}, {"key": "array"}):
         with pytest.raises(CheckpointError):
-            checkpoint_weights(file, **bad)
+            checkpoint_weights({**file, "array": np.zeros(2)}, **bad)
     with pytest.raises(CheckpointError, match="model, model_ema, epoch"):
         checkpoint_weights(file, key="ema", whole_file=True)
 
