@@ -82,6 +82,10 @@ def _check(args: Arguments) -> None:
         raise ValueError("name --model, or add --quick true")
     for flag in ("calls", "docs", "figures", "output", "together", "training") if args.profile else ():
         args.pass_over(flag, f"--profile true prints a table of its own: leave --{flag} out")
+    args.needs("docs", args.report or args.output or args.profile, "its sections name files of results: add --output")
+    kind = runtimes.device_type(args.device)
+    if kind not in TRAINING_PRECISIONS:
+        raise ValueError(f"--device {args.device} is not measured: use cpu or cuda")
     # Flags that belong to one kind of measurement.
     for flag in ("data_path", "num_workers"):
         args.needs(flag, args.loading or flag not in args.given, "it is for --loading true")
@@ -91,7 +95,7 @@ def _check(args: Arguments) -> None:
         raise ValueError(f"--engine {' '.join(sorted(others))} does not go with {found}: leave it out")
     if not args.training:
         args.pass_over("grad_checkpointing", "--grad_checkpointing belongs to training steps: add --training true")
-    precisions = TRAINING_PRECISIONS.get(runtimes.device_type(args.device), ())
+    precisions = TRAINING_PRECISIONS[kind]
     if args.training and not set(args.precision or ()) <= set(precisions):
         raise ValueError(f"--training true computes in {' and '.join(precisions)}: name no other --precision")
     # --quick sets the flags that were not given.
@@ -115,7 +119,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +129,15 @@ import torch
 from benchmarking import loading, profiling, report, results, subjects
 from benchmarking.spec import Spec
 from benchmarking.worker import Worker, WorkerError, prepare
-from networks import is_vanillanet
+from networks import is_file, is_vanillanet, read
 from records import logs
 from records.files import mistakes_end
+
+
+@cache
+def _is_ours(network: str) -> bool:
+    """Whether a model's name or a checkpoint is of a VanillaNet."""
+    return is_vanillanet((read(network).record.model or "") if is_file(network) else network)
 
 
 def _networks(args: argparse.Namespace) -> list[str]:
@@ -136,9 +146,15 @@ def _networks(args: argparse.Namespace) -> list[str]:
         names += timm.list_models(filter="vanillanet*") if name == "all" else [name]
     for name in args.peers:
         names += report.PEERS if name == "paper" else [name]
-    if args.width_mult is not None and not any(map(is_vanillanet, names)):
-        raise ValueError("--width_mult is for VanillaNets, and none is measured")
     names = list(dict.fromkeys(names))
+    files = [name for name in names if is_file(name)]
+    if args.training and files:
+        raise ValueError(f"--training true measures models by their names: leave out {files[0]}")
+    for flag in ("width_mult", "twins"):
+        if getattr(args, flag) and not any(is_vanillanet(name) for name in names if name not in files):
+            raise ValueError(f"--{flag} is for VanillaNets by name, and none is measured")
+    if args.int8_depthwise and not any(map(_is_ours, names)):
+        raise ValueError("--int8_depthwise is for VanillaNets, and none is measured")
     labels = [Path(name).stem for name in names]
     for name, label in zip(names, labels, strict=True):
         if labels.count(label) > 1:
@@ -172,16 +188,16 @@ def _engines(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 def _specs(args: argparse.Namespace, network: str) -> list[Spec]:
     """Return everything to measure for one network."""
-    ours = is_vanillanet(network)
-    shared = {"device": args.device, "width_mult": args.width_mult if ours else None}
+    built = is_vanillanet(network) and not is_file(network)
+    shared = {"device": args.device, "width_mult": args.width_mult if built else None}
     shared["kind"] = "training" if args.training else "inference"
-    twins = (False, True) if args.twins and ours else (False,)
+    twins = (False, True) if args.twins and built else (False,)
     specs = []
     for resolution, batch, (engine, precision) in itertools.product(args.input_size, args.batch_size, _engines(args)):
         spec = Spec(network, engine, precision, resolution, batch, **shared)
         for twin, mode in itertools.product(twins, args.grad_checkpointing):
             specs.append(replace(spec, twin=twin, grad_checkpointing=mode))
-        if args.int8_depthwise and ours and precision == "int8" and runtimes.find(engine).leaves_depthwise:
+        if args.int8_depthwise and precision == "int8" and runtimes.find(engine).leaves_depthwise and _is_ours(network):
             specs.append(replace(spec, int8_depthwise=True))
     return specs
 

@@ -304,18 +304,19 @@ class Walk:
         Raises:
             ValueError: the network cannot be built here.
         """
+        trains = spec.kind == "training"
+        if not trains:
+            network, _, exact = subject(spec.network, spec.resolution, spec.width_mult)
+        # From loading to the first answer.
         before, start = self.device.used_mb(), time.perf_counter()
-        if spec.kind == "training":
-            call, calls = training_step(spec), self.plan.steps
-            call()
-            found = costs(spec)
-        else:
-            (call, exact, found), calls = self._load(spec), self.plan.calls
-            error = float((call().double().cpu() - exact).abs().max() / exact.abs().max())
-            if not error <= TOLERANCES[spec.precision]:
-                self.problems.append(f"{spec}: the logits differ from float64 by {error:.1e} of the largest")
+        call, calls = (training_step(spec), self.plan.steps) if trains else (self._load(spec), self.plan.calls)
+        logits = call()
         wait(self.plan.device)
         first = time.perf_counter() - start
+        if not trains:
+            error = float((logits.double().cpu() - exact).abs().max() / exact.abs().max())
+            if not error <= TOLERANCES[spec.precision]:
+                self.problems.append(f"{spec}: the logits differ from float64 by {error:.1e} of the largest")
         anchor_seconds, _ = self.device.times(anchor, self.plan.calls)
         seconds, events = self.device.times(call, calls)
         row = results.row(spec, seconds, threads=torch.get_num_threads())
@@ -324,15 +325,15 @@ class Walk:
         row |= {"anchor_ms": 1e3 * median(anchor_seconds), "anchor": "the first network, eager"}
         if self.device.cuda:
             row["peak_mb"] = torch.cuda.max_memory_allocated(self.plan.device) / 1e6
-        return row | found
+        return row | (costs(spec) if trains else size(network, spec.resolution))
 
-    def _load(self, spec: Spec) -> tuple[Callable[[], torch.Tensor], torch.Tensor, dict[str, float]]:
-        """Return (function that runs the network, its logits in float64, the columns of `size`)."""
-        network, images, exact = subject(spec.network, spec.resolution, spec.width_mult)
+    def _load(self, spec: Spec) -> Callable[[], torch.Tensor]:
+        """Return a function that runs the network in its engine."""
+        network, images, _ = subject(spec.network, spec.resolution, spec.width_mult)
         images = images.to(self.plan.device)
         target = runtimes.Target(spec.engine, spec.precision, self.plan.device)
         runtime = runtimes.load(network, target, images=images)
-        return lambda: runtime(images), exact, size(network, spec.resolution)
+        return lambda: runtime(images)
 
     def profile(self, spec: Spec) -> str:
         """Return a table of the kernels that take the most time in three training steps."""
@@ -363,7 +364,7 @@ class Walk:
             print(f"not installed, and left out with what needs it: {', '.join(missing)}")
         self.facts()
         self.tests()
-        anchor, _, _ = self._load(next(self.plan.specs()))
+        anchor = self._load(next(self.plan.specs()))
         for spec in self.plan.specs():
             if self.has(spec):
                 continue

@@ -13,9 +13,11 @@ from typing import Any
 import torchvision
 from matplotlib.figure import Figure
 
+from benchmarking.results import PUBLISHED_PRECISION, is_published
 from networks import is_vanillanet
 from pictures import style
 from pictures.figures import Result, accuracy_figure, paper_results
+from runtimes import device_type
 
 Row = Mapping[str, Any]
 TEXT_COLUMNS = 3
@@ -62,8 +64,6 @@ PRECISIONS = {
     "int8": "int8",
 }
 PROCESSORS = {"avx2": "AVX2", "avx512": "AVX-512", "amx": "AMX"}  # by the last word of a file's name
-# The published way: PyTorch, contiguous, in `results.PUBLISHED_PRECISION`.
-PUBLISHED = (("eager", "default"), ("eager", "fp32"), ("plain", "default"), ("plain", "fp32"))
 BESIDE = 1.2  # an engine within this factor of the fastest engine's time stands beside it
 HERO, RIVAL = "vanillanet_11", "swin_tiny_patch4_window7_224"  # of nearly the same accuracy: 81.1 and 81.5 %
 
@@ -128,6 +128,7 @@ def memory_table(rows: Sequence[Row]) -> list[list[str]]:
     """
     lines = [["network", "time", SAVED, PEAK, *(f"{card} GB" for card in CARDS)]]
     chosen = [row for row in rows if row.get("step_mib") and _same(row, "engine", "precision") == MEMORY_OF]
+    chosen = [row for row in chosen if not row["network"].endswith("(guarded)")]
     times = {_same(row, "network", "resolution", "batch"): row["median_ms"] for row in chosen}
     for row in chosen:
         network, _, mode = row["network"].removesuffix(")").partition(" (checkpointing ")
@@ -219,13 +220,13 @@ def speed_table(rows: Sequence[Row]) -> list[list[str]]:
     lines = [["network", *(f"{_engine(engine)}<br>{PRECISIONS[precision]}" for engine, precision in columns)]]
     for network in sorted(networks, key=networks.get):
         line = [_name(network)]
-        best = min(row["median_ms"] for row in rows if row["network"] == network)
+        best = min(row["median_ms"] for (name, *_), row in cells.items() if name == network)
         for column in columns:
             row = cells.get((network, *column))
             text = "" if row is None else _ms(row["median_ms"])
             if row is not None and row["median_ms"] == best:
                 text = f"**{text}**"
-            if row is not None and row["ratio"] is not None and column not in PUBLISHED:
+            if row is not None and row["ratio"] is not None and not is_published(row):
                 text += f"<br>{row['ratio']:.1f}x"
             line.append(text)
         lines.append(line)
@@ -248,7 +249,7 @@ def statements(rows: Sequence[Row]) -> list[str]:
 
     # A network of medium depth, in each precision.
     hero = [found[HERO] for found in best.values() if HERO in found]
-    base = [row for row in ours if row["network"] == HERO and _same(row, "engine", "precision") in PUBLISHED]
+    base = [row for row in ours if row["network"] == HERO and is_published(row)]
     if hero and base:
         parts = [
             f"{_ms(row['median_ms'])} ms in {PRECISIONS[row['precision']]} ({_engine(row['engine'])})" for row in hero
@@ -349,8 +350,8 @@ def accuracy_panels(rows: Sequence[Row]) -> dict[str, list[Result]]:
         ]
 
     # The published way beside the fastest engines in float32 shows how much an engine gains.
-    plain = [row for row in chosen if row["precision"] == "fp32"]
-    eager = [row for row in plain if row["engine"] == "eager" and is_vanillanet(row["network"])]
+    plain = [row for row in chosen if row["precision"] == PUBLISHED_PRECISION[device_type(row["device"])]]
+    eager = [row for row in plain if is_published(row) and is_vanillanet(row["network"])]
     return {
         "float32": results(fastest(plain, "network").values()) + results(eager, ", published way"),
         "fastest precision of each": results(fastest(chosen, "network").values()),

@@ -88,6 +88,12 @@ def row(spec: Spec, seconds: Sequence[float], *, threads: int) -> dict[str, Any]
     }
 
 
+def is_published(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of the published way: PyTorch, contiguous, in float32 as torch computes it by default."""
+    default = PUBLISHED_PRECISION.get(runtimes.device_type(row["device"]))
+    return row["engine"] in ("eager", "plain") and row["precision"] == default
+
+
 def complete(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
     """Add the ratio to the published way, the GFLOP/s, and their share of the machine's limit to each row.
 
@@ -99,13 +105,7 @@ def complete(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
         network = row["network"].partition(" (")[0]  # variants are compared with the network as published
         return row["kind"], network, row["device"], row["resolution"], row["batch"]
 
-    published = {
-        key(row): row["median_ms"]
-        for row in rows
-        if row["engine"] in ("eager", "plain")
-        and row["precision"] == PUBLISHED_PRECISION[runtimes.device_type(row["device"])]
-        and " (" not in row["network"]
-    }
+    published = {key(row): row["median_ms"] for row in rows if is_published(row) and " (" not in row["network"]}
     for row in rows:
         if row["kind"] == "machine":
             continue

@@ -132,13 +132,14 @@ def _begin(spec: Spec, folder: Path, *, threads: int, profile: bool) -> tuple[di
     before = device_mb(spec.device) if spec.device != "cpu" else 0.0
     call, first, layers = _open(spec, folder, profile=profile)
     _times(call, 1, spec.device)
+    held = device_mb(spec.device) - before if spec.device != "cpu" else 0.0  # now: other networks come after this one
     _reset_peak()
 
     def respond(request: str | int) -> Any:
         if request == "profile":
             return [asdict(layer) for layer in layers()]
         if request == "peak_mb":
-            return _resident_mb() if spec.device == "cpu" else device_mb(spec.device) - before
+            return _resident_mb() if spec.device == "cpu" else held
         return _times(call, request, spec.device)
 
     return {"first_s": first}, respond
@@ -256,7 +257,14 @@ def prepare(specs: Sequence[Spec], folder: Path, *, threads: int) -> dict[Spec, 
     with_file = [spec for spec in specs if _file(spec, folder)]
     if not with_file:
         return {}
-    with contextlib.closing(Worker(Spec("", "prepare", "fp32"), folder, threads=threads)) as worker:
-        worker.ready()
-        answers = {spec: worker.ask(asdict(spec)) for spec in with_file}
+    answers: dict[Spec, str | None] = {}
+    while len(answers) < len(with_file):
+        with contextlib.closing(Worker(Spec("", "prepare", "fp32"), folder, threads=threads)) as worker:
+            worker.ready()
+            for spec in with_file[len(answers) :]:
+                try:
+                    answers[spec] = worker.ask(asdict(spec))
+                except WorkerError as error:  # this network ended the process; another one writes the rest
+                    answers[spec] = str(error)
+                    break
     return {spec: reason for spec, reason in answers.items() if reason}

@@ -14,6 +14,7 @@ import pytest
 import torchvision
 
 import benchmark
+import benchmarking.worker
 from benchmarking import gpu, profiling, report, results, subjects
 from benchmarking.limit import PRODUCTS, best_product
 from benchmarking.spec import Spec
@@ -258,6 +259,30 @@ def test_the_figure_shows_networks_as_published_in_their_fastest_engine():
             assert drawn.get(words) == (min(times) if top1 else None)
 
 
+def test_a_gpus_figure_and_tables_begin_with_what_torch_does_by_default():
+    """The rows of a CPU as a GPU would have them: `default` is the published way there, and fp32 is another one."""
+    rows = results.read(ROOT / "results" / "cpu-avx2.csv")
+    rows = [row | {"device": "cuda", "precision": row["precision"].replace("fp32", "default")} for row in rows]
+    panels = report.accuracy_panels(rows)
+    assert {one.network for one in panels["float32"]} >= {"VanillaNet-11", "ResNet-50"}
+    assert any("published way" in one.series for one in panels["float32"])
+    hero = next(row for row in rows if row["network"] == "vanillanet_11" and row["engine"] == "eager")
+    table = report.speed_table([hero, hero | {"precision": "fp32", "median_ms": 2 * hero["median_ms"], "ratio": 0.5}])
+    assert [cell.rpartition("<br>")[2] for cell in table[1][1:]] == [f"**{report._ms(hero['median_ms'])}**", "0.5x"]
+
+
+def test_the_same_row_twice_is_the_later_one():
+    row = next(row for row in results.read(ROOT / "results" / "cpu-avx2.csv") if row["network"] == "vanillanet_11")
+    later = row | {"median_ms": 2 * row["median_ms"]}
+    assert report.speed_table([row, later]) == report.speed_table([later])
+
+
+def test_guarded_steps_are_not_in_the_table_of_memory():
+    rows = results.read(ROOT / "results" / "checkpointing.csv")
+    guarded = [row | {"network": f"{row['network']} (guarded)"} for row in rows]
+    assert report.memory_table([*rows, *guarded]) == report.memory_table(rows)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_the_limit_is_a_rate(monkeypatch, precision):
     """On a clock that moves by 1 ms a reading: 2 n^3 operations in each millisecond, best for the largest n."""
@@ -445,6 +470,29 @@ def test_the_page_on_training_says_which_batch_fits():
             assert batch <= free / 2**20 / float(row["step_mib"]) < batch + 1
 
 
+def test_a_network_that_ends_the_process_does_not_take_others_along(tmp_path, monkeypatch):
+    started = []
+
+    class Dying:
+        def __init__(self, spec, folder, *, threads):
+            started.append(spec)
+
+        def ready(self):
+            pass
+
+        def ask(self, request):
+            if request["network"] == "deadly":
+                raise WorkerError("the process died with code 9")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(benchmarking.worker, "Worker", Dying)
+    specs = [Spec(name, "openvino", "fp32") for name in ("vanillanet_5", "deadly", "vanillanet_6", "vanillanet_7")]
+    assert prepare(specs, tmp_path, threads=1) == {specs[1]: "the process died with code 9"}
+    assert len(started) == 2
+
+
 def test_a_process_that_cannot_says_why(tmp_path):
     spec = Spec("vanillanet_5", "openvino", "int7", 32, width_mult=1 / 32)
     (reason,) = prepare([spec], tmp_path, threads=1).values()
@@ -484,6 +532,11 @@ def test_code_in_a_checkpoint_is_not_run(hostile, tmp_path, capsys):
         ("--models vanillanet_5 --training true --precisions fp32 int8", "fp32 and bf16"),
         ("--models a/checkpoint-last.pth b/checkpoint-last.pth", "both be called checkpoint-last"),
         ("--models vanillanet_5 --device gpu", "--device gpu"),
+        ("--models vanillanet_5 --training true --device mps", "--device mps"),
+        ("--models vanillanet_5 --docs page.md", "--output"),
+        ("--models resnet18 --twins true", "--twins"),
+        ("--models resnet18 --int8_depthwise true", "--int8_depthwise"),
+        ("--models a/checkpoint-last.pth --training true", "leave out a/checkpoint-last.pth"),
     ],
 )
 def test_bad_requests(capsys, arguments, named):
