@@ -179,7 +179,8 @@ class CocoDataset(ImageDataset):
             single = sum(not annotation["iscrowd"] for annotation in data["annotations"])
             degenerate = single - sum(map(len, self.objects.values()))
             if degenerate:
-                logger.warning("%s: %d objects without area are left out of training", annotations, degenerate)
+                lack = "area or segments" if masks else "area"
+                logger.warning("%s: %d objects without %s are left out of training", annotations, degenerate, lack)
             self.images = [x for x in self.images if self.objects[x["id"]] or not by_image[x["id"]]]
         if not self.images:
             raise ValueError(f"{annotations} has no image{' to train on' if train else ''}")

@@ -73,7 +73,7 @@ def read_images(paths: Sequence[str], limit: int) -> tuple[list[Photo], int, lis
         except ValueError as error:
             broken.append(str(error))
     if not photos:
-        raise ValueError(broken[0])
+        raise ValueError(broken[0] if broken else f"{', '.join(paths)}: there is no image in it")
     names = _short_names([photo.name for photo in photos])
     return [replace(photo, name=name) for photo, name in zip(photos, names, strict=True)], len(sources), broken
 

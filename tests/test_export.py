@@ -22,7 +22,7 @@ from deployment.images import EMBEDDED, real_images, transform
 from loading.images import read_image
 from loading.streams import StreamDataset
 from loading.transforms import build_eval_transform
-from records.checkpoints import save_checkpoint
+from records.checkpoints import load_checkpoint, save_checkpoint
 
 SMALL = {"width_mult": 1 / 16, "num_classes": 10}
 
@@ -103,6 +103,8 @@ def test_a_file_is_used_without_this_project(checkpoint, photographs, tmp_path, 
     pytest.importorskip(engine)
     pytest.importorskip("onnxscript")
     path = tmp_path / f"network{suffix}"
+    if not size:
+        torch.save(load_checkpoint(checkpoint) | {"loss": networks.BINARY_CROSS_ENTROPY}, checkpoint)
     run(checkpoint, "--engine", engine, *size, "--output", path)
     program = Path(export.__file__).with_name("docs") / "examples" / f"with_{engine}.py"
     shutil.copy(program, tmp_path / program.name)  # from where nothing of the project can be imported
@@ -116,7 +118,7 @@ def test_a_file_is_used_without_this_project(checkpoint, photographs, tmp_path, 
         command = [sys.executable, program.name, path, photograph]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         name, chance = done.stdout.removesuffix(" %\n").rsplit(": ", 1)
-        expected = runtime(prepare(read_image(photograph))[None]).softmax(1)
+        expected = networks.probabilities(runtime(prepare(read_image(photograph))[None]), runtime.metadata.loss)
         assert name == runtime.metadata.classes[expected.argmax()]
         assert float(chance) == pytest.approx(100 * expected.max().item(), abs=0.05)
 

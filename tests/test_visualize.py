@@ -4,6 +4,7 @@ import builtins
 import csv
 import re
 import signal
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,13 @@ def figures(monkeypatch):
         visualize, "_save", lambda figure, path: (saved.update({path.name: figure}), save(figure, path))
     )
     return saved
+
+
+def test_an_idx_file_without_images(tmp_path):
+    empty = tmp_path / "empty-idx3-ubyte"
+    empty.write_bytes(b"\0\0\x08\x03" + struct.pack(">III", 0, 28, 28))
+    with pytest.raises(ValueError, match="empty-idx3-ubyte: there is no image in it$"):
+        read_images([str(empty)], 8)
 
 
 def test_networks_side_by_side(run_folder, photos, tmp_path, figures, capsys):

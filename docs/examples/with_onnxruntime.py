@@ -18,6 +18,9 @@ left, top = (round((side - size) / 2) if side > size else (side - size + 1) // 2
 pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
 batch = ((pixels - about["mean"]) / about["std"]).transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, size, size)
 (logits,) = session.run(["logits"], {"images": batch})
-chances = np.exp(logits[0] - logits[0].max())
-best = chances.argmax()
-print(f"{about['classes'][best]}: {100 * chances[best] / chances.sum():.2f} %")
+if about["loss"] == "binary_cross_entropy":  # each class by itself
+    chances = 1 / (1 + np.exp(-logits[0]))
+else:
+    chances = np.exp(logits[0] - logits[0].max()) / np.exp(logits[0] - logits[0].max()).sum()
+best = logits[0].argmax()
+print(f"{about['classes'][best]}: {100 * chances[best]:.2f} %")

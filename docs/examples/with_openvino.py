@@ -20,6 +20,9 @@ pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.f
 batch = ((pixels - about["mean"]) / about["std"]).transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, size, size)
 hint = "f32" if about["precision"] == "fp32" else "bf16"  # without it, CPUs with bfloat16 do not compute in float32
 logits = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})({"images": batch})["logits"]
-chances = np.exp(logits[0] - logits[0].max())
-best = chances.argmax()
-print(f"{about['classes'][best]}: {100 * chances[best] / chances.sum():.2f} %")
+if about["loss"] == "binary_cross_entropy":  # each class by itself
+    chances = 1 / (1 + np.exp(-logits[0]))
+else:
+    chances = np.exp(logits[0] - logits[0].max()) / np.exp(logits[0] - logits[0].max()).sum()
+best = logits[0].argmax()
+print(f"{about['classes'][best]}: {100 * chances[best]:.2f} %")
