@@ -212,7 +212,7 @@ def figures(monkeypatch):
 def test_an_idx_file_without_images(tmp_path):
     empty = tmp_path / "empty-idx3-ubyte"
     empty.write_bytes(b"\0\0\x08\x03" + struct.pack(">III", 0, 28, 28))
-    with pytest.raises(ValueError, match="empty-idx3-ubyte: there is no image in it$"):
+    with pytest.raises(ValueError, match=r"empty-idx3-ubyte: there is no image in it$"):
         read_images([str(empty)], 8)
 
 
