@@ -457,7 +457,8 @@ def write_page(path: Path, sections: Mapping[str, Sequence[Row]], *, figures: Co
         "`benchmark.py --report`: do not edit. The rows behind the page, with spread, memory and further sizes, are "
         "in the CSV files that its sections name, and [measuring.md](measuring.md) says how they were measured.",
         "In the tables a cell is the median in ms, and under it how many times as fast that is as the published way, "
-        "PyTorch in float32 with contiguous tensors. The fastest of each row is bold. Networks are in deploy form.",
+        "PyTorch in float32 with contiguous tensors, in the same run; a file may hold several runs. "
+        "The fastest of each row is bold. Networks are in deploy form.",
     ]
     # One section per file: sentences, figure and table of single images, then other sizes, then training steps.
     for label, rows in sections.items():
