@@ -310,10 +310,12 @@ def open_exported(args: Arguments, world: utils.World, path: str):
     """Return the loader, ReaL labels and runtime of an exported file, with the preprocessing that the file records."""
     runtime = runtimes.load(path, engine=args.engine, precision=args.precision, device=str(world.device))
     metadata = runtime.metadata
-    for flag in ("model", "input_size", "crop_pct"):
+    for flag in ("model", "input_size", "crop_pct", "exif_transpose"):
         value = getattr(metadata, flag)
         if getattr(args, flag) != value:
             args.moot(flag, f"--{flag} {getattr(args, flag)}, but {path} was exported with {value}")
+    for flag in ("resize", "imagenet_default_mean_and_std", "act_num", "width_mult", "model_key", "model_prefix"):
+        args.moot(flag, f"--{flag} has no effect: {path} was exported with all that it needs")
     dataset = build_dataset(args, world, train=False, transform=transform(metadata))
     classes = networks.unlabelled(metadata.classes, dataset.classes)
     found = build_eval_loader(args, dataset, world, classes=classes, num_classes=len(metadata.classes), of=path)
@@ -560,6 +562,7 @@ def train(args: Arguments, world: utils.World) -> None:
     preprocessing = settle(args, source, train=True)
     data = open_data(args, world, preprocessing)
     model, start_slope = open_network(args, world, data, source)
+    model_kwargs = source.record.model_kwargs if source else {}
     del source  # frees the tensors of its file
 
     # The loss, and the state that the run changes.
@@ -595,7 +598,7 @@ def train(args: Arguments, world: utils.World) -> None:
         open_schedule(args, state.steps_per_epoch),
         evaluate=evaluate_all if data.validation else None,
         score="acc1",
-        describe=lambda: networks.describe(preprocessing, loss, data.classes),
+        describe=lambda: networks.describe(preprocessing, loss, data.classes, model_kwargs),
         restored=restored,
         slope=slope,
     )

@@ -58,6 +58,7 @@ class Record:
     loss: str | None = None  # the training loss, `cross_entropy` or `binary_cross_entropy`
     preprocessing: Mapping[str, Any] = field(default_factory=dict)  # fields of `Preprocessing`
     arguments: Mapping[str, Any] = field(default_factory=dict)  # the flags of the run that wrote the file
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)  # arguments of the model, as timm records them
 
 
 # Each check returns a valid value in the form used here, and raises an error for any other value; see `read_record`.
@@ -102,7 +103,9 @@ def _mapping(value: Any) -> dict[str, Any]:
 def _names(value: Any) -> tuple[str, ...]:
     """Class names from a list, a dict of names by index, or one of indices by name (torchvision's `class_to_idx`)."""
     if isinstance(value, Mapping):
-        by_index = value if all(str(key).isdigit() for key in value) else {index: name for name, index in value.items()}
+        # Names that are numbers are names all the same, if what they stand for are whole numbers.
+        by_name = all(isinstance(key, str) for key in value) and all(isinstance(x, Integral) for x in value.values())
+        by_index = {int(index): name for name, index in value.items()} if by_name else value
         by_index = {int(index): name for index, name in by_index.items()}
         value = [by_index[index] for index in range(len(by_index))]
     valid = isinstance(value, list | tuple) and value and all(isinstance(name, str | int) for name in value)
@@ -146,8 +149,8 @@ def read_record(checkpoint: Mapping[str, Any], path: str | Path = "the checkpoin
         found |= {"interpolation": "bicubic", "crop_pct": None}
         size = take(arguments, "input_size", _size)
         found["native"] = size is not None and transforms.keeps_native_size(str(arguments.get("data_set")), size)
-    # In our checkpoints, `preprocessing` and the flags agree, as far as there are flags for its fields.
-    for values in (take(checkpoint, "preprocessing", _mapping) or {}, arguments):
+    # Our own record wins over the run's flags: it holds what was settled, also where a file decided and no flag.
+    for values in (arguments, take(checkpoint, "preprocessing", _mapping) or {}):
         given = {name: take(values, name, *check) for name, check in FIELDS.items()}
         found |= {name: value for name, value in given.items() if value is not None}
     if "img_size" in arguments and "input_size" not in found and (side := take(arguments, "img_size", _size)):
@@ -164,7 +167,9 @@ def read_record(checkpoint: Mapping[str, Any], path: str | Path = "the checkpoin
     if model and model.startswith(HUBS):  # timm's hub addresses end in the model's name
         model = model.rpartition("/")[2]
         model = model if _is_known(model) else None
-    record = Record(model, take(checkpoint, "classes", _names), slope, loss, found, arguments)
+    # Of timm's own checkpoints, and of ours that go back to one.
+    kwargs = take(checkpoint, "model_kwargs", _mapping) or take(arguments, "model_kwargs", _mapping) or {}
+    record = Record(model, take(checkpoint, "classes", _names), slope, loss, found, arguments, kwargs)
     if passed_over:
         logger.warning("%s: passed over what it records of %s, which is not valid", path, ", ".join(passed_over))
     return record
@@ -244,7 +249,7 @@ class Network:
 
     def state(self) -> dict[str, Any]:
         """Preprocessing, loss and classes, as a checkpoint records them for `read_record`."""
-        return describe(self.preprocessing, self.loss, self.classes)
+        return describe(self.preprocessing, self.loss, self.classes, self.record.model_kwargs)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return probabilities(logits, self.loss)
@@ -309,10 +314,13 @@ def prepare(
     return replace(preprocessing, **changes)
 
 
-def describe(preprocessing: Preprocessing, loss: str, classes: Sequence[str] | None) -> dict[str, Any]:
-    """Return what a checkpoint records of preprocessing, loss and classes, as plain data."""
+def describe(
+    preprocessing: Preprocessing, loss: str, classes: Sequence[str] | None, model_kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what a checkpoint records of these, as plain data; see `Record`."""
     fields = {name: list(x) if isinstance(x, tuple) else x for name, x in vars(preprocessing).items()}
-    return {"preprocessing": fields, "loss": loss} | ({"classes": list(classes)} if classes else {})
+    optional = {"classes": list(classes or ()), "model_kwargs": dict(model_kwargs)}
+    return {"preprocessing": fields, "loss": loss} | {name: value for name, value in optional.items() if value}
 
 
 def probabilities(logits: torch.Tensor, loss: str) -> torch.Tensor:
@@ -350,6 +358,8 @@ def unlabelled(labels: Sequence[str], found: Sequence[str] | None) -> tuple[str,
     """Undo `class_labels` for the labels in an exported file, given the class names of the data set, `found`."""
     if tuple(labels) == class_labels(None, len(labels)):
         return None
+    if found and tuple(labels) == class_labels(found, len(found)):  # two classes may have one label
+        return tuple(found)
     imagenet = _imagenet_names(len(labels))
     if imagenet and tuple(labels) == class_labels(imagenet, len(imagenet)):
         return imagenet if found and set(found) <= set(imagenet) else None  # `Network.labels` may have guessed them
@@ -503,6 +513,8 @@ def open(
     # Tell MODEL=FILE, a name or an address, and a file apart.
     model, equals, file = str(source).partition("=")
     if equals and not os.path.isfile(source) and os.sep not in model:
+        if name not in (None, model):
+            raise ValueError(f"{flag} {name}, but {source} says {model}: leave one of them out")
         name, source = model, file
     elif not is_file(source):
         if name is not None:
@@ -525,9 +537,9 @@ def open(
     if "width_mult" in arguments:
         told.pop("dims", None)
     # The arguments that timm recorded have the lowest priority: the tensors' shapes and the caller know better.
-    extra = record.arguments.get("model_kwargs")
+    extra = record.model_kwargs
     try:
-        module = timm.create_model(name, **(dict(extra or {}) | told | arguments))
+        module = timm.create_model(name, **(dict(extra) | told | arguments))
     except (TypeError, ValueError, RuntimeError, AssertionError):
         if not extra:
             raise
@@ -569,10 +581,14 @@ def _open_name(name: str, *, pretrained: bool, flag: str, mend: str, arguments: 
         cause = first_line(error) if "weights_only" not in str(error) else "refused, since to load them could run code"
         mend = mend or "give a file of weights"
         raise ValueError(f"no pretrained weights for {flag} {name} ({cause}): {mend}") from error
-    classes = module.pretrained_cfg.get("label_names") if pretrained else None
+    # timm's configuration may name the classes. It has no place for the loss, which our own file in a folder records.
+    record = read_record({"classes": module.pretrained_cfg.get("label_names")}, name) if pretrained else Record()
+    if pretrained and name.startswith("local-dir:"):
+        files = [*Path(name.removeprefix("local-dir:")).glob("*.safetensors")]
+        record = replace(record, loss=read(files[0]).record.loss if len(files) == 1 else None)
+    classes = record.classes if record.classes and len(record.classes) == module.num_classes else None
     if pretrained and classes is None and not name.startswith("local-dir:"):
         classes = _imagenet_names(module.num_classes)
     own_name = module.pretrained_cfg["architecture"] if name.startswith(HUBS) else name
-    return Network(
-        module.eval(), own_name, config_preprocessing(module.pretrained_cfg), tuple(classes or ()) or None, source=name
-    )
+    images = config_preprocessing(module.pretrained_cfg)
+    return Network(module.eval(), own_name, images, classes, record.loss or CROSS_ENTROPY, source=name)

@@ -92,6 +92,8 @@ def run(args: Arguments) -> int:
         check_writable(args.output)
     runtime = open_runtime(args)
     number = len(runtime.metadata.classes)
+    if not number:
+        raise ValueError(f"{args.source} has no classes, only features: there is nothing to predict")
     if args.topk > number:
         args.moot("topk", f"--topk {args.topk} is more than the {number} classes of {args.source}")
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack letters of a class name

@@ -340,8 +340,8 @@ class RunFolder:
             world.from_main(self.checkpoints.remove_leftovers)
             if args.auto_resume and not path:
                 path = world.from_main(self.checkpoints.newest_valid)
-            elif existing and not path and args.save_ckpt:
-                earlier = f"{args.output_dir} holds checkpoints of an earlier run ({existing[0][1].name})"
+            elif not path and args.save_ckpt and (earlier := self.checkpoints.all()):
+                earlier = f"{args.output_dir} holds checkpoints of an earlier run ({earlier[0].name})"
                 raise ValueError(f"{earlier}: add --auto_resume true to go on, or choose another --output_dir")
         if not path:
             return

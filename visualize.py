@@ -6,14 +6,22 @@ python visualize.py figures --output_dir docs
 python visualize.py detections IMAGE_OR_FOLDER --network CHECKPOINT --output FILE.png
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from options import COUNT, FRACTION, WHOLE, Arguments, Parser, file_path, path
 
 
+def picture(text: str) -> Path:
+    """A type for argparse: the path of a picture, in a format that its name tells."""
+    if not text.lower().endswith((".png", ".jpg", ".pdf", ".svg")):
+        raise argparse.ArgumentTypeError(f"a name that ends in .png, .jpg, .pdf or .svg, not {text}")
+    return path(text)
+
+
 def _add_output(parser: Parser) -> None:
-    parser.add_argument("--output", type=path, required=True, metavar="FILE.png", help="picture to write")
+    parser.add_argument("--output", type=picture, required=True, metavar="FILE.png", help="picture to write")
 
 
 def _add_images(parser: Parser, *, shown: str) -> None:

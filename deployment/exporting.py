@@ -1,5 +1,6 @@
 """Write a network to a file for an engine, after comparing the file with the network, or to safetensors."""
 
+import copy
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,7 +10,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 import runtimes
-from networks import Network
+from networks import Network, is_vanillanet
 from records.checkpoints import save_checkpoint
 from records.files import writing
 
@@ -75,23 +76,29 @@ def write_safetensors(network: Network, path: Path) -> Path:
     Raises:
         ValueError: a file cannot be written, or timm cannot describe the network.
     """
-    images = network.preprocessing
-    save_checkpoint(
-        {
-            "model": network.module.state_dict(),
-            "act_learn": network.slope,
-            "deploy": getattr(network.module, "deploy", False),
-            **network.state(),
-            "args": {"model": network.name, "data_set": network.record.arguments.get("data_set")},
-        },
-        path,
-    )
+    images, recorded = network.preprocessing, network.record.arguments
     config = path.parent / "config.json"
     data = {"input_size": (3, images.input_size, images.input_size), "mean": images.mean, "std": images.std}
     data |= {"interpolation": images.interpolation, "crop_mode": images.crop_mode, "crop_pct": images.crop_pct or 1.0}
     labels = {"label_names": list(network.classes)} if network.classes else {}
-    with writing(config), tempfile.TemporaryDirectory(prefix="writing-", dir=path.parent) as folder:
-        # timm also writes a file of weights, but without our metadata, so only its config.json is kept.
-        save_for_hf(network.module, folder, model_config=labels, data_config=data, safe_serialization=True)
-        shutil.move(Path(folder) / "config.json", config)
+    module = copy.copy(network.module)
+    if is_vanillanet(network.name):  # with adaptive pools of one size, it takes images of others all the same
+        module._traits = {**getattr(module, "_traits", {}), "fixed_input_size": False}
+    with writing(config):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="writing-", dir=path.parent) as folder:
+            # timm also writes a file of weights, but without our metadata, so only its config.json is kept.
+            save_for_hf(module, folder, model_config=labels, data_config=data, safe_serialization=True)
+            flags = {name: recorded[name] for name in ("data_set", "crop_pct") if name in recorded}
+            save_checkpoint(
+                {
+                    "model": network.module.state_dict(),
+                    "act_learn": network.slope,
+                    "deploy": getattr(network.module, "deploy", False),
+                    **network.state(),
+                    "args": {"model": network.name, **flags},
+                },
+                path,
+            )
+            shutil.move(Path(folder) / "config.json", config)
     return config

@@ -64,12 +64,13 @@ def largest_difference(module: nn.Module, fused: nn.Module, batches: Iterable[to
     Args:
         batches: images (N, 3, H, W) on the device of both networks; the first `COMPARED_BATCHES` batches are compared.
     """
-    difference = scale = 0.0
+    difference = scale = torch.zeros(())
     for images in islice(batches, COMPARED_BATCHES):
         logits = module(images)
-        difference = max(difference, (fused(images) - logits).abs().max().item())
-        scale = max(scale, logits.abs().max().item())
-    return difference / scale if scale else difference
+        # `torch.maximum` keeps a NaN, which Python's `max` may drop.
+        difference = torch.maximum(difference, (fused(images) - logits).abs().max().cpu())
+        scale = torch.maximum(scale, logits.abs().max().cpu())
+    return (difference / scale if scale else difference).item()
 
 
 def write_deployed(

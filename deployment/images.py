@@ -16,7 +16,7 @@ EMBEDDED = Path(__file__).parents[1] / "data" / "fashion-mnist"
 
 
 # The fields of `Preprocessing` that an exported file records, under the same names.
-RECORDED = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode")
+RECORDED = ("input_size", "mean", "std", "crop_pct", "interpolation", "crop_mode", "exif_transpose")
 
 
 def transform(metadata: Metadata) -> Transform:

@@ -71,7 +71,7 @@ class Preprocessing:
 
     def __post_init__(self):
         if self.native and self.crop_pct is not None:
-            raise ValueError("--crop_pct has no effect on images that are not resized: add --resize true")
+            raise ValueError("--crop_pct has no effect on images that are not resized")
         if not self.native and self.crop_pct is None:
             object.__setattr__(self, "crop_pct", default_crop_pct(self.input_size))
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:

@@ -1,5 +1,6 @@
 """Compare the detections of a detector with those of its fused or exported form."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -46,6 +47,8 @@ def largest_gap(
             if "masks" in a:
                 gaps = torch.maximum(gaps, (b["masks"][same] - a["masks"][position]).abs().flatten(1).amax(1))
             lacking = max(a["scores"][position].item() - cut, 0.0)  # the other score may just be below the cut
+            if not torch.isfinite(gaps).all() or not math.isfinite(lacking):
+                return math.nan
             largest = max(largest, min([lacking, *gaps.tolist()]))
     return largest
 
@@ -58,5 +61,8 @@ def largest_difference(detector: Detector, fused: Detector, images: Sequence[tor
         with _unpasted(detector), _unpasted(fused):
             [one], [other] = detector([image]), fused([image])
         side = min(detector.test_size * max(image.shape[-2:]) / min(image.shape[-2:]), detector.transform.max_size)
-        largest = max(largest, largest_gap(one, other, detector=detector, side=side))
+        gap = largest_gap(one, other, detector=detector, side=side)
+        if math.isnan(gap):
+            return gap
+        largest = max(largest, gap)
     return largest

@@ -33,6 +33,7 @@ _SETTINGS = {
     "ytick.color": INK,
     "grid.color": INK,
     "grid.alpha": 0.2,
+    "text.parse_math": False,  # names of classes and files may have dollar signs
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,

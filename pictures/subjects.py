@@ -35,7 +35,10 @@ def label(network: Network) -> str:
 
 def open_network(spec: str, *, key: str | None = None) -> Network:
     """Open a network that a user names as CHECKPOINT, MODEL=CHECKPOINT or MODEL; see `networks.open`."""
-    return networks.open(spec, key=key, flag="--network", mend=f"add its checkpoint, --network {spec}=FILE")
+    network = networks.open(spec, key=key, flag="--network", mend=f"add its checkpoint, --network {spec}=FILE")
+    if not network.module.num_classes:
+        raise ValueError(f"--network {spec} has no classes, only features: there is no answer to explain")
+    return network
 
 
 @dataclass(frozen=True)

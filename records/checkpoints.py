@@ -259,6 +259,11 @@ class CheckpointFolder:
         """Return the numbered files, newest first."""
         return [path for _, path in self.places()]
 
+    def all(self) -> list[Path]:
+        """Return all checkpoints in the order in which to resume from them: numbered ones, `last`, `best` ones."""
+        best = sorted(self.folder.glob("checkpoint-best*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        return [*self.numbered(), *self.folder.glob("checkpoint-last.pth"), *best]
+
     def save(self, checkpoint: Mapping[str, Any], *, epoch: int, step: int, names: Sequence[str] = ()) -> Path:
         """Write the state after `step` steps of `epoch` or, if `step` is 0, after the whole epoch `epoch` - 1.
 
@@ -292,7 +297,7 @@ class CheckpointFolder:
 
     def newest_valid(self) -> Path | None:
         """Return the newest checkpoint that can be read, to resume from. Warn about damaged checkpoints and leave them
-        in place. If no numbered checkpoint can be read, use a `best` one, although it may be from an earlier epoch.
+        in place. If no numbered checkpoint can be read, use `last`, or else a `best` one, although that may be older.
 
         Returns:
             The path of the checkpoint, or None if there is no checkpoint at all.
@@ -300,8 +305,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: there are checkpoints, but none can be read.
         """
-        best = self.folder.glob("checkpoint-best*.pth")
-        candidates = [*self.numbered(), *sorted(best, key=lambda path: path.stat().st_mtime_ns, reverse=True)]
+        candidates = self.all()
         for path in candidates:
             try:
                 load_checkpoint(path)  # checksums alone do not cover every part of the file

@@ -29,6 +29,7 @@ class Metadata:
     precision: str = "fp32"  # in which the file computes
     interpolation: str = "bicubic"  # of the resizing, by timm's name
     crop_mode: str = "center"
+    exif_transpose: bool = False  # images are turned upright by their EXIF orientation first
     loss: str = "cross_entropy"  # of training; after `binary_cross_entropy`, probabilities are sigmoids
 
     def to_strings(self) -> dict[str, str]:

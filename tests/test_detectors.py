@@ -1,6 +1,7 @@
 """The detectors: what they are made of and cost, layer decay, backbones, fusing, comparison, export."""
 
 import copy
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -371,6 +372,7 @@ def test_gaps_between_detections():
     for one, other in (([a], [a, b]), ([a, b], [a])):
         assert gap(one, other) == pytest.approx(0.35)  # lacking: by what it is above the threshold
     assert gap([], []) == 0
+    assert math.isnan(gap([a, b], [a, ([50.0, 50, math.nan, 90], 2, 0.4)]))
     full = [a, a, b]
     # Of a full list the last may be pushed out by one as good.
     assert gap(full, [a, a, ([0.0, 0, 9, 9], 3, 0.41)]) == pytest.approx(0.01)

@@ -1,5 +1,6 @@
 """export.py: files that agree with PyTorch, or none; what the file knows."""
 
+import functools
 import hashlib
 import pickle
 import shlex
@@ -18,6 +19,7 @@ import export
 import models
 import networks
 import runtimes
+from deployment.fusing import largest_difference, write_deployed
 from deployment.images import EMBEDDED, real_images, transform
 from loading.images import read_image
 from loading.streams import StreamDataset
@@ -241,6 +243,18 @@ def test_bad_requests(checkpoint, tmp_path, capsys, monkeypatch, arguments, name
     monkeypatch.chdir(tmp_path)
     assert named in refused(capsys, checkpoint, *shlex.split(arguments))
     assert [path.name for path in tmp_path.iterdir()] == ["trained.pth"]
+
+
+def test_a_network_that_diverged_is_not_written(randomized, tmp_path):
+    """Its fused form has NaN for logits, which Python's `max` would pass over."""
+    module = randomized(timm.create_model("vanillanet_6", **SMALL))
+    module.cls2[0].weight.data.fill_(float("nan"))
+    compare = functools.partial(largest_difference, batches=[torch.randn(2, 3, 64, 64)])
+    with pytest.raises(ValueError, match="differ by nan, more than 1e-04; nothing written"):
+        write_deployed(
+            module, tmp_path / "d.pth", compare=compare, answers="logits", record={}, device=torch.device("cpu")
+        )
+    assert not (tmp_path / "d.pth").exists()
 
 
 def test_a_network_before_its_time_is_not_fused(randomized, recorded, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Networks out of checkpoints: the tensors tell the architecture."""
 
 import argparse
+import json
 
 import matplotlib.cbook
 import numpy as np
@@ -13,6 +14,8 @@ from timm.models import save_for_hf
 
 import models
 import networks
+from deployment.exporting import write_safetensors
+from deployment.fusing import open_deployed
 from loading.transforms import build_eval_transform
 from records.checkpoints import save_checkpoint
 
@@ -201,3 +204,70 @@ def test_another_classifier_for_other_classes(name, tmp_path):
     assert classifier(7)
     with pytest.raises(ValueError, match="--keep_classifier true"):
         classifier(5, keep=True)
+
+
+def test_names_that_are_numbers_stay_names():
+    """As torchvision's ImageFolder sorts folders from "1" to "11"."""
+    names = sorted(map(str, range(1, 12)))
+    by_name = {name: index for index, name in enumerate(names)}
+    assert networks.read_record({"classes": by_name}).classes == tuple(names)
+    assert networks.unlabelled(("crane", "crane"), ("n02012849", "n03126707")) == ("n02012849", "n03126707")
+
+
+def test_what_was_settled_wins_over_the_flags_of_the_run():
+    """A run that takes its crop from --finetune FILE has a recipe's crop in its flags all the same."""
+    settled = {"preprocessing": {"input_size": 64, "crop_pct": 0.95, "exif_transpose": True}}
+    flags = {"crop_pct": 0.875, "exif_transpose": False, "input_size": 224}
+    assert networks.read_record({**settled, "args": flags}).preprocessing == settled["preprocessing"]
+
+
+def test_arguments_of_timm_travel_on(tmp_path, randomized):
+    """Strides are in no tensor: a network with others than its variant's is told by timm's `model_kwargs` alone."""
+    made = randomized(timm.create_model("vanillanet_5", strides=(2, 2, 1), width_mult=1 / 64, num_classes=4))
+    args = {"model": "vanillanet_5", "model_kwargs": {"strides": [2, 2, 1]}}
+    torch.save({"state_dict": made.state_dict(), "args": args}, tmp_path / "w.pth")
+    images = torch.randn(2, 3, 64, 64)
+    opened = open_deployed(tmp_path / "w.pth")
+    write_safetensors(opened, tmp_path / "out" / "w.safetensors")
+    for network in (opened, networks.open(tmp_path / "out" / "w.safetensors")):
+        assert torch.allclose(network.module(images), made(images), rtol=1e-3, atol=1e-4)
+    assert opened.state()["model_kwargs"] == {"strides": [2, 2, 1]}
+
+
+def test_a_crop_that_nobody_chose_follows_the_size(tmp_path):
+    made = models.vanillanet_5(width_mult=1 / 64, num_classes=4)
+    images = {"input_size": 224, "crop_pct": 0.875}
+    args = {"model": "vanillanet_5", "input_size": 224, "crop_pct": None, "imagenet_default_mean_and_std": True}
+    torch.save({"model": made.state_dict(), "preprocessing": images, "args": args}, tmp_path / "w.pth")
+    write_safetensors(networks.open(tmp_path / "w.pth"), tmp_path / "out" / "w.safetensors")
+    for path in (tmp_path / "w.pth", tmp_path / "out" / "w.safetensors"):
+        assert networks.open(path).prepared(input_size=384).preprocessing.crop_pct == 1.0
+
+
+def test_adaptive_pools_of_another_size_are_written(tmp_path):
+    made = timm.create_model("vanillanet_13_x1_5_ada_pool", width_mult=1 / 64, num_classes=4, img_size=96)
+    torch.save({"model": made.state_dict(), "args": {"model": "vanillanet_13_x1_5_ada_pool"}}, tmp_path / "w.pth")
+    network = open_deployed(tmp_path / "w.pth", input_size=128)
+    write_safetensors(network, tmp_path / "out" / "w.safetensors")
+    images = torch.randn(1, 3, 128, 128)
+    for source in (tmp_path / "out" / "w.safetensors", f"local-dir:{tmp_path / 'out'}"):
+        again = networks.open(source)
+        assert again.preprocessing.input_size == 128
+        assert torch.equal(again.module(images), network.module(images))
+
+
+def test_a_folder_tells_loss_and_classes(tmp_path):
+    made = models.vanillanet_5(width_mult=1 / 64, num_classes=2)
+    record = {"classes": {0: "cat", 1: "dog"}, "loss": "binary_cross_entropy", "args": {"model": "vanillanet_5"}}
+    torch.save({"model": made.state_dict(), **record}, tmp_path / "w.pth")
+    write_safetensors(networks.open(tmp_path / "w.pth"), tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    names = {"0": "cat", "1": "dog"}  # the form that the hub's own pages have
+    (tmp_path / "out" / "config.json").write_text(json.dumps({**config, "label_names": names}))
+    network = networks.open(f"local-dir:{tmp_path / 'out'}")
+    assert (network.classes, network.loss) == (("cat", "dog"), "binary_cross_entropy")
+
+
+def test_two_names_for_one_file(tmp_path):
+    with pytest.raises(ValueError, match=r"--model vanillanet_9, but vanillanet_5=.* says vanillanet_5"):
+        networks.open(f"vanillanet_5={tmp_path / 'w.pth'}", name="vanillanet_9")
