@@ -102,6 +102,8 @@ def _check(args: Arguments) -> None:
     if args.quick:
         for flag in QUICK.keys() - {*args.given, *(["engine"] if args.training else [])}:
             setattr(args, flag, QUICK[flag])
+        if "engine" not in args.given and not args.training:
+            args.engine = [name for name in args.engine if kind in runtimes.find(name).computes]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
@@ -147,19 +149,20 @@ def _networks(args: argparse.Namespace) -> list[str]:
     for name in args.peers:
         names += report.PEERS if name == "paper" else [name]
     names = list(dict.fromkeys(names))
-    files = [name for name in names if is_file(name)]
-    if args.training and files:
-        raise ValueError(f"--training true measures models by their names: leave out {files[0]}")
-    for flag in ("width_mult", "twins"):
-        if getattr(args, flag) and not any(is_vanillanet(name) for name in names if name not in files):
-            raise ValueError(f"--{flag} is for VanillaNets by name, and none is measured")
-    if args.int8_depthwise and not any(map(_is_ours, names)):
-        raise ValueError("--int8_depthwise is for VanillaNets, and none is measured")
     labels = [Path(name).stem for name in names]
     for name, label in zip(names, labels, strict=True):
         if labels.count(label) > 1:
             raise ValueError(f"{name} and another would both be called {label}: give their files different names")
-    return names
+    files = [name for name in names if is_file(name)]
+    for flag in ("width_mult", "twins"):
+        if getattr(args, flag) and not any(is_vanillanet(name) for name in names if name not in files):
+            raise ValueError(f"--{flag} is for VanillaNets by name, and none is measured")
+    if args.training and files:
+        raise ValueError(f"--training true measures models by their names: leave out {files[0]}")
+    if missing := [name for name in files if not Path(name).is_file()]:
+        raise ValueError(f"{missing[0]} does not exist")
+    # The processes that measure run in the repository's folder, whatever this one's is.
+    return [str(Path(name).absolute()) if name in files else name for name in names]
 
 
 def _engines(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -181,8 +184,9 @@ def _engines(args: argparse.Namespace) -> list[tuple[str, str]]:
             fits = (kind, precision) != ("cpu", "fp16")
             if fits and precision in (args.precision or runtimes.PRECISIONS):
                 pairs.append((name, precision))
-    if not pairs:
-        raise ValueError("no engine of --engine has a precision of --precision here")
+    lacking = [one for one in args.precision or () if one not in {precision for _, precision in pairs}]
+    if lacking or not pairs:
+        raise ValueError(f"--precision {' '.join(lacking)}: no engine of --engine computes in it here")
     return pairs
 
 
@@ -199,7 +203,7 @@ def _specs(args: argparse.Namespace, network: str) -> list[Spec]:
             specs.append(replace(spec, twin=twin, grad_checkpointing=mode))
         if args.int8_depthwise and precision == "int8" and runtimes.find(engine).leaves_depthwise and _is_ours(network):
             specs.append(replace(spec, int8_depthwise=True))
-    return specs
+    return list(dict.fromkeys(specs))
 
 
 # -- measuring
@@ -272,8 +276,9 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """
     # Report impossible requests before anything is measured.
     names = _networks(args)
-    for name in names:
-        _specs(args, name)
+    wanted = [spec for name in names for spec in _specs(args, name)]
+    if args.int8_depthwise and not any(spec.int8_depthwise for spec in wanted):
+        raise ValueError("--int8_depthwise is for VanillaNets in int8, in engines that leave it out: none is measured")
     rows: list[dict[str, Any]] = []
     limits: dict[str, float] = {}
     groups = [names[i : i + args.together] for i in range(0, len(names), args.together)]
@@ -356,6 +361,9 @@ def measure_loading(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     # Read the rows from files, or measure them.
     if args.report:
+        stems = [path.stem for path in args.report]
+        if len(set(stems)) < len(stems):
+            raise ValueError("--report names two files alike, and its sections are named after them: rename one")
         sections = {path.stem: [row for row in results.read(path) if row["kind"] != "machine"] for path in args.report}
         rows = [row for found in sections.values() for row in found]
     else:
@@ -382,6 +390,9 @@ def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) ->
     with mistakes_end("benchmark.py"):
         args.threads = args.threads or torch.get_num_threads()
         if args.loading:
+            if args.device != "cpu" and not torch.cuda.is_available():
+                raise ValueError(f"--device {args.device}: no CUDA device is available here; use --device cpu")
+            torch.set_num_threads(args.threads)
             measure_loading(args)
         elif args.profile:
             print_profiles(args)

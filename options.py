@@ -478,6 +478,7 @@ def check_training_flags(args: Arguments, *, exports: bool = False) -> None:
     args.needs("save_ckpt_freq save_ckpt_steps save_ckpt_num", args.save_ckpt, "--save_ckpt is false")
     args.needs("start_epoch", not args.resume, "a resumed run goes on where it was; leave it out")
     args.needs("model_key model_prefix", args.finetune, "add --finetune")
+    args.needs("skip_broken_eval", not args.disable_eval, "--disable_eval is true")
     args.needs("deploy", evaluates or exports, "a deploy form has nothing left to train; add --eval true")
     if evaluates and not (args.finetune or args.resume):
         raise ValueError("--eval and --switch_to_deploy need the weights: add --finetune FILE")

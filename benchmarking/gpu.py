@@ -222,6 +222,13 @@ class Device:
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+
+    def allocated_mb(self) -> float:
+        """Return what torch's tensors take on a GPU now."""
+        return torch.cuda.memory_allocated(self.name) / 1e6 if self.cuda else 0.0
+
+    def reset_peak(self) -> None:
+        if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.name)
 
 
@@ -241,6 +248,10 @@ def subject(name: str, resolution: int, width_mult: float | None) -> tuple[nn.Mo
     network, images, _ = build_network(spec)
     with torch.inference_mode():
         return network, images, copy.deepcopy(network).double()(images.double())
+
+
+class WrongLogits(ValueError):
+    """A network in an engine answers otherwise than in float64, so that its time says nothing."""
 
 
 class Walk:
@@ -308,7 +319,7 @@ class Walk:
         if not trains:
             network, _, exact = subject(spec.network, spec.resolution, spec.width_mult)
         # From loading to the first answer.
-        before, start = self.device.used_mb(), time.perf_counter()
+        before, held, start = self.device.used_mb(), self.device.allocated_mb(), time.perf_counter()
         call, calls = (training_step(spec), self.plan.steps) if trains else (self._load(spec), self.plan.calls)
         logits = call()
         wait(self.plan.device)
@@ -316,23 +327,24 @@ class Walk:
         if not trains:
             error = float((logits.double().cpu() - exact).abs().max() / exact.abs().max())
             if not error <= TOLERANCES[spec.precision]:
-                self.problems.append(f"{spec}: the logits differ from float64 by {error:.1e} of the largest")
+                raise WrongLogits(f"{spec}: the logits differ from float64 by {error:.1e} of the largest")
         anchor_seconds, _ = self.device.times(anchor, self.plan.calls)
+        self.device.reset_peak()
         seconds, events = self.device.times(call, calls)
         row = results.row(spec, seconds, threads=torch.get_num_threads())
         row |= {"first_s": first, "event_ms": median(events), "kernels": self.device.kernels(call)}
         row |= {"sm_clock_mhz": self.device.clock_mhz(), "device_mb": self.device.used_mb() - before}
         row |= {"anchor_ms": 1e3 * median(anchor_seconds), "anchor": "the first network, eager"}
         if self.device.cuda:
-            row["peak_mb"] = torch.cuda.max_memory_allocated(self.plan.device) / 1e6
+            row["peak_mb"] = torch.cuda.max_memory_allocated(self.plan.device) / 1e6 - held
         return row | (costs(spec) if trains else size(network, spec.resolution))
 
     def _load(self, spec: Spec) -> Callable[[], torch.Tensor]:
         """Return a function that runs the network in its engine."""
         network, images, _ = subject(spec.network, spec.resolution, spec.width_mult)
-        images = images.to(self.plan.device)
         target = runtimes.Target(spec.engine, spec.precision, self.plan.device)
-        runtime = runtimes.load(network, target, images=images)
+        runtime = runtimes.load(network, target, images=images)  # still on the CPU, as the network is
+        images = images.to(self.plan.device)
         return lambda: runtime(images)
 
     def profile(self, spec: Spec) -> str:
@@ -363,6 +375,7 @@ class Walk:
         if missing:
             print(f"not installed, and left out with what needs it: {', '.join(missing)}")
         self.facts()
+        self.device.clear()  # of what the rates were measured with
         self.tests()
         anchor = self._load(next(self.plan.specs()))
         for spec in self.plan.specs():
@@ -370,13 +383,18 @@ class Walk:
                 continue
             try:
                 self.add(self.measure(spec, anchor))
+            except WrongLogits as error:  # without a row, so that another walk looks at it again
+                self.problems.append(str(error))
             except (ValueError, RuntimeError) as error:  # RuntimeError: from a compiler, or out of memory
                 print(f"left out: {spec}: {first_line(error)}", flush=True)
             self.device.clear()
         trained = [spec for spec in self.plan.training() if spec.engine == "channels_last"]
-        profile = self.output.with_name(f"{self.output.stem}-profile.txt")
-        profile.write_text("".join(map(self.profile, [one for one in trained if one.grad_checkpointing == "none"])))
-        self.guarded(next(spec for spec in trained if spec.guard))
+        try:
+            profile = self.output.with_name(f"{self.output.stem}-profile.txt")
+            profile.write_text("".join(map(self.profile, [one for one in trained if one.grad_checkpointing == "none"])))
+            self.guarded(next(spec for spec in trained if spec.guard))
+        except RuntimeError as error:
+            self.problems.append(f"training steps could not be profiled and guarded: {first_line(error)}")
         impossible = check(self.rows, cache_bytes=self.device.cache_bytes())
         if self.device.cuda:
             self.problems += impossible
@@ -430,10 +448,11 @@ def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) ->
         if args.dry and not args.output:  # a dry run measures everything anew
             output.unlink(missing_ok=True)
         walk = Walk(plan, output)
-        walk.run()
+        try:
+            walk.run()
+        finally:
+            sys.stderr.writelines(f"does not hold: {problem}\n" for problem in walk.problems)
         print(f"{len(walk.rows)} rows in {output}; tables and figures: python benchmark.py --report {output}")
-    for problem in walk.problems:
-        sys.stderr.write(f"does not hold: {problem}\n")
     if walk.problems:
         raise SystemExit(1)
 

@@ -14,6 +14,7 @@ import torchvision
 from matplotlib.figure import Figure
 
 from benchmarking.results import PUBLISHED_PRECISION, is_published
+from benchmarking.spec import VARIANT
 from networks import is_vanillanet
 from pictures import style
 from pictures.figures import Result, accuracy_figure, paper_results
@@ -129,14 +130,15 @@ def memory_table(rows: Sequence[Row]) -> list[list[str]]:
     lines = [["network", "time", SAVED, PEAK, *(f"{card} GB" for card in CARDS)]]
     chosen = [row for row in rows if row.get("step_mib") and _same(row, "engine", "precision") == MEMORY_OF]
     chosen = [row for row in chosen if not row["network"].endswith("(guarded)")]
-    times = {_same(row, "network", "resolution", "batch"): row["median_ms"] for row in chosen}
+    run = ("resolution", "batch", "device", "processor", "threads", "torch", "date")
+    times = {_same(row, "network", *run): row["median_ms"] for row in chosen}
     for row in chosen:
         network, _, mode = row["network"].removesuffix(")").partition(" (checkpointing ")
         fixed, each = BYTES_PER_PARAMETER * 1e6 * row["params_m"], 2**20 * row["step_mib"]
         lines.append(
             [
                 f"{_name(network)}, {mode or 'none'}",
-                _number(row["median_ms"] / times.get((network, row["resolution"], row["batch"]), float("nan")), 2),
+                _number(row["median_ms"] / times.get((network, *_same(row, *run)), float("nan")), 2),
                 _number(row["saved_mib"], 1),
                 _number(row["step_mib"], 1),
                 *(f"{max(0, USABLE * 1e9 * card - fixed) // each:.0f}" for card in CARDS),
@@ -167,7 +169,8 @@ def published() -> dict[str, tuple[str, float | None]]:
 
 def single(rows: Iterable[Row]) -> list[Row]:
     """Select inference of one image at the most common resolution, for published networks without their variants."""
-    chosen = [row for row in rows if row["kind"] == "inference" and row["batch"] == 1 and " (" not in row["network"]]
+    chosen = [row for row in rows if row["kind"] == "inference" and row["batch"] == 1]
+    chosen = [row for row in chosen if not VARIANT.search(row["network"])]
     resolutions = [row["resolution"] for row in chosen]
     return [row for row in chosen if row["resolution"] == max(resolutions, key=resolutions.count)]
 
@@ -316,14 +319,14 @@ def varied(rows: Sequence[Row], column: str) -> list[Row]:
     Only engines with all of these values are kept. With fewer than two values, the list is empty.
     """
     fixed = {"batch": "resolution", "resolution": "batch"}[column]
-    groups: dict[tuple, dict[tuple, list[Row]]] = {}
+    groups: dict[tuple, dict[tuple, dict[float, Row]]] = {}
     for row in rows:
         if row["kind"] == "inference":
             engines = groups.setdefault(_same(row, "network", fixed), {})
-            engines.setdefault(_same(row, "engine", "precision"), []).append(row)
+            engines.setdefault(_same(row, "engine", "precision"), {})[row[column]] = row  # of a value the last one
     most = max(groups.values(), key=lambda engines: max(map(len, engines.values())), default={})
     full = max(map(len, most.values()), default=0)
-    return [row for found in most.values() for row in found if len(found) == full > 1]
+    return [row for found in most.values() for row in found.values() if len(found) == full > 1]
 
 
 # -- figures
@@ -472,7 +475,8 @@ def write_page(path: Path, sections: Mapping[str, Sequence[Row]], *, figures: Co
         if chosen:
             parts += [" ".join(statements(chosen)), images.get("accuracy", ""), _markdown(speed_table(chosen))]
         parts.append(images.get("sizes", ""))
-        if training:
-            parts += [training_statement(training), _markdown(speed_table(training))]
+        for size in dict.fromkeys(_same(row, "resolution", "batch") for row in training):
+            steps = [row for row in training if _same(row, "resolution", "batch") == size]
+            parts += [training_statement(steps), _markdown(speed_table(steps))]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(part for part in parts if part) + "\n")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import runtimes
-from benchmarking.spec import Spec
+from benchmarking.spec import VARIANT, Spec
 from records.logs import write_rows
 
 # The precision that rows are compared with: float32 as PyTorch computes it when nothing is set.
@@ -102,10 +102,10 @@ def complete(rows: Sequence[dict[str, Any]], limits: dict[str, float]) -> None:
     """
 
     def key(row: dict[str, Any]) -> tuple:
-        network = row["network"].partition(" (")[0]  # variants are compared with the network as published
+        network = VARIANT.sub("", row["network"])  # variants are compared with the network as published
         return row["kind"], network, row["device"], row["resolution"], row["batch"]
 
-    published = {key(row): row["median_ms"] for row in rows if is_published(row) and " (" not in row["network"]}
+    published = {key(row): row["median_ms"] for row in rows if is_published(row) and not VARIANT.search(row["network"])}
     for row in rows:
         if row["kind"] == "machine":
             continue

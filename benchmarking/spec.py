@@ -1,7 +1,11 @@
 """The specification of what a row of the results measures."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+# What `Spec.label` adds to a network's name for a variant of it.
+VARIANT = re.compile(r"( \((built deployed|depthwise in int8|checkpointing \w+|guarded)\))+$")
 
 
 @dataclass(frozen=True)

@@ -77,9 +77,9 @@ def _open(spec: Spec, folder: Path, *, profile: bool) -> tuple[Callable[[], Any]
     else:
         source, images = path, torch.randn(spec.batch, 3, spec.resolution, spec.resolution)
         target = runtimes.Target(device=spec.device)
-    images = images.to(spec.device)
     start = time.perf_counter()
-    runtime = runtimes.load(source, target, images=images)
+    runtime = runtimes.load(source, target, images=images)  # still on the CPU, as the network is
+    images = images.to(spec.device)
     runtime(images)
     wait(spec.device)
     return lambda: runtime(images), time.perf_counter() - start, lambda: runtime.profile(images)
@@ -254,7 +254,7 @@ def prepare(specs: Sequence[Spec], folder: Path, *, threads: int) -> dict[Spec, 
     Returns:
         The specs whose files could not be written, each with the reason in one line.
     """
-    with_file = [spec for spec in specs if _file(spec, folder)]
+    with_file = [spec for spec in dict.fromkeys(specs) if _file(spec, folder)]
     if not with_file:
         return {}
     answers: dict[Spec, str | None] = {}

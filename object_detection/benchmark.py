@@ -50,6 +50,7 @@ from benchmarking import profiling
 from object_detection.detectors import Detector, create_detector
 from records import logs
 from records.files import mistakes_end
+from runtimes import set_tf32
 
 logger = logging.getLogger("object_detection")
 
@@ -76,6 +77,8 @@ def count_macs(detector: Detector, height: int, width: int) -> Cost:
     The pyramid is the neck. Mask R-CNN's box head is counted for 1000 proposals, its mask head for 100 detections.
     """
     detector = copy.deepcopy(detector).to("meta")
+    multiple = detector.transform.size_divisible  # to which torchvision pads every image
+    height, width = (-(-side // multiple) * multiple for side in (height, width))
     backbone, maps = profiling.macs_of(detector.backbone.body, torch.empty(1, 3, height, width, device="meta"))
     both, maps = profiling.macs_of(detector.backbone, torch.empty(1, 3, height, width, device="meta"))
     levels = list(maps.values())
@@ -100,7 +103,7 @@ def calibrate(detector: Detector, image: torch.Tensor, candidates: int) -> None:
         source = detector.roi_heads.box_predictor
         hook = source.register_forward_hook(lambda _, __, out: seen.append(out[0].softmax(-1)[:, 1:]))
     else:
-        hook = detector.head.register_forward_hook(lambda _, __, out: seen.append(out["cls_logits"].sigmoid()))
+        hook = detector.head.register_forward_hook(lambda _, __, out: seen.append(out["cls_logits"][..., 1:].sigmoid()))
     # No score is above 1, so the forward pass that collects the scores selects nothing.
     detector.selection.score_thresh = 1.0
     detector([image])
@@ -148,6 +151,9 @@ def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) ->
     utils.setup_logging(0)
     with mistakes_end("object_detection.benchmark"):
         world = utils.init_world(args.device)
+        if world.device.type == "mps":
+            raise ValueError(f"--device {args.device} is not measured: use cuda or cpu")
+        set_tf32("fp32", str(world.device))
         print(run(args, world.device))
     threads = f"{torch.get_num_threads()} threads" if world.device.type == "cpu" else torch.cuda.get_device_name()
     print(f"images/s: median of {args.rounds} rounds in which the detectors take turns, {threads}; random weights")

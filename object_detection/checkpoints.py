@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def check_categories(checkpoint: Mapping[str, Any], dataset: CocoDataset, *, pat
     """Raise CheckpointError if the checkpoint's detector was trained on other categories."""
     theirs = checkpoint.get("classes")
     if theirs is not None and list(theirs) != list(dataset.classes):
-        odd = some(sorted(set(theirs) ^ set(dataset.classes)) or ["their order"])
+        one, other = Counter(theirs), Counter(dataset.classes)
+        odd = some(sorted((one - other) + (other - one)) or ["their order"])
         raise CheckpointError(f"{path} is of other categories than {dataset.path}; what differs: {odd}")
 
 

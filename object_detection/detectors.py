@@ -119,6 +119,9 @@ class Detector(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[int]]:
         """Return a function from parameter names to layer-decay groups: six for the network, one for all else."""
+        if not hasattr(self.network, "group_matcher"):
+            unknown = f"timm does not name the layers of {type(self.network).__name__}"
+            raise ValueError(f"--layer_decay: {unknown}; add --layer_decay 1")
         layers = group_parameters(self.network, self.network.group_matcher(coarse=False), reverse=True)
         count = max(layers.values()) + 1
         groups = {f"backbone.body.model.{name}": i * LAYER_DECAY_GROUPS // count for name, i in layers.items()}
@@ -133,6 +136,12 @@ class RetinaNet(Detector, detection.RetinaNet):
     losses = ("classification", "bbox_regression")
     has_masks = False
     heads = ("head",)
+
+    def postprocess_detections(self, head_outputs, anchors, image_shapes):
+        """As torchvision (0.29), which would also detect class 0, the background: its head has a logit for it."""
+        levels = head_outputs["cls_logits"]
+        levels = [torch.cat([torch.full_like(x[..., :1], -torch.inf), x[..., 1:]], dim=-1) for x in levels]
+        return super().postprocess_detections({**head_outputs, "cls_logits": levels}, anchors, image_shapes)
 
 
 class MaskRCNN(Detector, detection.MaskRCNN):
@@ -198,6 +207,8 @@ def create_detector(
     if prefix is None:
         raise ValueError(f"the detector {name} is not known: it is retinanet_ or mask_rcnn_ and a model of timm")
     backbone = name.removeprefix(prefix)
+    if "min_size" in kwargs:
+        raise ValueError("min_size is set by train_sizes and test_size: give those")
     if len(anchor_sizes) != len(ANCHOR_SIZES):
         raise ValueError(f"there must be {len(ANCHOR_SIZES)} anchor sizes, not {len(anchor_sizes)}")
 
@@ -245,7 +256,7 @@ def create_detector(
 
     # What torchvision does not set: timm's normalization, sizes by mode, and boxes in float32 under autocast.
     images = networks.config_preprocessing(body.model.pretrained_cfg)
-    detector.normalization = images.mean, images.std
+    detector.normalization = kwargs.get("image_mean") or images.mean, kwargs.get("image_std") or images.std
     detector.train_sizes, detector.test_size = tuple(train_sizes), test_size
     for part in ("backbone", *detector.heads):
         detector.get_submodule(part).register_forward_hook(_in_float32)
@@ -255,7 +266,7 @@ def create_detector(
 def load_backbone(
     detector: Detector, weights: Mapping[str, torch.Tensor], *, path: str | Path = "the checkpoint"
 ) -> None:
-    """Load a classifier's weights, except those of its last layers, strictly into the detector's network.
+    """Load a classifier's weights, except those of layers that the detector has not, strictly into its network.
 
     Kernels of series activations with a smaller n, as in the released weights, are padded with zeros. Their outputs do
     not change.
@@ -264,7 +275,10 @@ def load_backbone(
         CheckpointError: the remaining weights do not fit.
     """
     own = detector.network.state_dict()
-    weights = {name: value for name, value in weights.items() if name in own or not name.startswith(CLASSIFIERS)}
+    with torch.device("meta"):  # timm prunes more than the classifier from some networks
+        whole = timm.create_model(detector.network.pretrained_cfg["architecture"]).state_dict()
+    pruned = [name for name in weights if name not in own and (name in whole or name.startswith(CLASSIFIERS))]
+    weights = {name: value for name, value in weights.items() if name not in pruned}
     for name, module in detector.network.named_modules():
         kernel = f"{name}.weight"
         if isinstance(module, SeriesActivation) and kernel in weights:

@@ -28,7 +28,7 @@ def to_results(detection: Mapping[str, torch.Tensor], *, image_id: int, category
         detection: what a detector returns for the image, in pixels of the original image.
         category_ids: category ids of classes 1, 2, ...
     """
-    x1, y1, x2, y2 = detection["boxes"].double().cpu().unbind(1)
+    x1, y1, x2, y2 = detection["boxes"].cpu().double().unbind(1)
     boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], 1).tolist()  # (n, 4), corners -> corner and size
     rows = [
         {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}

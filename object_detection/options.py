@@ -70,6 +70,8 @@ def _check(args: Arguments) -> None:
     exports = args.export_onnx is not None
     args.needs("eval switch_to_deploy", not exports, "--export_onnx does nothing else")
     options.check_training_flags(args, exports=exports)
+    args.needs("use_amp amp_dtype channels_last", not exports, "--export_onnx writes float32")
+    args.needs("eval_annotations eval_images", not args.disable_eval, "--disable_eval is true")
     args.needs("backbone_key", args.backbone_weights, "add --backbone_weights")
     args.needs("draw", args.eval and args.switch_to_deploy is None, "it is for --eval true by itself")
     args.needs("draw_images draw_threshold", args.draw, "add --draw FILE")
@@ -80,11 +82,14 @@ def _check(args: Arguments) -> None:
         raise ValueError("--export_onnx needs the weights: add --finetune FILE")
     if args.lr_steps != sorted(set(args.lr_steps)):
         raise ValueError("--lr_steps must rise")
-    if args.lr_steps and args.lr_steps[-1] >= args.epochs:
+    trains = not (exports or args.eval or args.switch_to_deploy is not None)
+    reached = [step for step in args.lr_steps if step < args.epochs]
+    if trains and len(reached) < len(args.lr_steps):
         unreached = f"--lr_steps {args.lr_steps[-1]} is never reached in --epochs {args.epochs}"
         if "lr_steps" not in args.given:
             raise ValueError(f"{unreached}: add --lr_steps with lower ones, or with none")
-        args.moot("lr_steps", f"{unreached}: lower it, or give none")
+        args.moot("lr_steps", f"{unreached}, and {reached or 'none'} is left: lower it, or give none")
+        args.lr_steps = reached
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:

@@ -20,7 +20,7 @@ def _as_strided_pool(size: int, out: int) -> tuple[int, int, int] | None:
 
     For example, 75 -> 38 is (3, 2, 1): the windows [2i - 1, 2i + 2), clipped at the borders.
     """
-    if out < 3:
+    if not 3 <= out <= size:
         return None
     wanted = windows(size, out)
     (start, end), (after, _) = wanted[1:3]  # a window that no border clips, and the start of the next

@@ -4,6 +4,7 @@ import csv
 import itertools
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -277,6 +278,30 @@ def test_the_same_row_twice_is_the_later_one():
     assert report.speed_table([row, later]) == report.speed_table([later])
 
 
+def test_files_of_one_name_are_refused(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(ROOT / "results" / "training.csv", tmp_path / name / "cpu.csv")
+    with pytest.raises(SystemExit):
+        run("--report", tmp_path / "a" / "cpu.csv", tmp_path / "b" / "cpu.csv")
+    assert "two files alike" in capsys.readouterr().err
+
+
+def test_a_command_that_was_run_twice_draws_one_line():
+    rows = results.read(ROOT / "results" / "cpu-avx2.csv")
+    assert report.varied([*rows, *rows], "batch") == report.varied(rows, "batch")
+    once = [row for row in rows if row["batch"] == 1]
+    assert report.varied([*once, *once], "batch") == []
+
+
+def test_a_checkpoint_with_brackets_is_a_network_of_its_own():
+    row = next(row for row in results.read(ROOT / "results" / "cpu-avx2.csv") if row["engine"] == "eager")
+    rows = [row | {"network": name, "median_ms": ms} for name, ms in (("net", 10.0), ("net (1)", 40.0))]
+    results.complete(rows, {})
+    assert [row["ratio"] for row in rows] == [1.0, 1.0]
+    assert len(report.single(rows)) == 2
+
+
 def test_guarded_steps_are_not_in_the_table_of_memory():
     rows = results.read(ROOT / "results" / "checkpointing.csv")
     guarded = [row | {"network": f"{row['network']} (guarded)"} for row in rows]
@@ -489,7 +514,7 @@ def test_a_network_that_ends_the_process_does_not_take_others_along(tmp_path, mo
 
     monkeypatch.setattr(benchmarking.worker, "Worker", Dying)
     specs = [Spec(name, "openvino", "fp32") for name in ("vanillanet_5", "deadly", "vanillanet_6", "vanillanet_7")]
-    assert prepare(specs, tmp_path, threads=1) == {specs[1]: "the process died with code 9"}
+    assert prepare([*specs, *specs], tmp_path, threads=1) == {specs[1]: "the process died with code 9"}
     assert len(started) == 2
 
 

@@ -106,6 +106,41 @@ def test_images_are_normalized_as_the_network_wants_them():
     other = create_detector("retinanet_tf_mobilenetv3_small_minimal_100", num_classes=4, fpn_channels=8)
     assert other.normalization == ((0.5,) * 3, (0.5,) * 3)
     assert other.transform.image_mean == [0.5] * 3
+    own = create_detector("retinanet_resnet10t", num_classes=4, fpn_channels=8, image_mean=[0.4] * 3)
+    assert own.transform.image_mean == [0.4] * 3
+    with pytest.raises(ValueError, match="train_sizes and test_size"):
+        create_detector("retinanet_resnet10t", num_classes=4, min_size=320)
+
+
+def test_the_background_is_not_detected():
+    """torchvision's RetinaNet has a logit for it, and would detect it where that logit is high."""
+    detector = tiny("retinanet_vanillanet_5").eval()
+    with torch.no_grad():
+        detector.head.classification_head.cls_logits.bias.view(-1, 4).copy_(torch.tensor([5.0, -9, 1, -9]))
+        [found] = detector([torch.rand(3, 64, 64)])
+    assert set(found["labels"].tolist()) == {2}
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenetv3_small_050", "vgg11_bn", "resnet10t"])
+def test_classifiers_of_timm_load(name):
+    """timm's feature extractors lack more layers than the classifier: convolutions of heads, whole stages."""
+    detector = create_detector(f"retinanet_{name}", num_classes=4, fpn_channels=8)
+    classifier = timm.create_model(name)
+    load_backbone(detector, classifier.state_dict())
+    assert torch.equal(next(detector.network.parameters()), next(classifier.parameters()))
+    with pytest.raises(CheckpointError, match="1 unexpected"):
+        load_backbone(detector, {**classifier.state_dict(), "other.weight": torch.zeros(1)})
+
+
+def test_layers_that_timm_does_not_name():
+    with pytest.raises(ValueError, match=r"--layer_decay: timm does not name the layers of .*; add --layer_decay 1"):
+        create_detector("retinanet_poolformer_s12", num_classes=4, fpn_channels=8).group_matcher()
+
+
+def test_padding_is_counted():
+    with torch.device("meta"):
+        detector = tiny("retinanet_vanillanet_5").eval()
+    assert benchmark.count_macs(detector, 100, 97) == benchmark.count_macs(detector, 128, 128)
 
 
 @pytest.mark.parametrize(("name", "form"), PAPER)
@@ -173,7 +208,7 @@ def test_forward_and_backward(name):
         found = detector.eval()([torch.rand(3, 50, 90)])[0]
     assert set(found) == {"boxes", "labels", "scores"} | ({"masks"} if detector.has_masks else set())
     assert 10 < len(found["boxes"]) <= 100
-    assert set(found["labels"].tolist()) <= {0, 1, 2, 3}
+    assert set(found["labels"].tolist()) <= {1, 2, 3}
     if detector.has_masks:
         assert found["masks"].shape == (len(found["boxes"]), 1, 50, 90)
         assert 0 not in found["labels"]

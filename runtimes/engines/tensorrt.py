@@ -25,6 +25,12 @@ class Engine(base.FileEngine):
     suffix = ".engine"
 
     def _export(self, network, images, path, target, metadata):
+        import torch
+
+        with torch.cuda.device(target.device):  # TensorRT builds for the current one
+            return self._write(network, images, path, target, metadata)
+
+    def _write(self, network, images, path, target, metadata):
         import tensorrt as trt
 
         # Read the graph from a temporary ONNX file.
@@ -81,7 +87,7 @@ class Engine(base.FileEngine):
             context.set_input_shape(INPUT, tuple(images.shape))
             context.set_tensor_address(INPUT, images.data_ptr())
             context.set_tensor_address(OUTPUT, logits.data_ptr())
-            with beside(stream):
+            with torch.cuda.device(target.device), beside(stream):
                 done = context.execute_async_v3(stream.cuda_stream)
             if not done:
                 raise RuntimeError("TensorRT could not run the network; its log says why")
