@@ -2,6 +2,7 @@
 
 import csv
 import shlex
+import statistics
 from dataclasses import replace
 from statistics import mean, stdev
 
@@ -130,6 +131,16 @@ def test_no_larger_n_adds_to_the_gain_of_one():
     scores = list(EXPERIMENTS["act_num"].scores(ablation.RECORDS).values())
     assert ablation.verdict(ablation.difference(scores[1], scores[0])) == "gain"
     assert {ablation.verdict(ablation.difference(larger, scores[1])) for larger in scores[2:]}.isdisjoint({"gain"})
+
+
+def test_depth_brings_nothing_here():
+    """What the page says, while its figures say so."""
+    five, six, nine, thirteen = EXPERIMENTS["depth"].scores(ablation.RECORDS).values()
+    assert statistics.mean(five) > max(map(statistics.mean, (six, nine, thirteen)))
+    lost, margin = ablation.difference(six, five)
+    assert f"six lose {-lost:.2f} ± {margin:.2f} points" in ablation.PAGE.read_text()
+    for deeper, shallower in ((nine, six), (thirteen, nine)):
+        assert ablation.verdict(ablation.difference(deeper, shallower)) == "no more than the seeds"
 
 
 def test_the_committed_page_is_made_from_the_committed_files():
