@@ -17,6 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 from timm.data import ImageDataset as TimmImageDataset
+from timm.data import ImageNetInfo
 from torch.utils.data import Dataset
 
 from loading.images import (
@@ -176,8 +177,11 @@ def _fashion_mnist(root: Path, *, train: bool, transform: Transform, download: b
     raw = root / "FashionMNIST" / "raw"
 
     def find() -> list[Path] | None:
-        places = ([folder / f"{name}{end}" for name in names] for folder in (root, raw) for end in ("", ".gz"))
-        return next((files for files in places if all(map(Path.is_file, files))), None)
+        for folder in (root, raw):
+            files = [next(filter(Path.is_file, (folder / name, folder / f"{name}.gz")), None) for name in names]
+            if all(files):
+                return files
+        return None
 
     if find() is None and download:
         try:
@@ -298,7 +302,10 @@ def _class_folders(root: Path, split: str | None, *, train: bool, own_path: bool
             raise ValueError(f"--eval_data_path names the folder of classes itself: leave out --val_split {split}")
         return root
     folder = root / (split or ("train" if train else "val"))
-    if folder.is_dir() or not root.is_dir():
+    if not root.is_dir():
+        return folder
+    # With a path of its own for validation, a folder "train" without folders in it is a class of that name.
+    if folder.is_dir() and (split or not own_path or any(entry.is_dir() for entry in folder.iterdir())):
         return folder
     # If validation has its own path, the published script takes --data_path itself as the folder of training classes.
     if own_path and split is None:
@@ -364,14 +371,22 @@ def load_real_labels(path: str | os.PathLike) -> dict[str, list[int]]:
 
 
 def real_targets(
-    real: Mapping[str, Sequence[int]], dataset: ImageDataset | StreamDataset, num_classes: int
+    real: Mapping[str, Sequence[int]],
+    dataset: ImageDataset | StreamDataset,
+    num_classes: int,
+    classes: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Return ReaL's labels by index in the data set, matched by file name; [] for an image without labels.
 
     Raises:
-        ValueError: the data set has no file names, two images share a name, an image has no entry, or a label is not
-            one of the network's `num_classes`.
+        ValueError: the data set has no file names, two images share a name, an image has no entry, a label is not
+            one of the network's `num_classes`, or its `classes`, if they are known, are 1000 others than ImageNet's.
     """
+    imagenet = ImageNetInfo()
+    if classes and len(classes) == imagenet.num_classes() and list(classes) != imagenet.label_names():
+        raise ValueError(
+            "--real_labels are in the order of ImageNet's folders (n01440764, ...), and the classes are others"
+        )
     if not isinstance(dataset, FolderDataset):
         raise ValueError("--real_labels needs image files, it goes with --data_set IMNET or image_folder")
     names = [dataset.filename(index) for index in range(len(dataset))]

@@ -88,10 +88,10 @@ def build_eval_loader(
     if found != num_classes and not indices:
         raise ValueError(f"{of} knows {num_classes} classes, the data have {found}")
     loading = training.loading_of(args, world if args.dist_eval else utils.World(0, 1, world.device))
-    loader = loaders.build_eval_loader(dataset, replace(loading, class_indices=indices))
+    loader = loaders.build_eval_loader(dataset, replace(loading, class_indices=indices, num_classes=num_classes))
     real = None
     if args.real_labels:
-        real = datasets.real_targets(datasets.load_real_labels(args.real_labels), dataset, num_classes)
+        real = datasets.real_targets(datasets.load_real_labels(args.real_labels), dataset, num_classes, classes)
     return loader, real
 
 
@@ -106,10 +106,10 @@ def class_count(args: Arguments, dataset) -> int:
 
 def open_source(args: Arguments) -> networks.Network:
     """Open the network of --finetune or --resume, with the classes it was trained on."""
-    own = args.pick(*(flag for flag in ("act_num", "width_mult") if flag in args.typed))
+    own = args.pick(*(flag for flag in ("act_num", "width_mult") if flag in args.chosen))
     return networks.open(
         args.finetune or args.resume,
-        name=args.model if "model" in args.typed and args.model != args.finetune else None,
+        name=args.model if "model" in args.chosen and args.model != args.finetune else None,
         fallback=args.model,
         key=args.model_key if "model_key" in args.given else None,
         order=networks.NETWORK_FIRST,
@@ -145,7 +145,7 @@ def settle(args: Arguments, network: networks.Network | None, *, train: bool = F
         ("imagenet_default_mean_and_std", {"mean": mean, "std": std}),
     ):
         told = any(recorded.get(name) is not None for name in values)
-        if flag in (args.typed if told else args.given):
+        if flag in (args.chosen if told else args.given):
             changes |= values
             if other := {name: recorded[name] for name in values if recorded.get(name, values[name]) != values[name]}:
                 logger.info("--%s %s instead of what %s records, %s", flag, getattr(args, flag), network.source, other)
@@ -484,9 +484,7 @@ def open_data(args: Arguments, world: utils.World, preprocessing: Preprocessing)
         validation, real = build_eval_loader(
             args, eval_dataset, world, classes=dataset.classes, num_classes=num_classes, of="the training data"
         )
-    if args.batch_size == 1 and not args.sync_bn:
-        raise ValueError("BatchNorm needs more than one image in a batch: raise --batch_size")
-    loader = loaders.build_train_loader(dataset, training.loading_of(args, world))
+    loader = loaders.build_train_loader(dataset, replace(training.loading_of(args, world), num_classes=num_classes))
     return Data(loader, validation, real, dataset.classes, num_classes, build_mixup(args, num_classes))
 
 
@@ -506,6 +504,8 @@ def open_network(
         model = build_model(args, data.num_classes)
 
     # Check the flags that depend on the network.
+    if args.batch_size == 1 and networks.is_vanillanet(args.model) and not (args.sync_bn and world.distributed):
+        raise ValueError("BatchNorm needs more than one image in a batch: raise --batch_size")
     asked, layers = args.layer_decay_num_layers, len(getattr(model, "stages", ()))
     if layers and asked != layers:
         args.moot("layer_decay_num_layers", f"--layer_decay_num_layers {asked}, but {args.model} has {layers}")

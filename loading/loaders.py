@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from loading.images import BrokenImageError
 from loading.order import EpochSampler, kept_random_states, seed_all
-from loading.processes import Loading, Sample, iterate, make_loader, mapped
+from loading.processes import Loading, Sample, iterate, known_classes, make_loader
 from loading.streams import StreamDataset, StreamEvalLoader, StreamTrainLoader
 from loading.views import finished
 
@@ -121,7 +121,7 @@ class TrainLoader:
                     f"no readable training image in {min(len(self._dataset), MAX_TRIES)} tries, the last was "
                     f"{self._dataset.describe(index)}: {reason}; replace such files"
                 )
-            yield images, targets
+            yield images, known_classes(targets, self._loading)
 
 
 def _note_broken(notes: list[tuple[int, str]], broken: set[int], dataset: Dataset) -> None:
@@ -163,7 +163,7 @@ class EvalLoader:
                 )
             _note_broken(notes, self.broken, self._dataset)
             if images is not None:
-                yield images, mapped(targets, self._loading.class_indices), indices
+                yield images, known_classes(targets, self._loading), indices
 
 
 def build_train_loader(dataset: Dataset | StreamDataset, loading: Loading) -> TrainLoader | StreamTrainLoader:

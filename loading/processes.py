@@ -37,6 +37,7 @@ class Loading:
     collate: Collate = default_collate
     device: torch.device = CPU  # where training's views are finished, and its images returned
     skip_broken: bool = False  # leave broken validation images out and count them, instead of raising ValueError
+    num_classes: int | None = None  # of the network or the training data, which labels must keep to; None: unchecked
     # The network's index for each class of the validation data, from `datasets.match_classes`; None: the same index.
     class_indices: Sequence[int] | None = None
 
@@ -103,11 +104,19 @@ def iterate(loader: DataLoader) -> Iterator[tuple]:
     try:
         yield from iterator
     except (ConnectionError, EOFError) as error:
+        # Of the data set itself, here or, as torch marks it, in a loader process that lives.
+        if not loader.num_workers or "Original Traceback" in str(error):
+            raise
         # A loader process died while sending. SIGCHLD is on its way, and torch's handler raises here and names it.
         time.sleep(5)
         raise RuntimeError("DataLoader worker (pid unknown) has ended while it was sending a batch") from error
 
 
-def mapped(targets: Any, class_indices: Sequence[int] | None) -> Any:
-    """Map a batch's classes (B,) to the network's indices; None leaves them as they are."""
-    return targets if class_indices is None else torch.tensor(class_indices)[targets]
+def known_classes(targets: Any, loading: Loading) -> Any:
+    """Return a batch's classes (B,) by the network's indices. Raises ValueError for a label that is no class."""
+    indices = loading.class_indices
+    count = loading.num_classes if indices is None else len(indices)
+    if count is not None and not ((targets >= 0) & (targets < count)).all():
+        wrong = next(label for label in targets.tolist() if not 0 <= label < count)
+        raise ValueError(f"an image has label {wrong}, and there are {count} classes from 0 on: is --nb_classes right?")
+    return targets if indices is None else torch.tensor(indices)[targets]

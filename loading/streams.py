@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from loading.hugging_face import hugging_face
 from loading.images import to_rgb
 from loading.order import kept_random_states, seed_all
-from loading.processes import Loading, Sample, iterate, make_loader, mapped
+from loading.processes import Loading, Sample, iterate, known_classes, make_loader
 from loading.transforms import Transform
 from loading.views import finished
 from records.files import first_line
@@ -73,8 +73,12 @@ class TimmSource:
 
 
 def timm_classes(source: Any) -> tuple[str, ...] | None:
-    class_to_idx = getattr(getattr(source, "reader", source), "class_to_idx", None)
-    return tuple(sorted(class_to_idx, key=class_to_idx.get)) if class_to_idx else None
+    """Return the names of a timm data set's classes by index, or None if it has not exactly one for each."""
+    if wnids := getattr(source, "wnids", None):  # torchvision's ImageNet: its `class_to_idx` has every synonym
+        return tuple(wnids)
+    class_to_idx = getattr(getattr(source, "reader", source), "class_to_idx", None) or {}
+    names = sorted(class_to_idx, key=class_to_idx.get)
+    return tuple(names) if names and [class_to_idx[name] for name in names] == list(range(len(names))) else None
 
 
 class StreamDataset:
@@ -96,6 +100,9 @@ class StreamDataset:
 
     def open(self, loading: Loading) -> IterableDataset:
         """Open timm's stream of one rank's images for `read`. In training, each loader process gets whole batches."""
+        if self.source.prefix == "tfds" and self.source.train and loading.world_size > 1 and not loading.num_workers:
+            # timm's reader (1.0.31) would give every process the first one's share.
+            raise ValueError(f"--data_set {self.name} in several processes needs loader processes: add --num_workers 1")
         # tfds returns images only if it is given a mode. For the others, `to_rgb` converts better than timm.
         mode = "RGB" if self.source.prefix == "tfds" else ""
         images = self.source.open(batch_size=loading.batch_size, seed=loading.seed, input_img_mode=mode)
@@ -117,18 +124,35 @@ class StreamDataset:
 
 
 @dataclass(eq=False)
-class _TrainStream(IterableDataset):
-    """One rank's training samples of an epoch; `key`, loader process and position fix a sample's random numbers."""
+class _Stream(IterableDataset):
+    """Samples of an open stream.
+
+    A loader process that is not a fork opens the stream again: it cannot unpickle Hugging Face's objects, because
+    `datasets` is a file of this project there.
+    """
 
     dataset: StreamDataset
-    images: IterableDataset
+    loading: Loading  # that `images` were opened with
+    images: IterableDataset | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"images": None}
+
+    def read(self) -> Iterator[tuple[Image.Image, int]]:
+        return self.dataset.read(self.dataset.open(self.loading) if self.images is None else self.images)
+
+
+@dataclass(eq=False)
+class _TrainStream(_Stream):
+    """One rank's training samples of an epoch; `key`, loader process and position fix a sample's random numbers."""
+
     key: tuple[int, ...]
 
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
         worker = 0 if info is None else info.id
         transform = self.dataset.transform
-        for position, (image, target) in enumerate(self.dataset.read(self.images)):
+        for position, (image, target) in enumerate(self.read()):
             with kept_random_states():
                 seed_all(*self.key, worker, position)
                 view = getattr(transform, "view", transform)(image)
@@ -136,15 +160,13 @@ class _TrainStream(IterableDataset):
 
 
 @dataclass(eq=False)
-class _EvalStream(IterableDataset):
+class _EvalStream(_Stream):
     """One rank's share of a validation stream. The last sample is a note with the number of images over all ranks.
 
     Every rank reads the whole stream and keeps every `world_size`-th image, because the readers' own split over ranks
     repeats some images or leaves some out.
     """
 
-    dataset: StreamDataset
-    images: IterableDataset
     rank: int
     world_size: int
 
@@ -152,7 +174,7 @@ class _EvalStream(IterableDataset):
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         count = 0
-        for image, target in self.dataset.read(self.images):
+        for image, target in self.read():
             if count % self.world_size == self.rank:
                 yield self.dataset.transform(image), target, count * workers + number, ()
             count += 1
@@ -188,11 +210,13 @@ class StreamTrainLoader:
         # Each epoch gets a new reader, because readers carry their shuffling state from one epoch to the next.
         loading = self._loading
         words = np.random.SeedSequence((loading.seed, self._epoch)).generate_state(2, np.uint32).tolist()
-        images = self._dataset.open(replace(loading, seed=words[0] >> 1))
-        samples = _TrainStream(self._dataset, images, key=(loading.seed, self._epoch, loading.rank))
+        own = replace(loading, seed=words[0] >> 1)
+        samples = _TrainStream(
+            self._dataset, own, self._dataset.open(own), key=(loading.seed, self._epoch, loading.rank)
+        )
         loader = make_loader(samples, loading, batch_size=loading.batch_size, seed=words[1] + loading.rank)
         count = 0
-        batches = ((images, targets) for images, targets, _, _ in iterate(loader))
+        batches = ((images, known_classes(targets, loading)) for images, targets, _, _ in iterate(loader))
         for batch in finished(batches, self._dataset.transform, loading.device):
             count += 1
             yield batch
@@ -220,13 +244,13 @@ class StreamEvalLoader:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Raises ValueError at the end if there were too few images, unless `loading.skip_broken` is set."""
         loading = self._loading
-        images = self._dataset.open(replace(loading, seed=0, rank=0, world_size=1))  # each rank reads all images
-        samples = _EvalStream(self._dataset, images, loading.rank, loading.world_size)
+        whole = replace(loading, seed=0, rank=0, world_size=1)  # each rank reads all images
+        samples = _EvalStream(self._dataset, whole, self._dataset.open(whole), loading.rank, loading.world_size)
         count = 0
         for images, targets, indices, notes in iterate(make_loader(samples, loading, batch_size=loading.batch_size)):
             count += sum(notes)
             if images is not None:
-                yield images, mapped(targets, loading.class_indices), indices
+                yield images, known_classes(targets, loading), indices
         promised = len(self._dataset)
         if count < promised and not loading.skip_broken:
             lost = f"{promised - count} of the {promised} validation images of --data_set {self._dataset.name}"

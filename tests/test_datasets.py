@@ -18,14 +18,16 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
-from timm.data import RealLabelsImagenet, auto_augment, create_transform, resolve_data_config
+from timm.data import ImageNetInfo, RealLabelsImagenet, auto_augment, create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
+from torch.utils.data import Dataset
 
 import datasets
 import main
@@ -34,7 +36,8 @@ from loading import loaders, transforms
 from loading.hugging_face import hugging_face
 from loading.images import BrokenImageError, decode_image
 from loading.order import EpochSampler, seed_all
-from loading.processes import Loading
+from loading.processes import Loading, iterate, make_loader
+from loading.streams import StreamDataset, TimmSource, _TrainStream, timm_classes
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "data" / "fashion-mnist"
@@ -716,7 +719,79 @@ def test_signals_are_left_to_the_main_process(program):
     assert time.monotonic() - start < 10
 
 
-@posix
+def test_an_error_of_the_data_is_no_lost_process():
+    """A network's error in a stream has the class of the one that a dying loader process leaves."""
+
+    class Streaming(Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            raise ConnectionError("server disconnected")
+
+    for num_workers in (0, 1):
+        with pytest.raises(ConnectionError, match="server disconnected"):
+            next(iterate(make_loader(Streaming(), Loading(4, num_workers=num_workers), batch_size=4)))
+
+
+@pytest.mark.parametrize("indices", [None, (1, 0)])
+def test_labels_must_be_classes(indices):
+    images = np.zeros((4, 8, 8), np.uint8)
+    for label in (-1, 2):
+        dataset = datasets.ArrayDataset(images, [0, 1, 1, label], classes="ab", transform=to_tensor, name="X")
+        loading = Loading(4, num_classes=2, class_indices=indices)
+        with pytest.raises(ValueError, match=f"an image has label {label}, and there are 2 classes"):
+            list(loaders.build_eval_loader(dataset, loading))
+        if indices is None:
+            with pytest.raises(ValueError, match=f"an image has label {label}"):
+                list(loaders.build_train_loader(dataset, loading))
+
+
+def test_classes_of_torchvisions_imagenet_are_its_folders():
+    """Its `class_to_idx` has every synonym, and one entry for a word that two classes share."""
+    source = SimpleNamespace(wnids=["n01440764", "n02012849"], class_to_idx={"tench": 0, "Tinca tinca": 0, "crane": 1})
+    assert timm_classes(source) == ("n01440764", "n02012849")
+    assert timm_classes(SimpleNamespace(class_to_idx={"b": 1, "a": 0})) == ("a", "b")
+    assert timm_classes(SimpleNamespace(class_to_idx={"a": 0, "A": 0, "b": 1})) is None
+    assert timm_classes(SimpleNamespace(class_to_idx={"a": 1, "b": 2})) is None
+
+
+def test_a_stream_is_opened_again_where_it_is_unpickled():
+    class Unpicklable:
+        def __reduce__(self):
+            raise AssertionError("Hugging Face's objects cannot be unpickled in a process that is not a fork")
+
+    stream = StreamDataset.__new__(StreamDataset)
+    again = pickle.loads(pickle.dumps(_TrainStream(stream, Loading(4), Unpicklable(), key=(1, 2))))
+    assert (again.images, again.key, again.loading) == (None, (1, 2), Loading(4))
+
+
+def test_tfds_needs_loader_processes_for_several_ranks():
+    stream = StreamDataset.__new__(StreamDataset)
+    stream.name, stream.source = "tfds/x", TimmSource("tfds/x", None, train=True)
+    with pytest.raises(ValueError, match="--num_workers 1"):
+        stream.open(Loading(4, rank=1, world_size=2))
+
+
+def test_a_class_called_train(tmp_path):
+    """As Pascal VOC has it; validation has a path of its own, so --data_path is the folder of classes."""
+    for name in ("cat", "train"):
+        for split in ("own", "val"):
+            save(tmp_path / split / name / "x.png")
+    paths = {"data_path": tmp_path / "own", "eval_data_path": tmp_path / "val", "transform": to_tensor}
+    assert datasets.build_dataset("image_folder", train=True, **paths).classes == ("cat", "train")
+    save(tmp_path / "own" / "train" / "dog" / "x.png")
+    assert datasets.build_dataset("image_folder", train=True, **paths).classes == ("dog",)
+
+
+def test_images_plain_and_labels_packed(tmp_path):
+    for name in IDX_FILES:
+        content = (EMBEDDED / name).read_bytes()
+        plain = "images" in name
+        (tmp_path / name.removesuffix(".gz" * plain)).write_bytes(gzip.decompress(content) if plain else content)
+    assert len(datasets.build_dataset("FMNIST", tmp_path, train=False, transform=to_tensor)) == len(fmnist(False))
+
+
 # -- transforms
 
 
@@ -928,6 +1003,9 @@ def test_real_labels_that_do_not_fit(tmp_path):
         datasets.real_targets({**good, "x1.JPEG": [2]}, dataset, 2)
     with pytest.raises(ValueError, match="needs image files"):
         datasets.real_targets(good, fmnist(False), 10)
+    with pytest.raises(ValueError, match="in the order of ImageNet's folders"):
+        datasets.real_targets(good, dataset, 1000, [f"class {index}" for index in range(1000)])
+    assert datasets.real_targets(good, dataset, 1000, ImageNetInfo().label_names()) == [[1], [0], []]
     save(tmp_path / "val/n00/x1.JPEG")
     with pytest.raises(ValueError, match=r"2 validation images are called x1\.JPEG"):
         datasets.real_targets(good, open_folder(tmp_path, train=False), 2)
