@@ -335,7 +335,7 @@ class TrainState:
         progress.updates = round(
             checkpoint.get("updates", progress.epoch * old_steps) * self.steps_per_epoch / old_steps
         )
-        progress.step = round(step * self.steps_per_epoch / old_steps)
+        progress.step = max(round(step * self.steps_per_epoch / old_steps), min(step, 1))
         self.best.update(checkpoint.get("best", {}))
         self.start_slope = checkpoint.get("start_slope", self.start_slope)
 

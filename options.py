@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from records.files import cannot_write, one_line
+from records.files import one_line, replacing, writing
 from runtimes import ENGINES, PRECISIONS
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def number(kind: type, *, low: float | None = None, high: float | None = None, a
         except ValueError:
             raise argparse.ArgumentTypeError(f"a number, not {text!r}") from None
         too_low = (low is not None and value < low) or (above is not None and value <= above)
-        if not math.isfinite(value) or too_low or (high is not None and value > high):
+        if too_low or (high is not None and value > high) or not math.isfinite(value):
             least = f"from {low}" if above is None else f"above {above}"
             most = "" if high is None else f" up to {high}"
             raise argparse.ArgumentTypeError(f"a finite number {least}{most}, not {text}")
@@ -109,14 +109,20 @@ class Arguments(argparse.Namespace):
         typed: sorted names of the flags on the command line itself.
         given: sorted names of the flags on the command line or in a recipe.
         defaults: default values of all flags.
+        repeated: of those, the flags that were typed in the run whose args.yaml is read.
         notes: lines for the log about flags that a recipe sets without effect.
     """
 
-    __slots__ = ("defaults", "given", "notes", "typed")
+    __slots__ = ("defaults", "given", "notes", "repeated", "typed")
 
     def __init__(self, **values):
         super().__init__(**values)
-        self.defaults, self.given, self.notes, self.typed = {}, [], [], []
+        self.defaults, self.given, self.notes, self.repeated, self.typed = {}, [], [], [], []
+
+    @property
+    def chosen(self) -> list[str]:
+        """Names of flags that a user typed, here or in the run whose args.yaml is read, which no file overrules."""
+        return sorted({*self.typed, *self.repeated})
 
     def pick(self, *flags: str) -> dict[str, Any]:
         """Return the values of some flags as a dict of keyword arguments."""
@@ -131,18 +137,23 @@ class Arguments(argparse.Namespace):
             self.notes.append(note)
             logger.info("%s", note)
 
+    def _asks(self, flag: str) -> bool:
+        """Whether the flag asks for something: 0 does so only where it is not the default."""
+        value = getattr(self, flag)
+        return value is not None and value is not False and (value != 0 or self.defaults[flag] != 0)
+
     def needs(self, flags: str, condition: object, mend: str) -> None:
         """Call `pass_over` for each flag that asks for something, unless `condition` holds.
 
         `flags` names one or more flags, separated by spaces.
         """
         for flag in flags.split():
-            if getattr(self, flag) not in (False, None) and not condition:
+            if self._asks(flag) and not condition:
                 self.pass_over(flag, f"--{flag} has no effect here; {mend}")
 
     def excludes(self, first: str, second: str) -> None:
         """Raise ValueError if both flags ask for something; if only one was typed, reset the other to its default."""
-        if getattr(self, first) in (False, None) or getattr(self, second) in (False, None):
+        if not (self._asks(first) and self._asks(second)):
             return
         if (first in self.typed) == (second in self.typed):
             raise ValueError(f"--{first} and --{second} exclude each other: drop one")
@@ -219,6 +230,7 @@ class Parser(argparse.ArgumentParser):
 
         # Flags of recipes come first, so that typed flags win.
         recipes: list[str] = []
+        self._repeated: list[str] = []
         for token in tokens:
             if token.startswith("@"):
                 self._read_recipe(token[1:], recipes)
@@ -228,7 +240,7 @@ class Parser(argparse.ArgumentParser):
 
         # The checks need to know where each value comes from.
         found.defaults = {action.dest: self.get_default(action.dest) for action in self._actions}
-        found.typed = sorted(self._flags_of(typed))
+        found.typed, found.repeated = sorted(self._flags_of(typed)), self._repeated
         found.given = sorted(self._flags_of(recipes) | self._flags_of(typed))
         return found, unknown
 
@@ -280,6 +292,7 @@ class Parser(argparse.ArgumentParser):
         if not isinstance(values, dict):
             raise ValueError("it is no args.yaml of a run")
         given = values.pop("given", None) or ()
+        self._repeated = list(values.pop("typed", None) or ())
         found: list[str] = []
         for flag, value in values.items():
             if value is None or (value == self.get_default(flag) and flag not in given):
@@ -497,7 +510,7 @@ def _check(args: Arguments) -> None:
     args.needs("mixup_prob mixup_mode", args.mixup > 0 or cuts, "--mixup and --cutmix are 0")
     args.needs("mixup_switch_prob", args.mixup > 0 and cuts, "it chooses between --mixup and --cutmix, and one is 0")
     args.needs("decay_linear", args.decay_epochs > 0, "--decay_epochs is 0, so there is no ramp")
-    args.needs("real_labels", not args.disable_eval, "--disable_eval is true")
+    args.needs("real_labels val_split", not args.disable_eval, "--disable_eval is true")
     args.needs("remode recount", args.reprob > 0, "--reprob is 0")
     jitters = args.aa.lower() in ("", "none") or "3a" in args.aa  # timm's 3-augment policies keep color jitter
     args.needs("color_jitter", jitters, "it is replaced by --aa; add --aa none")
@@ -508,6 +521,8 @@ def _check(args: Arguments) -> None:
     args.needs("freeze_stages", args.finetune or args.resume or args.auto_resume, "add --finetune")
     args.needs("compile", args.switch_to_deploy is None, "--switch_to_deploy compares the forms uncompiled")
     args.needs("engine results_file confusion", args.eval, "add --eval true")
+    deploys = args.switch_to_deploy is not None
+    args.needs("engine precision results_file confusion", not deploys, "--switch_to_deploy evaluates without it")
     for flag, suffixes in (("results_file", (".csv", ".json")), ("confusion", (".png",))):
         value = getattr(args, flag)
         if value and not value.endswith(suffixes):
@@ -519,6 +534,8 @@ def _check(args: Arguments) -> None:
         low, high = getattr(args, flag)
         if not low <= high <= most:
             raise ValueError(f"--{flag} {low:g} {high:g}: give the smaller one first" + ", up to 1" * (most == 1))
+    if args.smoothing == 1 and not (args.mixup > 0 or cuts):
+        raise ValueError("--smoothing 1 leaves nothing of the classes: lower it, or add --mixup or --cutmix")
     if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         raise ValueError("--cutmix_minmax must be two ascending shares, the smaller one first")
     if not args.data_path and not ((args.eval or args.switch_to_deploy is not None) and args.eval_data_path):
@@ -552,8 +569,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
 
 def save_args(args: Arguments, path: Path) -> None:
     """Write all arguments as YAML, with the names of the given ones; `@` before the file's path reads them back."""
-    text = yaml.safe_dump({**vars(args), "given": args.given}, sort_keys=True)
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise ValueError(cannot_write(path, error)) from error
+    text = yaml.safe_dump({**vars(args), "given": args.given, "typed": args.chosen}, sort_keys=True)
+    with writing(path), replacing(path) as temporary:
+        temporary.write_text(text)

@@ -183,7 +183,7 @@ def fit(args: Arguments, state: TrainState, task: Task, stop: utils.StopRequest)
 
     Args:
         state: the state of a new run, into which --resume and --auto_resume load that of an earlier run.
-        stop: checked after each step. After a signal, the state is saved and the process ends with `stop.exit_code`.
+        stop: checked after each step. After a signal, the state is saved and the process ends with its exit code.
     """
     world, progress = state.world, state.progress
     if world.device.type == "cpu":  # glibc would return freed activations to the system, a fifth of a step's time
@@ -204,9 +204,9 @@ def fit(args: Arguments, state: TrainState, task: Task, stop: utils.StopRequest)
             networks.set_slope(task.slope(epoch), state.model, *(average.module for average in state.averages.values()))
 
         # Train the rest of the epoch. Nothing is left of it if the earlier run ended during the evaluation.
-        finished = progress.step >= state.steps_per_epoch or _train_epoch(args, state, task, run, stop)
+        finished = run.trained() or _train_epoch(args, state, task, run, stop)
         if not finished or world.any(stop.received is not None):
-            run.save()
+            run.save(trained=finished)
             run.leave(stop)
         state.guard.check()
         world.sync_buffers(state.model, *(average.module for average in state.averages.values()))
@@ -214,12 +214,10 @@ def fit(args: Arguments, state: TrainState, task: Task, stop: utils.StopRequest)
 
         # Evaluate. Save the epoch first, because a broken validation image must not cost it.
         if task.evaluate is not None and (epoch % args.test_freq == 0 or epoch >= args.test_epoch or last):
-            if last or (epoch + 1) % args.save_ckpt_freq == 0:
-                run.save(trained=True)
+            run.save(trained=True)
             try:
                 found = world.gather(task.evaluate(_evaluated(args, state)))[0]
             except EvaluationStopped:
-                run.save()
                 run.leave(stop)
             row |= found
             names = _improved(state, found, task.score)
@@ -228,9 +226,10 @@ def fit(args: Arguments, state: TrainState, task: Task, stop: utils.StopRequest)
         run.epoch_sinks.log(row, epoch)
         progress.next_epoch()
         state.meter.sums.zero_()
-        if names or last or progress.epoch % args.save_ckpt_freq == 0:
+        stopped = world.any(stop.received is not None)
+        if names or last or stopped or progress.epoch % args.save_ckpt_freq == 0:
             run.save(names=names)
-        if world.any(stop.received is not None):
+        if stopped:
             run.leave(stop)
     run.close()
 
@@ -267,7 +266,10 @@ def _train_epoch(args: Arguments, state: TrainState, task: Task, run: "RunFolder
         num_batches=remaining,
         update_freq=args.update_freq,
         clip_grad=args.clip_grad,
-        log=logs.StepLog(args.log_freq, lambda step, values: run.step_sinks.log(values, first_step + step)),
+        log=logs.StepLog(
+            args.log_freq,
+            lambda step, values: run.step_sinks.log({"epoch": progress.epoch, **values}, first_step + step),
+        ),
         after_step=after_step,
     )
 
@@ -305,6 +307,7 @@ class RunFolder:
     def __init__(self, args: Arguments, state: TrainState, task: Task):
         self.args, self.state, self.task = args, state, task
         self.checkpoints = CheckpointFolder(args.output_dir, args.save_ckpt_num) if args.output_dir else None
+        self.resumed_at = 0  # steps of the whole run before it was resumed, as that run counted them
         if args.save_ckpt_steps and not task.loader.resumable:
             stream = f"{args.data_set} is a stream, which cannot be resumed in the middle of an epoch; leave it out"
             args.moot("save_ckpt_steps", f"--save_ckpt_steps {args.save_ckpt_steps}: {stream}")
@@ -329,6 +332,14 @@ class RunFolder:
         epoch, step = (progress.epoch + 1, 0) if trained else (progress.epoch, progress.step)
         self.state.world.from_main(lambda: self.checkpoints.save(checkpoint, epoch=epoch, step=step, names=names))
 
+    def trained(self) -> bool:
+        """Whether nothing is left of the epoch: by its images, since a step of another run may be of more or fewer."""
+        progress, loader = self.state.progress, self.task.loader
+        if not loader.resumable:
+            return progress.step >= self.state.steps_per_epoch
+        loader.set_epoch(progress.epoch, start_sample=progress.samples)
+        return loader.remaining_batches == 0
+
     def restore(self) -> None:
         """Resume from --resume or, with --auto_resume true, from the newest valid checkpoint in the folder."""
         args, world = self.args, self.state.world
@@ -351,11 +362,12 @@ class RunFolder:
         self._check_schedules(checkpoint, path)
         self.state.load_state_dict(checkpoint, path=path, new_settings=args.resume_new_sched)
         self.task.restored(checkpoint, path)
-        progress = self.state.progress
+        progress, step = self.state.progress, checkpoint.get("step", 0)
+        self.resumed_at = progress.epoch * checkpoint.get("steps_per_epoch", self.state.steps_per_epoch) + step
         logger.info("resumed %s: epoch %d, step %d", path, progress.epoch, progress.step)
 
         # A later --auto_resume would mistake newer checkpoints in the folder for this run's.
-        place = progress.epoch, checkpoint.get("step", 0)
+        place = progress.epoch, step
         newer = [file for where, file in existing if where > place and not file.samefile(path)]
         if newer and args.resume and args.save_ckpt:
             newest = f"{args.output_dir} holds checkpoints newer than --resume {path} ({newer[0].name})"
@@ -367,6 +379,12 @@ class RunFolder:
         if old.get("opt", self.args.opt) != self.args.opt:
             other = f"--opt {self.args.opt} cannot go on with the state of --opt {old['opt']} in {path}"
             raise ValueError(f"{other}: leave it, or begin anew with --finetune")
+        own, theirs = self.args.model_ema_decay, old.get("model_ema_decay")
+        if self.state.averages and "model_ema" in checkpoint and theirs and list(theirs)[: len(own)] != own:
+            other = (
+                f"--model_ema_decay {' '.join(map(str, own))}, but {path} has averages of {' '.join(map(str, theirs))}"
+            )
+            raise ValueError(f"{other}: begin anew with --finetune")
         for flag in SCHEDULE_FLAGS if not self.args.resume_new_sched else ():
             if hasattr(self.args, flag) and flag in old and old[flag] != getattr(self.args, flag):
                 other = f"--{flag} {getattr(self.args, flag)}, but {path} was trained with {old[flag]}"
@@ -386,8 +404,7 @@ class RunFolder:
             save_args(args, folder / "args.yaml")
             csv = logs.CsvSink(folder / "summary.csv", progress.epoch)
             sinks["epoch"] += [csv, curves.CurvesSink(folder / "curves.png", csv, self.task.panels)]
-            next_step = progress.epoch * self.state.steps_per_epoch + progress.step + 1
-            sinks["step"].append(logs.JsonLinesSink(folder / "log.jsonl", next_step))
+            sinks["step"].append(logs.JsonLinesSink(folder / "log.jsonl", progress.epoch, self.resumed_at))
         else:
             log = "" if args.log_dir or args.enable_wandb else ", no log"
             logger.warning("without --output_dir this run keeps no checkpoint, no curve%s", log)
@@ -429,7 +446,8 @@ class RunFolder:
         logger.warning("stopped by a signal in epoch %d, step %d: %s", progress.epoch, progress.step, kept)
         self.step_sinks.close()
         self.epoch_sinks.close()
-        raise SystemExit(max(self.state.world.gather(stop.exit_code)))
+        signals = [number for number in self.state.world.gather(stop.received) if number is not None]
+        raise SystemExit(utils.StopRequest.exit_code(max(signals)))
 
     def close(self) -> None:
         """Close the logs after the last epoch; with --wandb_ckpt, upload the last checkpoint first."""

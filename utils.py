@@ -251,9 +251,9 @@ class StopRequest:
         if self.received is None:
             self.received = number
 
-    @property
-    def exit_code(self) -> int:
-        return 128 + (self.received or signal.SIGTERM)
+    @staticmethod
+    def exit_code(number: int) -> int:
+        return 128 + number
 
 
 def setup_logging(rank: int) -> None:

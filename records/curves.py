@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from records.files import writing
+from records.files import replacing, writing
 from records.logs import CsvSink, Metrics, Sink, read_rows
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ class CurvesSink(Sink):
         # between, all of its objects are in the youngest generation, which is quick to collect.
         gc.disable()
         try:
-            with writing(self.path):
-                curves_figure({"": self.table.rows}, self.panels).savefig(self.path, dpi=100)
+            with writing(self.path), replacing(self.path) as temporary:
+                curves_figure({"": self.table.rows}, self.panels).savefig(temporary, dpi=100, format="png")
         finally:
             gc.collect(0)
             gc.enable()

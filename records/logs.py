@@ -108,23 +108,25 @@ class CsvSink(Sink):
         write_rows(self.path, self.rows)  # the whole file, because a later row may add a column to the header
 
 
-def _is_before(line: str, start: int) -> bool:
+def _is_before(line: str, epoch: int, step: int) -> bool:
+    """Whether a line is of an earlier epoch than `epoch`, or of that one and up to `step`."""
     try:
-        return json.loads(line)["step"] < start
-    except (ValueError, KeyError):  # the last line of a killed run may be cut off
+        values = json.loads(line)
+        return values.get("epoch", epoch) < epoch or (values.get("epoch", epoch) == epoch and values["step"] <= step)
+    except (ValueError, KeyError, AttributeError):  # the last line of a killed run may be cut off
         return False
 
 
 class JsonLinesSink(Sink):
-    """`log.jsonl`, one object per call. Existing objects from step `start` on are dropped, as in `CsvSink`."""
+    """`log.jsonl`, one object per call. What an earlier run logged after step `step` in epoch `epoch` is dropped."""
 
-    def __init__(self, path: Path, start: int):
+    def __init__(self, path: Path, epoch: int, step: int):
         self.path = path
         with writing(path):
             if path.exists():
                 lines = path.read_text().splitlines(keepends=True)
                 with replacing(path) as temporary:
-                    temporary.write_text("".join(line for line in lines if _is_before(line, start)))
+                    temporary.write_text("".join(line for line in lines if _is_before(line, epoch, step)))
             self.file = path.open("ab", buffering=0)  # a buffer would repeat the data of a failed write
 
     def log(self, metrics: Metrics, step: int) -> None:

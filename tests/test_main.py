@@ -3,8 +3,10 @@
 import argparse
 import csv
 import json
+import os
 import shlex
 import shutil
+import signal
 import sys
 import types
 
@@ -24,9 +26,11 @@ import models
 import networks
 import training
 import utils
+from engine import Progress
 from loading import loaders, transforms
 from loading.transforms import Preprocessing, build_eval_transform
 from optim_factory import cosine_schedule
+from records import logs
 from records.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from runs import BASE, EMBEDDED, ROOT, assert_same_run, rows, torchrun
 
@@ -341,6 +345,53 @@ def test_lambda_of_a_published_checkpoint_follows_from_its_epoch(tmp_path):
     assert networks.read_record({"epoch": 299, "args": arguments}).slope == 1.0
     assert networks.read_record({"model": {}}).slope is None
     assert networks.read_record({"act_learn": 0.5, "epoch": 299, "args": arguments}).slope == 0.5
+
+
+def test_a_signal_while_an_epoch_is_logged_saves_the_epoch(tiny_fmnist, tmp_path, monkeypatch):
+    """Also one that --save_ckpt_freq would not save."""
+    log = logs.CsvSink.log
+
+    def stopped(sink, metrics, step):
+        log(sink, metrics, step)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(logs.CsvSink, "log", stopped)
+    with pytest.raises(SystemExit) as ended:
+        run(tiny_fmnist, "--output_dir", tmp_path, "--save_ckpt_freq", 4)
+    assert ended.value.code == 143
+    last = load_checkpoint(tmp_path / "checkpoint-last.pth")
+    assert (last["epoch"], last["step"]) == (1, 0)
+
+
+def test_a_signal_on_one_rank_ends_all_with_its_code():
+    world = types.SimpleNamespace(gather=lambda received: [None, signal.SIGUSR1, None])
+    state = types.SimpleNamespace(world=world, progress=Progress())
+    folder = types.SimpleNamespace(checkpoints=None, state=state, step_sinks=logs.Sinks(), epoch_sinks=logs.Sinks())
+    with pytest.raises(SystemExit) as ended:
+        training.RunFolder.leave(folder, types.SimpleNamespace(received=None))
+    assert ended.value.code == 128 + signal.SIGUSR1
+
+
+def test_larger_steps_go_on_with_what_is_left(tiny_fmnist, straight, tmp_path):
+    """6 steps of 8 images are 1.5 of 32, and 12 of the 60 images are left; the log keeps what was before."""
+    shutil.copy(straight / "log.jsonl", tmp_path)
+    resume = ["--resume", straight / "checkpoint-1-6.pth", "--batch_size", 16, "--early_stop_epochs", 2]
+    run(tiny_fmnist, "--output_dir", tmp_path, *resume)
+    _, lines = rows(tmp_path)
+    assert [line["step"] for line in lines if line["epoch"] == 0] == [2, 4, 6, 8]
+    assert [line["step"] for line in lines if line["epoch"] == 1] == [10, 12, 14, 5]
+    last = load_checkpoint(tmp_path / "checkpoint-last.pth")
+    assert (last["epoch"], last["updates"]) == (1, round(14 * 2 / 8) + 1)
+
+
+def test_other_averages_are_not_resumed(tiny_fmnist, straight, tmp_path, capsys):
+    """They stand in a file by their place, whatever their decay is."""
+    resume = ["--resume", straight / "checkpoint-1.pth", "--model_ema_decay", 0.5]
+    with pytest.raises(SystemExit) as ended:
+        run(tiny_fmnist, "--output_dir", tmp_path, *resume)
+    assert ended.value.code == 2
+    assert "--model_ema_decay 0.5, but" in capsys.readouterr().err
 
 
 # -- deploying and fine-tuning

@@ -2,7 +2,9 @@
 
 import argparse
 import re
+import resource
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +139,13 @@ def test_every_recipe_parses():
         ("--batch_size 0", ["--batch_size", "0"]),
         ("--lr nan", ["--lr", "nan"]),
         ("--lr -1", ["--lr", "-1"]),
+        ("--epochs 1" + 400 * "0", ["--epochs", "up to"]),
+        ("--freeze_stages 0", ["--freeze_stages", "--finetune"]),
+        ("--bce_target_thresh 0", ["--bce_target_thresh", "--bce_loss"]),
+        ("--smoothing 1 --mixup 0 --cutmix 0", ["--smoothing 1"]),
+        ("--eval --switch_to_deploy a --finetune b --engine eager", ["--engine", "--switch_to_deploy"]),
+        ("--eval --switch_to_deploy a --finetune b --results_file c.csv", ["--results_file", "--switch_to_deploy"]),
+        ("--disable_eval --val_split test", ["--val_split", "--disable_eval"]),
         ("--lr inf", ["--lr", "a finite number above 0, not inf"]),
         ("--crop_pct 2", ["--crop_pct", "a finite number above 0 up to 1, not 2"]),
         ("--smoothing 2", ["--smoothing", "from 0 up to 1, not 2"]),
@@ -246,6 +255,30 @@ def test_a_runs_args_give_the_run_again(recipe, tmp_path, capsys):
             parse_args([recipe(broken, name="args.yaml")])
         assert ended.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_was_typed_in_a_run_is_firm_in_its_args(recipe, tmp_path):
+    """So that the size that was typed beside --finetune FILE wins over that of the file again."""
+    save_args(parse_args(["--input_size", "48", recipe("--lr 2"), "--data_path", "d"]), tmp_path / "args.yaml")
+    again = parse_args([f"@{tmp_path / 'args.yaml'}", "--epochs", "3"])
+    assert again.chosen == ["data_path", "epochs", "input_size"]
+    assert again.typed == ["epochs"]
+
+
+def test_the_arguments_of_before_stay_on_a_full_disk(tmp_path):
+    path = tmp_path / "args.yaml"
+    save_args(parse_args(["--data_path", "d"]), path)
+    before, limit = path.read_text(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        with pytest.raises(ValueError, match=r"cannot write .*args\.yaml.*kept"):
+            save_args(parse_args(["--data_path", "e"]), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_unknown_flag_is_answered_with_the_one_that_is_meant(capsys):
