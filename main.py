@@ -314,7 +314,7 @@ def open_exported(args: Arguments, world: utils.World, path: str):
         value = getattr(metadata, flag)
         if getattr(args, flag) != value:
             args.moot(flag, f"--{flag} {getattr(args, flag)}, but {path} was exported with {value}")
-    for flag in ("resize", "imagenet_default_mean_and_std", "act_num", "width_mult", "model_key", "model_prefix"):
+    for flag in ("resize", "imagenet_default_mean_and_std"):
         args.moot(flag, f"--{flag} has no effect: {path} was exported with all that it needs")
     dataset = build_dataset(args, world, train=False, transform=transform(metadata))
     classes = networks.unlabelled(metadata.classes, dataset.classes)

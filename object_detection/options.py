@@ -71,7 +71,6 @@ def _check(args: Arguments) -> None:
     args.needs("eval switch_to_deploy", not exports, "--export_onnx does nothing else")
     options.check_training_flags(args, exports=exports)
     args.needs("use_amp amp_dtype channels_last", not exports, "--export_onnx writes float32")
-    args.needs("eval_annotations eval_images", not args.disable_eval, "--disable_eval is true")
     args.needs("backbone_key", args.backbone_weights, "add --backbone_weights")
     args.needs("draw", args.eval and args.switch_to_deploy is None, "it is for --eval true by itself")
     args.needs("draw_images draw_threshold", args.draw, "add --draw FILE")

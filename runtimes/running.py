@@ -120,7 +120,8 @@ def _kind(event: Any) -> str:
     images, weight = ([shape for shape in event.input_shapes or () if len(shape) == 4] + [None, None])[:2]
     if weight is None or "conv" not in event.name:
         return event.name
-    depthwise = " depthwise" if weight[1] == 1 < images[1] else ""
+    # A depthwise convolution, or one channel of it where torch has no kernel for all of them at once.
+    depthwise = " depthwise" if weight[1] == 1 and (images[1] > 1 or weight[0] == 1) else ""
     return f"{event.name} {weight[2]}x{weight[3]}{depthwise}"
 
 

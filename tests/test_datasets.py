@@ -1,5 +1,6 @@
 """Data: what is read, in which order and by whom; what is broken; randomness hangs on (seed, epoch, index) only."""
 
+import gc
 import gzip
 import hashlib
 import importlib.util
@@ -732,6 +733,7 @@ def test_an_error_of_the_data_is_no_lost_process():
     for num_workers in (0, 1):
         with pytest.raises(ConnectionError, match="server disconnected"):
             next(iterate(make_loader(Streaming(), Loading(4, num_workers=num_workers), batch_size=4)))
+        gc.collect()  # the error holds the iterator, and that its process, which has copies of the tests' open files
 
 
 @pytest.mark.parametrize("indices", [None, (1, 0)])

@@ -596,7 +596,7 @@ def test_bad_input(run_folder, hostile, tmp_path, monkeypatch, capsys, command, 
 
 def test_a_map_of_one_position_and_a_missing_package(run_folder, tmp_path, monkeypatch, capsys):
     state = load_checkpoint(run_folder / "checkpoint-last.pth")
-    state["args"]["input_size"] = 32
+    state["preprocessing"]["input_size"] = 32
     save_checkpoint(state, tmp_path / "small.pth")
     argv = ["cam", str(IMAGES), "--network", str(tmp_path / "small.pth"), "--output", str(tmp_path / "c.png")]
     with pytest.raises(SystemExit) as ended:
