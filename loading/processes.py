@@ -63,15 +63,19 @@ def _exiting() -> Any:
     return flag
 
 
-def _start_worker(exiting: Any, worker_id: int) -> None:
+def _start_worker(exiting: Any, failed: Any, worker_id: int) -> None:
     """Leave signals to the main process, which needs its loader processes to finish the current step.
 
     A terminal, `timeout` and SLURM send signals to the whole process group. SIGTERM still counts once the main process
-    exits, because Python then sends it to the remaining loader processes and waits for them.
+    exits, because Python then sends it to the remaining loader processes and waits for them, and once the loader has
+    failed, because torch (2.14) then ends its processes so.
+
+    Args:
+        exiting, failed: flags that the main process sets.
     """
 
     def terminate(number: int, frame: Any) -> None:
-        if exiting.value:
+        if exiting.value or failed.value:
             os._exit(0)
 
     keep_freed_memory()
@@ -82,15 +86,18 @@ def _start_worker(exiting: Any, worker_id: int) -> None:
 
 def make_loader(dataset: Dataset, loading: Loading, *, seed: int = 0, **options) -> DataLoader:
     """Make a DataLoader with its own random generator, because iterating must not advance the global one."""
-    return DataLoader(
+    failed = RawValue(c_bool, False)
+    loader = DataLoader(
         dataset,
         num_workers=loading.num_workers,
         pin_memory=loading.pin_memory,
         collate_fn=partial(_collate, batch=loading.collate),
-        worker_init_fn=partial(_start_worker, _exiting()),
+        worker_init_fn=partial(_start_worker, _exiting(), failed),
         generator=torch.Generator().manual_seed(seed),
         **options,
     )
+    loader.failed = failed
+    return loader
 
 
 def iterate(loader: DataLoader) -> Iterator[tuple]:
@@ -103,9 +110,11 @@ def iterate(loader: DataLoader) -> Iterator[tuple]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         yield from iterator
-    except (ConnectionError, EOFError) as error:
-        # Of the data set itself, here or, as torch marks it, in a loader process that lives.
-        if not loader.num_workers or "Original Traceback" in str(error):
+    except Exception as error:
+        loader.failed.value = True
+        # An error of the data set itself comes from here or, as torch marks it, from a loader process that lives.
+        own = not loader.num_workers or "Original Traceback" in str(error)
+        if own or not isinstance(error, ConnectionError | EOFError):
             raise
         # A loader process died while sending. SIGCHLD is on its way, and torch's handler raises here and names it.
         time.sleep(5)

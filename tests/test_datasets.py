@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import random
@@ -730,10 +731,12 @@ def test_an_error_of_the_data_is_no_lost_process():
         def __getitem__(self, index):
             raise ConnectionError("server disconnected")
 
+    before = {process.pid for process in multiprocessing.active_children()}
     for num_workers in (0, 1):
         with pytest.raises(ConnectionError, match="server disconnected"):
             next(iterate(make_loader(Streaming(), Loading(4, num_workers=num_workers), batch_size=4)))
-        gc.collect()  # the error holds the iterator, and that its process, which has copies of the tests' open files
+        gc.collect()  # the error holds the iterator
+    assert not {process.pid for process in multiprocessing.active_children()} - before
 
 
 @pytest.mark.parametrize("indices", [None, (1, 0)])
