@@ -153,7 +153,7 @@ def test_what_is_recorded_is_taken_with_care(recorded, passed_over, tmp_path, ca
 def test_a_folder_of_the_hubs_form_is_no_name(tmp_path):
     """timm's own names end an address; the name of a folder may be anything."""
     made = timm.create_model("resnet10t", num_classes=4)
-    torch.save({"model": made.state_dict(), "args": {"model": "local-dir:/tmp/demo"}}, tmp_path / "w.pth")
+    torch.save({"model": made.state_dict(), "args": {"model": f"local-dir:{tmp_path / 'demo'}"}}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"does not record which model it is of: name one by --model$"):
         networks.open(tmp_path / "w.pth")
     assert networks.open(tmp_path / "w.pth", fallback="resnet10t").name == "resnet10t"
