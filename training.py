@@ -380,6 +380,7 @@ class RunFolder:
             other = f"--opt {self.args.opt} cannot go on with the state of --opt {old['opt']} in {path}"
             raise ValueError(f"{other}: leave it, or begin anew with --finetune")
         own, theirs = self.args.model_ema_decay, old.get("model_ema_decay")
+        theirs = [theirs] if isinstance(theirs, float) else theirs  # as other programs have it
         if self.state.averages and "model_ema" in checkpoint and theirs and list(theirs)[: len(own)] != own:
             other = (
                 f"--model_ema_decay {' '.join(map(str, own))}, but {path} has averages of {' '.join(map(str, theirs))}"

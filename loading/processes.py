@@ -68,7 +68,7 @@ def _start_worker(exiting: Any, failed: Any, worker_id: int) -> None:
 
     A terminal, `timeout` and SLURM send signals to the whole process group. SIGTERM still counts once the main process
     exits, because Python then sends it to the remaining loader processes and waits for them, and once the loader has
-    failed, because torch (2.14) then ends its processes so.
+    failed, because torch (2.14) then ends its processes with it.
 
     Args:
         exiting, failed: flags that the main process sets.

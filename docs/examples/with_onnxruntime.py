@@ -21,6 +21,7 @@ batch = ((pixels - about["mean"]) / about["std"]).transpose(2, 0, 1)[None].astyp
 if about["loss"] == "binary_cross_entropy":  # each class by itself
     chances = 1 / (1 + np.exp(-logits[0]))
 else:
-    chances = np.exp(logits[0] - logits[0].max()) / np.exp(logits[0] - logits[0].max()).sum()
+    chances = np.exp(logits[0] - logits[0].max())
+    chances /= chances.sum()
 best = logits[0].argmax()
 print(f"{about['classes'][best]}: {100 * chances[best]:.2f} %")

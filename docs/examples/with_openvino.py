@@ -23,6 +23,7 @@ logits = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})({"
 if about["loss"] == "binary_cross_entropy":  # each class by itself
     chances = 1 / (1 + np.exp(-logits[0]))
 else:
-    chances = np.exp(logits[0] - logits[0].max()) / np.exp(logits[0] - logits[0].max()).sum()
+    chances = np.exp(logits[0] - logits[0].max())
+    chances /= chances.sum()
 best = logits[0].argmax()
 print(f"{about['classes'][best]}: {100 * chances[best]:.2f} %")
