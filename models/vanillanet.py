@@ -109,11 +109,8 @@ class SeriesActivation(nn.Conv2d):
         self.weight, self.bias, self.bn = folded.weight, folded.bias, None
 
 
-def _conv_bn(dim: int, dim_out: int, kernel_size: int = 1, stride: int = 1, padding: int = 0, **dd) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(dim, dim_out, kernel_size, stride=stride, padding=padding, **dd),
-        nn.BatchNorm2d(dim_out, eps=BN_EPS, **dd),
-    )
+def _conv_bn(dim: int, dim_out: int, **dd) -> nn.Sequential:
+    return nn.Sequential(workarounds.PointwiseConv2d(dim, dim_out, **dd), nn.BatchNorm2d(dim_out, eps=BN_EPS, **dd))
 
 
 def _check_faded(slope: float) -> None:
@@ -270,7 +267,7 @@ class VanillaNet(nn.Module):
             )
         else:
             self.relu = FadingReLU(**dd)
-            self.stem1 = _conv_bn(in_chans, dims[0], **stem)
+            self.stem1 = nn.Sequential(nn.Conv2d(in_chans, dims[0], **stem), nn.BatchNorm2d(dims[0], eps=BN_EPS, **dd))
             self.stem2 = _conv_bn(dims[0], dims[0], **dd).append(SeriesActivation(dims[0], act_num, **dd))
         self.stages = nn.Sequential(
             *(

@@ -51,3 +51,30 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, padding: int) -> tor
     inner = min(rows, (height - 1) // 2), min(columns, (width - 1) // 2)
     top, left = rows - inner[0], columns - inner[1]
     return F.conv2d(F.pad(x, (left, left, top, top)), weight, padding=inner, groups=x.shape[1])
+
+
+@torch.fx.wrap  # as one node, because a symbolic trace does not know the map's size
+def pointwise_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A faster `F.conv2d(x, weight, bias)` for x (N, C, H, W) and weight (D, C, 1, 1).
+
+    For maps of a few pixels, oneDNN 3.12 (PyTorch 2.14) rearranges the weight in each pass, and computes the
+    convolution at a fraction of a matrix product's speed: forward and backward with (128, 1536, 1, 1) and 1536 outputs
+    take 74 ms as a convolution and 13 ms as a product, with one thread that has AVX-512.
+
+    Can be removed when ONEDNN_VERBOSE=1 shows no `reorder` of the plain convolution's weight.
+    """
+    if not x.is_cpu or x.shape[-2] * x.shape[-1] > 4:
+        return F.conv2d(x, weight, bias=bias)
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias=bias).permute(0, 3, 1, 2)
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution with a bias, (N, C, H, W) -> (N, D, H, W), trained by `pointwise_conv2d`."""
+
+    def __init__(self, dim: int, dim_out: int, **dd):
+        super().__init__(dim, dim_out, 1, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return pointwise_conv2d(x, self.weight, self.bias)
+        return self._conv_forward(x, self.weight, self.bias)
