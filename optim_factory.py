@@ -121,8 +121,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build timm's optimizer `opt` over the model's `parameter_groups`, with those of the other settings that it takes.
 
-    On a GPU, PyTorch's fused implementation is used where there is one: it updates many parameters in one kernel, and
-    without a gradient scaler `engine.FiniteGuard` needs no copies of them.
+    PyTorch's fused implementation is used where there is one: it updates a parameter in one pass, on a GPU many of them
+    in one kernel. There and without a gradient scaler, `engine.FiniteGuard` needs no copies of them.
 
     Raises:
         ValueError: `opt` is unknown, not usable here or needs second derivatives, or the number of betas is wrong.
@@ -135,7 +135,7 @@ def build_optimizer(
     if "betas" in kwargs and len(kwargs["betas"]) != info.num_betas:
         raise ValueError(f"--opt {opt} takes {info.num_betas} values for --opt_betas, not {len(kwargs['betas'])}")
     try:
-        if next(model.parameters()).is_cuda and fusible(opt):
+        if fusible(opt):
             kwargs["fused"] = True
         groups = parameter_groups(model, weight_decay=weight_decay, layer_decay=layer_decay)
         return create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=weight_decay, **kwargs)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch import nn
 
 import models
 from optim_factory import (
@@ -166,3 +167,22 @@ def test_an_optimizer_gets_what_it_takes():
 def test_what_can_be_fused(opt, expected):
     """The published recipes train with LAMB, which is timm's."""
     assert fusible(opt) is expected
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd", "adagrad"])
+def test_fused_steps_are_torchs_plain_steps(opt):
+    ends = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(5, 3, dtype=torch.float64)
+        optimizer = build_optimizer(model, opt, lr=1e-2, weight_decay=0.1)
+        assert optimizer.defaults["fused"] is True
+        optimizer.load_state_dict(
+            {"state": {}, "param_groups": [{**g, "fused": fused} for g in optimizer.state_dict()["param_groups"]]}
+        )
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 5, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+        ends.append(model.weight)
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
