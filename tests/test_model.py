@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import models
 from benchmarking import profiling
 from models import VanillaNet
 from models.vanillanet import VARIANTS, Block, FadingReLU, SeriesActivation
+from models.workarounds import depthwise_conv2d
 
 DATA = Path(__file__).parent / "data"
 KEYS = json.loads((DATA / "state_dict_keys.json").read_text())
@@ -205,7 +207,8 @@ def test_series_activation_is_the_papers_sum():
 
 @pytest.mark.parametrize("n", [1, 3, 4])
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3), (4, 4), (6, 2), (5, 12), (9, 9)])
-def test_training_on_maps_smaller_than_the_kernel_is_the_same_series(size, n, monkeypatch):
+@pytest.mark.parametrize("reach", [1, 2])  # with and without AVX-512
+def test_training_on_maps_smaller_than_the_kernel_is_the_same_series(reach, size, n, monkeypatch):
     """oneDNN has no kernel for the weight gradient where the convolution's kernel is larger than its input."""
     act = SeriesActivation(3, act_num=n, dtype=torch.float64).train()
     images, gradient = (torch.randn(2, 3, *size, dtype=torch.float64) for _ in range(2))
@@ -220,11 +223,15 @@ def test_training_on_maps_smaller_than_the_kernel_is_the_same_series(size, n, mo
 
     convolution, seen = F.conv2d, []
     with monkeypatch.context() as patch:
+        patch.setattr(models.workarounds, "depthwise_conv2d", partial(depthwise_conv2d, reach=reach))
         patch.setattr(F, "conv2d", lambda x, w, **kw: seen.append((x.shape, w.shape)) or convolution(x, w, **kw))
         ours = outcome()
     [(x, weight)] = seen
-    assert x[2] >= weight[2]
-    assert x[3] >= weight[3]
+    if min(size) <= reach * n:
+        assert x[2] >= weight[2]
+        assert x[3] >= weight[3]
+    else:
+        assert (x[2:], weight[2]) == (size, 2 * n + 1)
     monkeypatch.setattr(models.workarounds, "depthwise_conv2d", plain)
     for value, expected in zip(ours, outcome(), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)

@@ -41,10 +41,11 @@ def test_timm_does_not_fuse_the_root():
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 def test_onednn_has_no_weight_gradient_of_a_kernel_larger_than_the_map():
     """By the names of the implementations that oneDNN chooses on a processor without AVX-512."""
+    limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=Path(__file__).parents[1],
-        env={"ONEDNN_MAX_CPU_ISA": "AVX2", "ONEDNN_VERBOSE": "1", "OMP_NUM_THREADS": "1"},
+        env={**limits, "ONEDNN_VERBOSE": "1"},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     chosen = re.findall(r"convolution,([^,]+),backward_weights", run.stdout)
