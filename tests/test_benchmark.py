@@ -702,7 +702,7 @@ def test_wrong_logits_end_a_gpus_run_with_an_error(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(gpu.Walk, "tests", lambda self: None)
     monkeypatch.setattr(gpu, "DRY", TOY)
     monkeypatch.setattr(gpu, "TOLERANCES", {"fp32": 1e-12})
-    monkeypatch.setattr(gpu, "costs", lambda spec: {"layers": 5.0, "params_m": 1.0, "macs_g": 1.0})  # counted above
+    monkeypatch.setattr(gpu.Walk, "has", lambda self, spec: spec.kind == "training")  # measured above
     with pytest.raises(SystemExit) as ended:
         gpu.main(["--dry", "true", "--output", str(tmp_path / "gpu.csv")])
     assert ended.value.code == 1
