@@ -122,6 +122,9 @@ def check_engine(network, images, engine, precision):
         assert len({layer.name for layer in layers}) == len(layers)
         with pytest.raises(ValueError, match="once: load it again"):
             runtime.profile(images[:1])
+    elif engine == "openvino":  # which leaves out what takes less than a microsecond
+        again = runtime.profile(images[:1])
+        assert len({layer.name for layer in again}) == len(again)
     else:
         assert len(runtime.profile(images[:1])) == len(layers)
     assert all(layer.ms >= 0 for layer in layers)
