@@ -3,7 +3,7 @@
 import logging
 import pickle
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import utils
+from harness import Server
 from runs import cut_fmnist
 
 # Files of which a test takes long, from the longest on. They are begun first, since a long one that is begun last runs
@@ -61,6 +62,13 @@ def _restore_logging():
 def tiny_fmnist(tmp_path_factory):
     """60 training and 40 test images of the embedded data, in the same format."""
     return cut_fmnist(tmp_path_factory.mktemp("fmnist"), train=60, test=40)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[Server]:
+    """Starts processes that have their imports already."""
+    with Server(tmp_path_factory.mktemp("processes")) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import models  # noqa: F401  registers the variants
 from benchmarking.profiling import alive_per_image, saved_per_image
+from harness import flags
 from models.checkpointing import MODES, set_grad_checkpointing
-from runs import assert_same_run, torchrun
+from runs import assert_same_run
 
+SWIN = "swin_tiny_patch4_window7_224"
 NETWORKS = {
     "vanillanet_6": {"width_mult": 1 / 16},
     "resnet18": {},
-    "swin_tiny_patch4_window7_224": {"img_size": 64, "embed_dim": 24, "depths": (2, 2, 2, 2), "drop_path_rate": 0.3},
+    SWIN: {"img_size": 64, "embed_dim": 24, "depths": (2, 2, 2, 2), "drop_path_rate": 0.3},
 }
 each_network = pytest.mark.parametrize("name", NETWORKS)
 each_mode = pytest.mark.parametrize("mode", MODES[1:])
@@ -143,7 +145,7 @@ def test_less_is_saved_and_counting_is_right(name):
 # -- with the rest
 
 
-@each_network
+@pytest.mark.parametrize("name", ["vanillanet_6", "resnet18", pytest.param(SWIN, marks=pytest.mark.slow)])
 def test_compiled(name):
     network = build(name)
     images = torch.randn(4, 3, 64, 64)
@@ -188,13 +190,12 @@ class Sum(nn.Module):
         return sum(maps.sum() for maps in self.features(images))
 
 
-def test_a_run_on_two_processes_is_the_same_run(tiny_fmnist, tmp_path):
+def test_a_run_on_two_processes_is_the_same_run(server, tiny_fmnist, tmp_path):
     """With a teacher, and with the accumulation, averages, dropout and clipping of `runs.BASE`."""
     teacher = tmp_path / "teacher.pth"
     torch.save(timm.create_model("resnet10t", num_classes=10).state_dict(), teacher)
     for mode in MODES:
-        flags = ("--epochs", 2, "--output_dir", tmp_path / mode, "--grad_checkpointing", mode)
-        run = torchrun(2, tiny_fmnist, *flags, "--teacher", "resnet10t", "--teacher_weights", teacher)
-        assert run.returncode == 0, run.stderr
+        own = ("--grad_checkpointing", mode, "--teacher", "resnet10t", "--teacher_weights", teacher)
+        server.finish(2, *flags(tiny_fmnist, tmp_path / mode, *own))
     for mode in MODES[1:]:
         assert assert_same_run(tmp_path / "none", tmp_path / mode) > 0

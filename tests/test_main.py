@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 from torchvision.datasets import FashionMNIST
 
 import datasets
+import harness
 import main
 import models
 import networks
@@ -265,7 +266,7 @@ def reported(text):
     return dict(zip(words[0:-2:2], map(float, words[1:-2:2]), strict=True)) | {"images": int(words[-2])}
 
 
-def test_every_image_once_on_any_number_of_ranks(folders, straight, tmp_path, capsys):
+def test_every_image_once_on_any_number_of_ranks(server, folders, straight, tmp_path, capsys):
     state = load_checkpoint(straight / "checkpoint-last.pth")
     state.pop("classes")  # whose names are other ones than the folders'
     state["args"]["data_set"] = "image_folder"
@@ -273,9 +274,8 @@ def test_every_image_once_on_any_number_of_ranks(folders, straight, tmp_path, ca
     arguments = ["--finetune", tmp_path / "nameless.pth", "--real_labels", folders / "real.json"]
     run(folders, *arguments, "--results_file", tmp_path / "one.json", base=FOLDER)
     alone = reported(capsys.readouterr().err)
-    done = torchrun(2, folders, *arguments, "--results_file", tmp_path / "two.json", base=FOLDER)
-    assert done.returncode == 0, done.stderr
-    together = reported(done.stderr)
+    arguments += ["--results_file", tmp_path / "two.json"]
+    together = reported(server.finish(2, *harness.flags(folders, None, *arguments, base=FOLDER))[0].output)
     assert alone == together
     assert alone["images"] == 101
     assert {"top-1", "top-5", "ReaL", "loss"} <= set(alone)

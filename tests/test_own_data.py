@@ -3,13 +3,12 @@
 import csv
 import re
 import shlex
-import subprocess
-import sys
+from pathlib import Path
 
 from PIL import Image
 
 import datasets
-from runs import EMBEDDED, ROOT, environment
+from runs import EMBEDDED, ROOT
 
 CLASSES = {1: "trousers", 5: "sandal", 8: "bag"}
 
@@ -26,7 +25,7 @@ def photographs(folder):
     return folder
 
 
-def test_the_commands_lead_from_a_folder_to_a_deployed_file(tmp_path):
+def test_the_commands_lead_from_a_folder_to_a_deployed_file(server, tmp_path):
     page = (ROOT / "docs" / "finetune.md").read_text()
     section = page[page.index("## From a folder") : page.index("## Fine-tuning")]
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", section, re.DOTALL)).replace("\\\n", " ")
@@ -38,10 +37,8 @@ def test_the_commands_lead_from_a_folder_to_a_deployed_file(tmp_path):
         assert words[0] == "python"
         if words[-2:] == ["--data_path", str(data)]:  # the training, in a few steps
             words += ["--epochs", "3", "--decay_epochs", "1", "--warmup_epochs", "0", "--output_dir", str(out)]
-        done = subprocess.run(
-            [sys.executable, *words[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
-        )
-        assert done.returncode == 0, (command, done.stderr)
+        done = server.start(*words[2:], target=f"{Path(words[1]).stem}:main")
+        assert done.wait() == 0, (command, done.output)
     with (out / "results.csv").open(newline="") as file:
         assert [row["class"] for row in csv.DictReader(file)] == ["all", "bag", "sandal", "trousers"]
     with (out / "predictions.csv").open(newline="") as file:

@@ -5,13 +5,13 @@ Each test injects a fault and hands in a row: what it injected and how often, wh
 
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import page
-from harness import Server, flags
+from harness import flags
 from runs import cut_fmnist
 
 ROWS = pytest.StashKey[list[page.Row]]()
@@ -30,12 +30,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def thorough(request) -> bool:
     return request.config.getoption("--reliability") is not None
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("processes")) as started:
-        yield started
 
 
 @pytest.fixture(scope="session")

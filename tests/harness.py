@@ -1,4 +1,4 @@
-"""Processes to inject faults into, and what can be seen of them from outside."""
+"""Processes that start fast, to run several ranks and to inject faults into, and what can be seen of them."""
 
 import contextlib
 import json
@@ -140,7 +140,7 @@ class Server:
         self.started: list[Process] = []
 
     def __enter__(self) -> "Server":
-        paths = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
+        paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("server.py")), *PRELOADED],
             env={**environment(), "PYTHONPATH": os.pathsep.join(paths)},
