@@ -17,7 +17,7 @@ PAGE = """\
 
 This page says what a run loses when something goes wrong. `make faults` injects each of these faults, checks the
 claims, and writes the page from what it observed. Do not edit the page by hand: its text is in
-[tests/faults/page.py](../tests/faults/page.py). `make test` runs a short form of each fault.
+[tests/faults/page.py](../tests/faults/page.py). `make test` runs a short form of most faults.
 
 ```sh
 make faults

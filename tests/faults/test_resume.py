@@ -63,8 +63,10 @@ SHARED = shlex.split(
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_another_number_of_ranks(server, data, tmp_path, report, before, after):
+def test_another_number_of_ranks(server, data, tmp_path, thorough, report, before, after):
     """Eight images a step whatever the ranks: the gradients' norm in each step says that it is the same eight."""
+    if after == 2 and not thorough:
+        pytest.skip("the other way round; by `make faults`")
 
     def run(size, folder, *arguments):
         return flags(data, folder, "--batch_size", 8 // size, *arguments, base=SHARED)
