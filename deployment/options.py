@@ -25,8 +25,7 @@ def add_network_flags(parser: Parser) -> None:
     add(
         "--int8_depthwise",
         type=boolean,
-        default=False,
-        help="quantize the series activations as well, which aotinductor and openvino leave out",
+        help="quantize the series activations as well, which aotinductor and openvino can leave out [only with AMX]",
     )
 
 

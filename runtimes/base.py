@@ -51,7 +51,7 @@ class Engine(ABC):
     packages: ClassVar[tuple[str, ...]] = ()  # required for every use of the engine
     libraries: ClassVar[tuple[str, ...]] = ("torch",)  # do the arithmetic; timings name the first one installed
     keeps_freed_memory: ClassVar[bool] = False  # on the CPU; see `utils.keep_freed_memory`
-    leaves_depthwise: ClassVar[bool] = False  # unquantized in int8, unless `Calibration.depthwise` is set
+    leaves_depthwise: ClassVar[bool] = False  # can be left unquantized in int8, see `Calibration.depthwise`
 
     @property
     def name(self) -> str:

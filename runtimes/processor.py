@@ -16,6 +16,11 @@ def has_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def has_amx() -> bool:
+    """Return whether the processor multiplies matrices in tiles (AMX)."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 def slow_at_wide_convolutions() -> bool:
     """Return whether oneDNN's float32 kernel for 1x1 convolutions is the AVX2 one, which is slow with many channels."""
     return torch.cpu._is_avx2_supported() and not torch.cpu._is_avx512_supported()

@@ -30,9 +30,9 @@ class Mixed(nn.Module):
 def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration) -> Mixed:
     """Return `network` with dense convolutions in int8: weights per output channel, activations uint8 per tensor.
 
-    The rest runs as in `Mixed`. By default, the depthwise convolutions of the series activations are left out because
-    they suit 8 bits least and save a sixth of the time at best, next to none with AVX-512. The pools are left out
-    because in 8 bits they cost accuracy and save nothing (docs/int8.md).
+    The rest runs as in `Mixed`. Without AMX, the depthwise convolutions of the series activations are left out by
+    default, because they suit 8 bits least and save a sixth of the time at best, next to none with AVX-512. The pools
+    are left out because in 8 bits they cost accuracy and save nothing (docs/int8.md).
 
     Args:
         network: in eval mode, in deploy form.
@@ -56,7 +56,7 @@ def quantize(network: nn.Module, images: torch.Tensor, calibration: Calibration)
         )
         quantizer.set_module_type_qconfig(nn.MaxPool2d, None)
         for name, _ in network.named_modules():
-            if name.endswith(f".{DEPTHWISE}") and not calibration.depthwise:
+            if name.endswith(f".{DEPTHWISE}") and calibration.leaves_depthwise:
                 quantizer.set_module_name_qconfig(f"network.{name}", None)
         # Observers see the calibration images in batches of the graph's size and set the scales.
         form = Form(network, layout=torch.channels_last)

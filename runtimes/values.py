@@ -55,7 +55,15 @@ class Calibration:
     """Images and options for quantization to int8."""
 
     batches: "Sequence[torch.Tensor]"  # preprocessed images, (N, C, H, W) each
-    depthwise: bool = False  # also quantize the series activations' convolutions, if the engine leaves them out
+    # Also quantize the series activations' convolutions, in engines that can leave them out; None: only with AMX.
+    depthwise: bool | None = None
+
+    @property
+    def leaves_depthwise(self) -> bool:
+        """Whether the series activations' convolutions stay unquantized. With AMX, 8 bits pay (docs/int8.md)."""
+        from .processor import has_amx
+
+        return not (has_amx() if self.depthwise is None else self.depthwise)
 
     def images(self) -> "Iterator[torch.Tensor]":
         """Iterate over the images as batches of one, (1, C, H, W)."""

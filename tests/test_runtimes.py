@@ -280,11 +280,13 @@ def test_weights_are_quantized_per_channel(network, images, tmp_path):
         assert made[convolution.input[0]].op_type == "DequantizeLinear"
 
 
-def test_depthwise_convolutions_are_quantized_on_request_only(network, images, tmp_path):
+@pytest.mark.parametrize("amx", [False, True])
+def test_depthwise_convolutions_are_quantized_on_request_and_with_amx(network, images, tmp_path, monkeypatch, amx):
     skip_without(*PACKAGES["openvino"])
     import openvino
 
-    for depthwise, expected in ((False, 0), (True, 5)):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    for depthwise, expected in ((not amx, 5 * (not amx)), (None, 5 * amx)):
         path = tmp_path / f"{depthwise}.xml"
         target = Target(precision="int8", calibration=runtimes.Calibration([images], depthwise))
         runtimes.find("openvino").export(network, images, path, target, METADATA)

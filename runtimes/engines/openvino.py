@@ -62,7 +62,7 @@ class Engine(base.FileEngine):
             if target.precision == "int8":
                 series = any(isinstance(module, SeriesActivation) for module in network.modules())
                 model = self._quantize(
-                    model, target.calibration, skip_depthwise=series and not target.calibration.depthwise
+                    model, target.calibration, skip_depthwise=series and target.calibration.leaves_depthwise
                 )
         # Name input and output and add the metadata, for other programs.
         for port, name in ((model.input(0), "images"), (model.output(0), "logits")):
@@ -79,7 +79,7 @@ class Engine(base.FileEngine):
 
         nncf = require("nncf", "int8 in OpenVINO")
         images = [image.numpy() for image in calibration.images()]
-        # By default the series activations stay in bfloat16: int8 saves little time there and loses the most accuracy.
+        # Without AMX the series activations stay in bfloat16: int8 saves little time there and loses the most accuracy.
         kept = ["GroupConvolution"] if skip_depthwise else []
         fix = nncf.OverflowFix.ENABLE if sums_saturate() else None  # None: NNCF chooses
         return nncf.quantize(
