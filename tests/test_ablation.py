@@ -126,6 +126,23 @@ def test_the_networks_of_equal_latency_are_so():
     assert ours < best["convnext_atto"]
 
 
+def test_at_equal_latency_only_resnet18_is_ahead():
+    """What the page says, while its figures say so."""
+    scores, page = EXPERIMENTS["peers"].scores(ablation.RECORDS), ablation.PAGE.read_text()
+    for peer, said in (("ResNet-18", "loss"), ("ConvNeXt-Atto", "gain"), ("EfficientNet-Lite0", "gain")):
+        found = ablation.difference(scores["VanillaNet-6"], scores[peer])
+        assert ablation.verdict(found) == said
+        assert f"by {abs(found[0]):.2f} ± {found[1]:.2f}" in " ".join(page.split())
+    took = {
+        row["network"]: row["median_ms"]
+        for row in sorted(results.read(ablation.LATENCIES), key=lambda row: -row["median_ms"])
+    }
+    assert 1.3 < took["convnext_atto"] / took["vanillanet_6"] < 1.37
+    # The loss over the training images, after the last epoch.
+    with Trial(recipe="equal_latency", model="efficientnet_lite0").record(ablation.RECORDS).open(newline="") as file:
+        assert float(list(csv.DictReader(file))[-1]["train_acc1"]) < 65
+
+
 def test_no_larger_n_adds_to_the_gain_of_one():
     """What the page says, while its figures say so."""
     scores = list(EXPERIMENTS["act_num"].scores(ablation.RECORDS).values())
