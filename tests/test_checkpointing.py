@@ -145,7 +145,9 @@ def test_less_is_saved_and_counting_is_right(name):
 # -- with the rest
 
 
-@pytest.mark.parametrize("name", ["vanillanet_6", "resnet18", pytest.param(SWIN, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["vanillanet_6", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", SWIN))]
+)
 def test_compiled(name):
     network = build(name)
     images = torch.randn(4, 3, 64, 64)

@@ -32,6 +32,11 @@ NAMES = timm.list_models("vanillanet*", module=models.vanillanet.__name__.rparti
 FORWARD_SIZE, SMALL_SIZE, FEATURE_SIZE = 224, 64, 96
 
 each_variant = pytest.mark.parametrize("name", NAMES)
+# One of each kind: with stages of stride 1 and without, and with adaptive pools.
+KINDS = ("vanillanet_5", "vanillanet_8", "vanillanet_13_x1_5_ada_pool")
+each_kind = pytest.mark.parametrize(
+    "name", [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 # The narrow networks differ from the real ones in nothing but the width; those are left to the thorough run.
 each_width = pytest.mark.parametrize("width", [1 / 16, pytest.param(1, marks=pytest.mark.slow)], ids=["narrow", "full"])
 
@@ -248,7 +253,7 @@ def test_fx_backward(name, width):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 @each_width
-@each_variant
+@each_kind
 def test_torchscript(name, width):
     model = create(name, width, scriptable=True).eval()
     images = draw(model, SMALL_SIZE)
