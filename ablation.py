@@ -373,7 +373,10 @@ def build_parser() -> Parser:
 
 
 def _check(args: Arguments) -> None:
-    if not args.report and not args.data_path and args.only != ["photographs"]:
+    if args.report:
+        for flag in sorted({*args.given} - {"report"}):
+            args.pass_over(flag, f"--report runs nothing: leave --{flag} out")
+    elif not args.data_path and args.only != ["photographs"]:
         raise ValueError("--data_path is missing; --report and --only photographs do without")
 
 

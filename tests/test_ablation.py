@@ -266,3 +266,5 @@ def test_missing_or_damaged_data_end_it_before_any_run(tmp_path, monkeypatch, ca
     assert "is not an idx file" in line
     missing = "ablation.py: error: --data_path is missing; --report and --only photographs do without"
     assert failure(capsys) == (2, missing)
+    ignored = "ablation.py: error: --report runs nothing: leave --only out"
+    assert failure(capsys, "--report", "--only", "depth") == (2, ignored)
