@@ -121,8 +121,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build timm's optimizer `opt` over the model's `parameter_groups`, with those of the other settings that it takes.
 
-    PyTorch's fused implementation is used where there is one: it updates a parameter in one pass, on a GPU many of them
-    in one kernel. There and without a gradient scaler, `engine.FiniteGuard` needs no copies of them.
+    PyTorch's fused implementation is used where there is one: it updates a parameter in one pass, and on a GPU many
+    parameters in one kernel. On a GPU without a gradient scaler, `engine.FiniteGuard` then needs no copies of them.
 
     Raises:
         ValueError: `opt` is unknown, not usable here or needs second derivatives, or the number of betas is wrong.

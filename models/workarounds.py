@@ -47,7 +47,8 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, padding: int, reach:
     to the padding's size (0.6 instead of 55 ms for 128 images of 512 channels and one pixel), and slower on larger
     ones.
 
-    Can be removed when ONEDNN_VERBOSE=all names `jit:avx2` for the plain convolution's `backward_weights`.
+    Can be removed when ONEDNN_VERBOSE=all names `jit:avx2` for the plain convolution's `backward_weights`, and no
+    `gemm:jit` with AVX-512 on maps of one pixel.
     """
     height, width = x.shape[-2:]
     if not x.is_cpu or min(height, width) > reach * padding:

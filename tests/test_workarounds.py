@@ -57,7 +57,7 @@ def test_onednn_has_no_weight_gradient_of_a_kernel_larger_than_the_map():
 
 
 MAPS = """
-import sys, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from models.workarounds import pointwise_conv2d
 
 for convolution in (F.conv2d, pointwise_conv2d):
