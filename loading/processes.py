@@ -3,6 +3,7 @@
 import atexit
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_bool
@@ -78,6 +79,13 @@ def _start_worker(exiting: Any, failed: Any, worker_id: int) -> None:
         if exiting.value or failed.value:
             os._exit(0)
 
+    def report(kind: type[BaseException], *rest: Any) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            sys.__excepthook__(kind, *rest)
+
+    # The thread that hands out batches has no other way to report. A main process that learns of another loader
+    # process's death hangs up in the middle of a batch, and says itself what happened.
+    sys.excepthook = report
     keep_freed_memory()
     for number in StopRequest.signals:
         signal.signal(number, terminate if number == signal.SIGTERM else signal.SIG_IGN)

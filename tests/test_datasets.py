@@ -19,6 +19,8 @@ import sys
 import tarfile
 import tempfile
 import time
+from multiprocessing.connection import Client
+from multiprocessing.resource_sharer import _ResourceSharer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -719,6 +721,22 @@ def test_signals_are_left_to_the_main_process(program):
     assert output == "49\n"
     assert process.returncode == 3
     assert time.monotonic() - start < 10
+
+
+def test_a_loader_process_is_silent_when_the_main_process_hangs_up(monkeypatch, capfd):
+    """As it does when another loader process has died while it fetches a batch."""
+    hung_up = []
+
+    def hang_up(ident):
+        Client(ident[0], authkey=multiprocessing.current_process().authkey).close()
+        hung_up.append(ident)
+        return fetch(ident)
+
+    fetch = _ResourceSharer.get_connection
+    monkeypatch.setattr(_ResourceSharer, "get_connection", staticmethod(hang_up))
+    assert len(list(iterate(train_loader(indexed(8), num_workers=1)))) == 2
+    assert hung_up
+    assert capfd.readouterr().err == ""
 
 
 def test_an_error_of_the_data_is_no_lost_process():
