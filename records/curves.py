@@ -1,6 +1,7 @@
 """Training curves: `curves.png` of a run, and several runs in one figure."""
 
 import gc
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,12 +104,26 @@ def _read_run(path: Path) -> list[dict[str, str]]:
 
 
 class CurvesSink(Sink):
-    """`curves.png`: the columns of `panels` by epoch, redrawn from all rows of the table at each call."""
+    """`curves.png`: the columns of `panels` by epoch, from all rows of the table; drawn every 10 s and at the end.
+
+    A figure takes a quarter of a second, as may a whole epoch on a few small images.
+    """
+
+    EVERY = 10.0  # seconds
 
     def __init__(self, path: Path, table: CsvSink, panels: Panels):
         self.path, self.table, self.panels = path, table, panels
+        self.drawn = time.monotonic()
 
     def log(self, metrics: Metrics, step: int) -> None:
+        if time.monotonic() - self.drawn >= self.EVERY:
+            self._draw()
+
+    def close(self) -> None:
+        if self.table.rows:
+            self._draw()
+
+    def _draw(self) -> None:
         # A figure is 5 MB of reference cycles, which Python might free only many epochs later. Without collections in
         # between, all of its objects are in the youngest generation, which is quick to collect.
         gc.disable()
@@ -118,3 +133,4 @@ class CurvesSink(Sink):
         finally:
             gc.collect(0)
             gc.enable()
+        self.drawn = time.monotonic()

@@ -28,6 +28,7 @@ from pictures.confusion import confusion_figure, worst_pairs
 from pictures.figures import PAPER_RESULTS, accuracy_figure, paper_results, results_figures
 from pictures.subjects import label, open_network, read_images, short_name, true_class
 from records import curves
+from records.logs import CsvSink
 from records.checkpoints import load_checkpoint, load_weights, save_checkpoint
 
 ROOT = Path(visualize.__file__).parent
@@ -346,6 +347,21 @@ def test_curves_of_a_detector_are_its_own(tmp_path, figures):
         for axes in figures["curves.png"].axes
     }
     assert drawn == {"loss": [[2.5, 1.5]], "box AP": [[0.25, 0.5]], "mask AP": [], "learning rate": [[0.1, 0.01]]}
+
+
+def test_a_runs_curves_are_drawn_now_and_then_and_at_the_end(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(curves.time, "monotonic", lambda: now)
+    table = CsvSink(tmp_path / "summary.csv", 0)
+    sink, drawn = curves.CurvesSink(tmp_path / "curves.png", table, curves.CURVES), []
+    monkeypatch.setattr(sink, "_draw", lambda draw=sink._draw: (drawn.append(len(table.rows)), draw()))
+    for epoch, now in enumerate((4.0, 10.0, 14.0, 19.9, 21.0, 22.0)):
+        table.log({"train_loss": 1.0}, epoch)
+        sink.log({"train_loss": 1.0}, epoch)
+    sink.close()
+    assert drawn == [2, 5, 6]
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.size == (1000, 600)
 
 
 def test_curves_hold_the_numbers_of_their_tables(run_folder, tmp_path, figures):
