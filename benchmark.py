@@ -248,17 +248,10 @@ def _measure_group(
     anchor_seconds, *seconds = profiling.interleave(takes, rounds=rounds, warm_up=1)
     for precision in {worker.spec.precision for worker in facts}:
         limits[precision] = max(limits.get(precision, 0.0), limit.ask(precision))
-    # Count what does not depend on the engine once per network.
-    costs: dict[tuple, dict[str, float]] = {}
     for worker, times in zip(facts, seconds, strict=True):
-        spec = worker.spec
-        training = (spec.engine, spec.precision, spec.grad_checkpointing) if spec.kind == "training" else ()
-        key = (spec.network, spec.resolution, spec.twin, *training)
-        if key not in costs:
-            costs[key] = subjects.costs(spec)
         yield {
-            **results.row(spec, times, threads=args.threads),
-            **costs[key],
+            **results.row(worker.spec, times, threads=args.threads),
+            **subjects.costs(worker.spec),
             "peak_mb": worker.peak_mb(),
             **facts[worker],
             "anchor_ms": results.statistics(anchor_seconds, 1)["median_ms"],

@@ -1,6 +1,8 @@
 """The networks to measure, with random weights unless they come from a checkpoint, and a step of their training."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from itertools import count
 from pathlib import Path
 
@@ -120,7 +122,18 @@ def size(network: nn.Module, resolution: int) -> dict[str, float]:
 
 
 def costs(spec: Spec) -> dict[str, float]:
-    """Return the `size` of a network as it is measured and, for a training step, also its memory."""
+    """Return the `size` of a network as it is measured and, for a training step, also its memory per image.
+
+    What differs only in what costs do not depend on, such as the batch, is counted once.
+    """
+    trains = spec.kind == "training"
+    engine = "compile" if trains and spec.engine == "compile" else "plain"
+    alike = {"engine": engine, "batch": 1, "device": "cpu", "int8_depthwise": False, "guard": False}
+    return _costs(replace(spec, precision=spec.precision if trains else "fp32", **alike))
+
+
+@cache
+def _costs(spec: Spec) -> dict[str, float]:
     network = create(spec) if spec.kind == "training" else deployed(spec)
     found = size(network, spec.resolution)
     if spec.kind == "training" and spec.engine != "compile":  # the compiler plans memory itself
