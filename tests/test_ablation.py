@@ -236,6 +236,9 @@ def failure(capsys, *argv):
 
 def test_a_failing_run_is_one_line(tiny_fmnist, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "RECORDS", tmp_path / "results")
+    monkeypatch.setattr(ablation, "SEEDS", 1)
+    one = Experiment("title", "n", {"0": Trial(act_num=0, decay_epochs=0)})
+    monkeypatch.setattr(ablation, "EXPERIMENTS", {"claims": one})
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     code, line = failure(capsys, *shlex.split(f"--data_path {tiny_fmnist} --only claims --jobs 1 --output_dir file"))

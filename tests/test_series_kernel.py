@@ -86,7 +86,7 @@ def test_the_kernel_agrees_with_pytorch(program):
     assert done.stdout == "agrees\n", done.stderr
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 100))])
 def test_nothing_is_spilled(tmp_path, capability):
     """Compiled without a driver. Registers beyond 168 would leave room for fewer than 12 warps of 32 threads."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
