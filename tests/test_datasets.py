@@ -1,6 +1,5 @@
 """Data: what is read, in which order and by whom; what is broken; randomness hangs on (seed, epoch, index) only."""
 
-import gc
 import gzip
 import hashlib
 import importlib.util

@@ -28,8 +28,8 @@ from pictures.confusion import confusion_figure, worst_pairs
 from pictures.figures import PAPER_RESULTS, accuracy_figure, paper_results, results_figures
 from pictures.subjects import label, open_network, read_images, short_name, true_class
 from records import curves
-from records.logs import CsvSink
 from records.checkpoints import load_checkpoint, load_weights, save_checkpoint
+from records.logs import CsvSink
 
 ROOT = Path(visualize.__file__).parent
 IMAGES = ROOT / "data" / "fashion-mnist" / "t10k-images-idx3-ubyte.gz"
@@ -350,12 +350,12 @@ def test_curves_of_a_detector_are_its_own(tmp_path, figures):
 
 
 def test_a_runs_curves_are_drawn_now_and_then_and_at_the_end(tmp_path, monkeypatch):
-    now = 0.0
-    monkeypatch.setattr(curves.time, "monotonic", lambda: now)
+    clock = [0.0]
+    monkeypatch.setattr(curves.time, "monotonic", lambda: clock[0])
     table = CsvSink(tmp_path / "summary.csv", 0)
     sink, drawn = curves.CurvesSink(tmp_path / "curves.png", table, curves.CURVES), []
     monkeypatch.setattr(sink, "_draw", lambda draw=sink._draw: (drawn.append(len(table.rows)), draw()))
-    for epoch, now in enumerate((4.0, 10.0, 14.0, 19.9, 21.0, 22.0)):
+    for epoch, clock[0] in enumerate((4.0, 10.0, 14.0, 19.9, 21.0, 22.0)):
         table.log({"train_loss": 1.0}, epoch)
         sink.log({"train_loss": 1.0}, epoch)
     sink.close()
