@@ -528,22 +528,13 @@ def test_a_process_that_cannot_says_why(tmp_path):
     (reason,) = prepare([spec], tmp_path, threads=1).values()
     assert "int7" in reason
     with (
-        closing(Worker(Spec("nosuchnet", "eager", "fp32", 32), tmp_path, threads=1)) as worker,
-        pytest.raises(WorkerError, match="nosuchnet is not known"),
+        closing(Worker(Spec("vanillanet_5", "nosuch", "fp32", 32), tmp_path, threads=1)) as worker,
+        pytest.raises(WorkerError, match="there is no engine nosuch"),
     ):
         worker.ready()
 
 
 # -- refusals
-
-
-def test_code_in_a_checkpoint_is_not_run(hostile, tmp_path, capsys):
-    path = hostile()
-    with pytest.raises(SystemExit) as ended:
-        run("--models", path, "--runtimes", "eager", "--precisions", "fp32", "--calls", 2)
-    assert ended.value.code == 2
-    assert "refused" in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["hostile.pth"]
 
 
 @pytest.mark.parametrize(
@@ -606,7 +597,7 @@ def test_a_table_of_something_else(tmp_path, capsys):
 
 
 def test_no_module_needs_the_packages_that_a_gpu_machine_may_lack():
-    """All are imported in a process where these cannot be."""
+    """All are imported in a process where these cannot be. What they import lies where Python looks for it already."""
     missing = [
         "terminaltables",
         "tensorboardX",
@@ -619,12 +610,14 @@ def test_no_module_needs_the_packages_that_a_gpu_machine_may_lack():
     ]
     program = (
         "import importlib, pathlib, sys\n"
+        "path = list(sys.path)\n"
         f"sys.modules.update(dict.fromkeys({missing}))\n"
         "for file in sorted(pathlib.Path('.').rglob('*.py')):\n"
         "    if file.parts[0] not in ('.venv', 'docs', 'outputs', 'tests', 'hubconf.py'):\n"
         "        name = '.'.join(file.with_suffix('').parts).removesuffix('.__init__')\n"
         "        importlib.import_module(name)\n"
         "        print(name)\n"
+        "assert sys.path == path\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=gpu.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
