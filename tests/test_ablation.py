@@ -143,6 +143,28 @@ def test_at_equal_latency_only_resnet18_is_ahead():
         assert float(list(csv.DictReader(file))[-1]["train_acc1"]) < 65
 
 
+def test_twenty_epochs_show_no_gain_of_deep_training_either():
+    """What the page says, while its figures say so."""
+    ten, twenty = (EXPERIMENTS[name].scores(ablation.RECORDS) for name in ("claims", "long"))
+    for name in ("series activation", "both"):
+        assert 1.9 < mean(twenty[name]) - mean(ten[name]) < 2.2
+    found = ablation.difference(twenty["both"], twenty["series activation"])
+    assert ablation.verdict(found) == "no more than the seeds"
+    assert f"the seeds do: {found[0]:+.2f} ± {found[1]:.2f} points" in ablation.PAGE.read_text()
+
+
+def test_the_series_activation_adds_most():
+    """What the figure's title says, while its figures say so."""
+    found = {}
+    for statement, name, on, off in ablation.COMPARISONS:
+        scores = EXPERIMENTS[name].scores(ablation.RECORDS)
+        found[statement] = ablation.difference(scores[on], scores[off])[0]
+    gains = [points for statement, points in found.items() if statement.startswith("series activation")]
+    others = [points for statement, points in found.items() if statement.startswith("deep") or "layers" in statement]
+    assert (len(gains), len(others)) == (4, 8)
+    assert min(gains) > 5 > 1.5 > max(others)
+
+
 def test_no_larger_n_adds_to_the_gain_of_one():
     """What the page says, while its figures say so."""
     scores = list(EXPERIMENTS["act_num"].scores(ablation.RECORDS).values())
