@@ -596,7 +596,7 @@ def train(args: Arguments, world: utils.World) -> None:
         data.loader,
         objective,
         open_schedule(args, state.steps_per_epoch),
-        evaluate=evaluate_all if data.validation else None,
+        evaluate=evaluate_all if data.validation is not None else None,  # a loader without images is false
         score="acc1",
         describe=lambda: networks.describe(preprocessing, loss, data.classes, model_kwargs),
         restored=restored,

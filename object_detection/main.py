@@ -275,7 +275,7 @@ def train(args: Arguments, world: utils.World) -> None:
         loader,
         objective,
         open_schedule(args, state.steps_per_epoch),
-        evaluate=evaluate_all if eval_dataset else None,
+        evaluate=evaluate_all if eval_dataset is not None else None,
         score="box_AP",
         describe=lambda: checkpoints.describe(detector, dataset),
         restored=restored,

@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from harness import flags
+from runs import cut_fmnist, rows
+
 
 def test_every_number_of_images_on_every_number_of_ranks(server, tmp_path, report):
     sizes = (1, 2, 3)
@@ -23,3 +26,13 @@ def test_every_number_of_images_on_every_number_of_ranks(server, tmp_path, repor
         lost=f"nothing: count, top-1, top-5 and ReaL are equal, the loss to {largest:.0e}",
         reads="",
     )
+
+
+def test_a_rank_without_validation_images(server, tmp_path, report):
+    """It has to take part in what the other one does with its image."""
+    data = cut_fmnist(tmp_path, train=16, test=1)
+    folder = tmp_path / "run"
+    server.finish(2, *flags(data, folder, "--epochs", 1, "--warmup_epochs", 0, "--dist_timeout", 60))
+    assert float(rows(folder)[0][0]["test_acc1"]) in (0, 100)
+    assert (folder / "checkpoint-best.pth").exists()
+    report("one validation image for 2 ranks", injected=1, lost="nothing", reads="")
