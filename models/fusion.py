@@ -34,11 +34,14 @@ def _conv_like(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.
     return layer.train(conv.training)
 
 
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor in float64, which MPS lacks, so from there on the CPU."""
+    return tensor.to("cpu" if tensor.device.type == "mps" else tensor.device).double()
+
+
 def _bias(conv: nn.Conv2d) -> torch.Tensor:
     """Return the bias of `conv` in float64, (out,), or zeros if `conv` has no bias."""
-    if conv.bias is None:
-        return conv.weight.new_zeros(conv.out_channels, dtype=torch.float64)
-    return conv.bias.double()
+    return _wide(conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias)
 
 
 @torch.no_grad()
@@ -59,9 +62,9 @@ def fold_bn(conv: nn.Conv2d, bn: nn.modules.batchnorm._BatchNorm) -> nn.Conv2d:
         raise ValueError(f"cannot fold a BatchNorm of {bn.num_features} channels into {conv.out_channels}")
     if bn.running_var is None or bn.weight is None:
         raise ValueError("cannot fold a BatchNorm without running statistics and affine parameters")
-    scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-    weight = conv.weight.double() * rearrange(scale, "out -> out 1 1 1")
-    bias = scale * (_bias(conv) - bn.running_mean.double()) + bn.bias.double()
+    scale = _wide(bn.weight) / (_wide(bn.running_var) + bn.eps).sqrt()
+    weight = _wide(conv.weight) * rearrange(scale, "out -> out 1 1 1")
+    bias = scale * (_bias(conv) - _wide(bn.running_mean)) + _wide(bn.bias)
     return _conv_like(conv, weight, bias)
 
 
@@ -84,7 +87,7 @@ def merge_pointwise(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
         raise ValueError("only a dense convolution followed by a dense 1x1 convolution of stride 1 can be merged")
     if first.out_channels != second.in_channels:
         raise ValueError(f"cannot merge {first.out_channels} outputs into {second.in_channels} inputs")
-    mixing = rearrange(second.weight.double(), "out mid 1 1 -> out mid")
-    weight = einsum(mixing, first.weight.double(), "out mid, mid cin kh kw -> out cin kh kw")
+    mixing = rearrange(_wide(second.weight), "out mid 1 1 -> out mid")
+    weight = einsum(mixing, _wide(first.weight), "out mid, mid cin kh kw -> out cin kh kw")
     bias = einsum(mixing, _bias(first), "out mid, mid -> out") + _bias(second)
     return _conv_like(first, weight, bias)
