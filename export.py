@@ -83,7 +83,7 @@ from records.files import mistakes_end
 
 
 def run(args: Arguments) -> None:
-    network = open_deployed(args.source, **network_choices(args))
+    network = open_deployed(args.source, **network_choices(args), others=args.engine != WEIGHTS)
     if network.weights and network.weights.choice:
         sys.stderr.write(f"export.py: {network.weights.choice}\n")
     metadata = metadata_of(network)

@@ -34,6 +34,7 @@ def open_deployed(
     input_size: int | None = None,
     crop_pct: float | None = None,
     random_weights: bool = False,
+    others: bool = True,
 ) -> Network:
     """Open a network with `networks.open` and return it in deploy form, on the CPU in eval mode.
 
@@ -41,10 +42,13 @@ def open_deployed(
         model, model_key: `name` and `key` of `networks.open`.
         input_size, crop_pct: override the values that the network records.
         random_weights: do not load the pretrained weights of a model's name.
+        others: also fuse networks that are no VanillaNets; timm reads their weights in train form only.
     """
     mend = "give a checkpoint, or add --random_weights true to measure speed alone"
     network = networks.open(source, name=model, key=model_key, pretrained=not random_weights, mend=mend)
-    network = deployed(network.prepared(input_size=input_size, crop_pct=crop_pct))
+    network = network.prepared(input_size=input_size, crop_pct=crop_pct)
+    if others or networks.is_vanillanet(network.name):
+        network = deployed(network)
     networks.check_input_size(network.module, network.preprocessing.input_size, str(source))
     return network
 

@@ -221,6 +221,14 @@ def test_safetensors_out_opens_in_timm(made, tmp_path, capsys):
     assert "safetensors writes the weights as they are" in capsys.readouterr().err
 
 
+def test_safetensors_of_timms_own_networks_open_in_timm(tmp_path):
+    """Also of one that merges its branches, whose names are others then."""
+    target = tmp_path / "hub" / "model.safetensors"
+    export.main(["repvgg_a0", "--random_weights", "true", "--to", "safetensors", "--output", str(target)])
+    theirs = timm.create_model(f"local-dir:{target.parent}", pretrained=True).eval()
+    assert same(networks.open(target), theirs)
+
+
 def test_switch_to_deploy_writes_safetensors(made, tiny_fmnist, tmp_path, capsys):
     network = timm.create_model("vanillanet_6", width_mult=1 / 64, num_classes=10)
     network.change_act(1.0)
