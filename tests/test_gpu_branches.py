@@ -280,7 +280,7 @@ def test_tensorrt_runs_beside_torchs_stream(network, images, monkeypatch, tmp_pa
         return True
 
     context = types.SimpleNamespace(
-        set_input_shape=lambda name, shape: addresses.__setitem__("shape", shape),
+        set_input_shape=lambda name, shape: not addresses.update(shape=shape) and shape[0] <= 256,
         set_tensor_address=addresses.__setitem__,
         execute_async_v3=execute,
     )
@@ -302,6 +302,8 @@ def test_tensorrt_runs_beside_torchs_stream(network, images, monkeypatch, tmp_pa
     assert torch.equal(runtime(images), torch.zeros(3, 10))
     assert cuda.log == ["side waits", "execute on 77", "main waits"]
     assert addresses["images"] == images.data_ptr()
+    with pytest.raises(ValueError, match="does not take 257 images in a call: lower --batch_size"):
+        runtime(images[:1].expand(257, -1, -1, -1))
     path.write_bytes(struct.pack("<I", len(header)) + header + b"other")
     with pytest.raises(ValueError, match="another GPU: export it anew"):
         runtimes.load(path)

@@ -50,7 +50,8 @@ def _quantize(path: Path, calibration: Calibration, *, symmetric: bool) -> None:
             activation_type=kind.QInt8 if symmetric else kind.QUInt8,
             weight_type=kind.QInt8,
             reduce_range=not symmetric and sums_saturate(),
-            extra_options={"ActivationSymmetric": symmetric},
+            # GPUs have no integers of 32 bits for biases: TensorRT reads weights and activations of 8 bits only.
+            extra_options={"ActivationSymmetric": symmetric, "QuantizeBias": not symmetric},
         )
 
 

@@ -84,7 +84,8 @@ class Engine(base.FileEngine):
 
         def run(images: torch.Tensor) -> torch.Tensor:
             logits = images.new_empty(len(images), classes)
-            context.set_input_shape(INPUT, tuple(images.shape))
+            if not context.set_input_shape(INPUT, tuple(images.shape)):
+                raise ValueError(f"{path} does not take {len(images)} images in a call: lower --batch_size")
             context.set_tensor_address(INPUT, images.data_ptr())
             context.set_tensor_address(OUTPUT, logits.data_ptr())
             with torch.cuda.device(target.device), beside(stream):
