@@ -138,9 +138,9 @@ class Arguments(argparse.Namespace):
             logger.info("%s", note)
 
     def _asks(self, flag: str) -> bool:
-        """Whether the flag asks for something: 0 does so only where it is not the default."""
-        value = getattr(self, flag)
-        return value is not None and value is not False and (value != 0 or self.defaults[flag] != 0)
+        """Whether the flag asks for something: 0 and false do so only where they are not the default."""
+        value, default = getattr(self, flag), self.defaults[flag]
+        return value is not None and (bool(value) or (default != 0 and default is not True))
 
     def needs(self, flags: str, condition: object, mend: str) -> None:
         """Call `pass_over` for each flag that asks for something, unless `condition` holds.

@@ -11,6 +11,8 @@ import runtimes
 from deployment.options import CALIBRATION_FLAGS, NETWORK_FLAGS, SUFFIXES, add_network_flags, network_choices
 from options import COUNT, Arguments, Parser, file_path, parse_checked
 
+DEFAULT_ENGINE = "channels_last"  # a few images are not worth a minute of compiling
+
 
 def build_parser() -> Parser:
     parser = Parser(prog="predict.py", description="Print the likeliest classes of images.")
@@ -33,6 +35,8 @@ def _check(args: Arguments) -> None:
         args.needs(flag, not exported, f"{args.source} was exported with all that it needs")
     for flag in CALIBRATION_FLAGS:
         args.needs(flag, exported or args.precision == "int8", "it is for --precision int8")
+    mend = "it is for --engine compile, aotinductor or openvino"
+    args.needs("int8_depthwise", runtimes.find(args.engine or DEFAULT_ENGINE).leaves_depthwise, mend)
     if args.precision == "int8" and not exported and not args.calib_data:
         raise ValueError("int8 needs real images to calibrate on: add --calib_data DIR")
     if args.output and Path(args.output).suffix not in SUFFIXES:
@@ -74,7 +78,7 @@ def open_runtime(args: Arguments) -> runtimes.Runtime:
         calibration = runtimes.Calibration(images.split(16), args.int8_depthwise)
     runtime = runtimes.load(
         network.module,
-        engine=args.engine or "channels_last",  # a few images are not worth a minute of compiling
+        engine=args.engine or DEFAULT_ENGINE,
         precision=args.precision,
         images=torch.zeros(args.batch_size, 3, metadata.input_size, metadata.input_size),
         calibration=calibration,

@@ -1,6 +1,7 @@
 """Input and settings of inductor, the compiler behind `torch.compile` and AOTInductor."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch._inductor.config as inductor
@@ -24,6 +25,17 @@ def inductor_form(network: nn.Module, images: torch.Tensor, target: Target) -> n
     return Form(network, precision=target.precision, layout=torch.channels_last, device=target.device)
 
 
-def inductor_settings(profile: bool) -> AbstractContextManager:
-    """Return inductor's settings. Freezing makes weights constants, so oneDNN lays them out once, not in each call."""
-    return inductor.patch({"freezing": True, "cpp.enable_kernel_profile": profile})
+@contextmanager
+def inductor_settings(profile: bool) -> Iterator[None]:
+    """Set up inductor to compile. Freezing makes weights constants, so oneDNN lays them out once, not in each call.
+
+    Raises:
+        ValueError: there is no C++ compiler.
+    """
+    try:
+        with inductor.patch({"freezing": True, "cpp.enable_kernel_profile": profile}):
+            yield
+    except RuntimeError as error:
+        if "InvalidCxxCompiler" not in str(error):
+            raise
+        raise ValueError("inductor needs a C++ compiler: install g++, or name another one in CXX") from error

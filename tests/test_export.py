@@ -227,6 +227,8 @@ def test_the_payload_would_work(hostile, tmp_path, pickled):
         ("--to onnx --batch_size 4", "--batch_size"),
         ("--to pt2 --int8_depthwise true", "--int8_depthwise"),
         ("--to onnx --int8 --calib_data DIR --int8_depthwise true", "ONNX has it always"),
+        ("--to onnx --int8 --calib_data DIR --int8_depthwise false", "ONNX has it always"),
+        ("--to safetensors --int8_depthwise false", "--int8_depthwise"),
         ("--to openvino --device cuda", "not on cuda"),
         ("--to onnx --calib_data no/folder", "no/folder"),
         ("--to onnx --random_weights true", "--random_weights"),

@@ -27,6 +27,7 @@ from deployment.images import transform
 from loading.images import decode_image
 from processors import openvino_has_bfloat16
 from records.checkpoints import save_checkpoint
+from runtimes.engines import aotinductor
 from runtimes.running import Runtime
 
 ROOT = Path(main.__file__).parent
@@ -146,6 +147,21 @@ def test_imagenet_names_by_a_models_name(photographs, capsys):
         (["MODEL", "PHOTO", "--topk", "11"], "--topk 11 is more than the 10 classes of"),
         (["MODEL", "PHOTO", "--device", "gpu"], "--device gpu"),
         (["MODEL", "PHOTO", "--engine", "tensorrt"], "not on cpu"),
+        (
+            [
+                "MODEL",
+                "PHOTO",
+                "--engine",
+                "onnxruntime",
+                "--precision",
+                "int8",
+                "--calib_data",
+                "DIR",
+                "--int8_depthwise",
+                "false",
+            ],
+            "--int8_depthwise has no effect here; it is for --engine compile",
+        ),
         (["gone.pth", "PHOTO"], "gone.pth does not exist"),
         (["gone.pt2", "PHOTO"], "gone.pt2 does not exist"),
         (["gone.pt2", "PHOTO", "--input_size", "64"], "--input_size has no effect"),
@@ -190,11 +206,15 @@ def test_a_package_answers_without_what_made_it(package):
 
 
 def test_a_package_for_another_processor_is_refused(package, photographs, capsys, monkeypatch):
-    monkeypatch.setattr("runtimes.engines.aotinductor.instructions", lambda: "NEON")
-    with pytest.raises(SystemExit) as ended:
-        predict.main([str(package), str(photographs)])
-    assert ended.value.code == 2
-    assert "this processor has NEON: export it here" in capsys.readouterr().err
+    here = aotinductor.instructions()
+    for lacking in ("NEON", *([here.rpartition(" ")[0]] if " " in here else [])):
+        monkeypatch.setattr(aotinductor, "instructions", lambda lacking=lacking: lacking)
+        with pytest.raises(SystemExit) as ended:
+            predict.main([str(package), str(photographs)])
+        assert ended.value.code == 2
+        assert f"was compiled for {here}, this processor has {lacking}: export it here" in capsys.readouterr().err
+    monkeypatch.setattr(aotinductor, "instructions", lambda: f"{here} MORE")
+    predict.main([str(package), str(photographs)])
 
 
 # -- main.py --runtime

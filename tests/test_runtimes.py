@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch._inductor import cpp_builder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +21,7 @@ from models.vanillanet import VanillaNet
 from processors import openvino_has_bfloat16
 from runtimes import Target, inductor, pt2e, wide
 from runtimes.adaptive_pool import AxisMaxPool, _as_strided_pool, fix_adaptive_pools, windows
+from runtimes.engines.onnxruntime import write_onnx
 from runtimes.plain import plain
 from runtimes.running import FixedBatch
 from utils import keep_freed_memory
@@ -278,6 +280,30 @@ def test_weights_are_quantized_per_channel(network, images, tmp_path):
         assert weight.dtype == "int8"
         assert scale.shape == weight.shape[:1]
         assert made[convolution.input[0]].op_type == "DequantizeLinear"
+
+
+def test_tensorrt_is_given_numbers_of_8_bits_only(network, images, tmp_path):
+    """Its parser refuses the biases of 32 bits that ONNX Runtime quantizes for processors."""
+    skip_without(*PACKAGES["onnxruntime"])
+    import onnx
+
+    path, target = tmp_path / "network.onnx", Target(precision="int8", calibration=runtimes.Calibration([images]))
+    write_onnx(network, images, path, target, METADATA, symmetric=True)
+    graph = onnx.load(path).graph
+    types = {tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in graph.initializer}
+    found = {types.get(node.input[0], "INT8") for node in graph.node if node.op_type == "DequantizeLinear"}
+    assert found == {"INT8"}
+    assert sum(node.op_type == "Conv" for node in graph.node) == 11
+    runtime = runtimes.find("onnxruntime").open(path, Target())
+    assert difference(runtime(images), network(images).detach()) < TOLERANCE["int8"]
+
+
+def test_a_missing_compiler_is_one_line(network, images, monkeypatch):
+    monkeypatch.setattr(inductor.inductor.cpp, "cxx", ("no-such-compiler",))
+    cpp_builder.cpp_compiler_search.cache_clear()
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler: install g\+\+"):
+        runtimes.load(network, engine="compile", images=images[:, :, :40, :40])
+    cpp_builder.cpp_compiler_search.cache_clear()
 
 
 @pytest.mark.parametrize("amx", [False, True])

@@ -11,10 +11,15 @@ METADATA = "metadata.json"
 
 
 def instructions() -> str:
-    """Return the vector instructions that torch uses on this processor."""
+    """Return the kinds of vector instructions that this processor has, separated by spaces."""
     import torch
 
-    return torch.backends.cpu.get_cpu_capability()
+    also = {
+        "VNNI": torch.cpu._is_vnni_supported(),
+        "BF16": torch.cpu._is_avx512_bf16_supported(),
+        "AMX": torch.cpu._is_amx_tile_supported(),
+    }
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name, there in also.items() if there)])
 
 
 class Engine(base.FileEngine):
@@ -70,7 +75,7 @@ class Engine(base.FileEngine):
 
         if strings["device"] != target.kind:
             raise ValueError(f"{path} was compiled for {strings['device']}, not for {target.kind}: export it anew")
-        if target.kind == "cpu" and strings["instructions"] != instructions():
+        if target.kind == "cpu" and not {*strings["instructions"].split()} <= {*instructions().split()}:
             raise ValueError(
                 f"{path} was compiled for {strings['instructions']}, this processor has {instructions()}: "
                 "export it here"
