@@ -159,7 +159,7 @@ def build_train_transform(
         if isinstance(step, auto_augment.RandAugment | auto_augment.AutoAugment | auto_augment.AugMixAugment):
             _mend(step)
     if preprocessing.native:
-        steps[0] = transforms.RandomCrop(preprocessing.input_size, padding=4)
+        steps[0] = transforms.RandomCrop(preprocessing.input_size, padding=4, pad_if_needed=True)
     else:
         steps[0] = RandomResizedCrop(preprocessing.input_size, scale=scale, ratio=ratio, interpolation=interpolation)
     if preprocessing.exif_transpose:

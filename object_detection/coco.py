@@ -99,7 +99,7 @@ def _is(value: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def encode_segment(segment: Any, height: int, width: int) -> dict[str, Any] | None:
-    """Convert a segment in any of its forms to compressed RLE; None if it covers no pixel or is not a segment.
+    """Convert a segment in any of its forms to compressed RLE, which may cover no pixel; None if it is not a segment.
 
     Raises ValueError if the segment cannot be read or belongs to another image size.
     """
@@ -126,7 +126,7 @@ def encode_segment(segment: Any, height: int, width: int) -> dict[str, Any] | No
             raise ValueError("its RLE is damaged")
     else:
         return None
-    return rle if mask_utils.area(rle) > 0 else None
+    return rle
 
 
 class CocoDataset(ImageDataset):
@@ -171,7 +171,7 @@ class CocoDataset(ImageDataset):
         for annotation in data["annotations"]:
             by_image[annotation["image_id"]].append(annotation)
         self.objects = {image["id"]: self._find_objects(image, by_image[image["id"]]) for image in self.images}
-        if masks and data["annotations"] and not any("segmentation" in a for a in data["annotations"]):
+        if masks and data["annotations"] and not any(a.get("segmentation") for a in data["annotations"]):
             raise ValueError(f"{annotations} has boxes without segments, which train no masks: use a RetinaNet")
 
         # Without any annotation, an image is background to learn; with annotations but no learnable object, it is not.
@@ -201,6 +201,8 @@ class CocoDataset(ImageDataset):
 
     def _find_objects(self, image: Mapping[str, Any], annotations: Sequence[dict[str, Any]]) -> list[tuple]:
         """Return (box, label, RLE or None) of each object that can be learned."""
+        from pycocotools import mask as mask_utils
+
         height, width = image["height"], image["width"]
         found = []
         for annotation in annotations:
@@ -212,7 +214,9 @@ class CocoDataset(ImageDataset):
                 place = f"the segment of annotation {annotation['id']}"
                 raise ValueError(f"{self.path}: cannot read {place}: {error}") from None
             x1, y1, x2, y2 = np.float32(box)
-            learnable = x2 - x1 > MIN_SIDE and y2 - y1 > MIN_SIDE and (rle is not None or not self.masks)
+            learnable = x2 - x1 > MIN_SIDE and y2 - y1 > MIN_SIDE
+            if self.masks:
+                learnable &= rle is not None and mask_utils.area(rle) > 0
             if learnable and not annotation["iscrowd"]:
                 found.append((box, self.labels[annotation["category_id"]], rle))
         return found

@@ -148,6 +148,8 @@ def test_loaders_keep_images_of_different_sizes_apart(tmp_path):
         ),
         (lambda d: d["images"][0].update(file_name="no/such.png"), "cannot read the image folder"),
         (lambda d: [a.pop("segmentation", None) for a in d["annotations"]], "use a RetinaNet"),
+        (lambda d: [a.update(segmentation=[]) for a in d["annotations"]], "use a RetinaNet"),
+        (lambda d: [a.update(segmentation=None) for a in d["annotations"]], "use a RetinaNet"),
         (lambda d: [d["images"].clear(), d["annotations"].clear()], "has no image"),
         (lambda d: d["images"][0].update(width="60"), r"width of images\[0\] must be a whole number, not '60'"),
         (lambda d: d["images"][0].update(height=None), r"height of images\[0\] must be a whole number, not None"),
@@ -349,6 +351,22 @@ def test_half_of_the_objects():
     ]
     results = [{"image_id": 10, "category_id": 2, "bbox": [90, 0, 50, 50], "score": 0.9}]
     assert average_precision(data, results, masks=False)["box_AP"] == pytest.approx(51 / 101)
+
+
+def test_a_segment_without_a_pixel_is_an_object_to_find():
+    """As for pycocotools: with one of two found, precision is 1 up to recall 1/2."""
+    data, _ = scattered(random.Random(0), 0)
+    segments = [square(0, 0, 50, 50), [[90.1, 0.1, 90.4, 0.1, 90.4, 0.4, 90.1, 0.4]]]
+    data["annotations"] = [
+        {"id": i, "image_id": 10, "category_id": 2, "bbox": [90 * i, 0, 50, 50], "area": 2500, "iscrowd": 0,
+         "segmentation": segment}
+        for i, segment in enumerate(segments)
+    ]  # fmt: skip
+    height, width = next((image["height"], image["width"]) for image in data["images"] if image["id"] == 10)
+    found, empty = (encode_segment(segment, height, width) for segment in segments)
+    assert mask_utils.area(empty) == 0
+    results = [{"image_id": 10, "category_id": 2, "bbox": [0, 0, 50, 50], "score": 0.9, "segmentation": found}]
+    assert average_precision(data, results, masks=True)["mask_AP"] == pytest.approx(51 / 101)
 
 
 def test_quirks_in_evaluation(tmp_path, caplog):
