@@ -89,6 +89,19 @@ def path(text: str) -> Path:
     return Path(file_path(text))
 
 
+def picture(*suffixes: str) -> Callable[[str], Path]:
+    """Return a type for argparse: the path of a picture, in a format that its name tells."""
+
+    def parse(text: str) -> Path:
+        if not text.lower().endswith(suffixes):
+            raise argparse.ArgumentTypeError(f"a name that ends in {' or '.join(suffixes)}, not {text}")
+        return path(text)
+
+    parse.metavar = "FILE.png"
+    return parse
+
+
+drawing, photograph = picture(".png", ".jpg", ".pdf", ".svg"), picture(".png", ".jpg", ".pdf")
 file_path.metavar = path.metavar = "PATH"
 
 COUNT = number(int, low=1, high=2**31 - 1)
@@ -495,6 +508,10 @@ def check_training_flags(args: Arguments, *, exports: bool = False) -> None:
     args.needs("deploy", evaluates or exports, "a deploy form has nothing left to train; add --eval true")
     if evaluates and not (args.finetune or args.resume):
         raise ValueError("--eval and --switch_to_deploy need the weights: add --finetune FILE")
+    if args.switch_to_deploy and Path(args.switch_to_deploy).resolve() == Path(args.finetune or args.resume).resolve():
+        raise ValueError(
+            f"--switch_to_deploy {args.switch_to_deploy} is the file to fuse: give the result another name"
+        )
     if len(set(args.model_ema_decay)) < len(args.model_ema_decay):
         raise ValueError("--model_ema_decay names the same decay twice")
 

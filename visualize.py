@@ -6,29 +6,21 @@ python visualize.py figures --output_dir docs
 python visualize.py detections IMAGE_OR_FOLDER --network CHECKPOINT --output FILE.png
 """
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from options import COUNT, FRACTION, WHOLE, Arguments, Parser, file_path, path
+from options import COUNT, FRACTION, WHOLE, Arguments, Parser, drawing, file_path, path, photograph
 
 
-def picture(text: str) -> Path:
-    """A type for argparse: the path of a picture, in a format that its name tells."""
-    if not text.lower().endswith((".png", ".jpg", ".pdf", ".svg")):
-        raise argparse.ArgumentTypeError(f"a name that ends in .png, .jpg, .pdf or .svg, not {text}")
-    return path(text)
+def _add_output(parser: Parser, kind: Callable[[str], Path] = drawing) -> None:
+    parser.add_argument("--output", type=kind, required=True, help="picture to write")
 
 
-def _add_output(parser: Parser) -> None:
-    parser.add_argument("--output", type=picture, required=True, metavar="FILE.png", help="picture to write")
-
-
-def _add_images(parser: Parser, *, shown: str) -> None:
+def _add_images(parser: Parser, kind: Callable[[str], Path] = drawing, *, shown: str) -> None:
     """Add the flags for a command's images, and for the picture to write."""
     what = "image files, folders of them, or idx files"
     parser.add_argument("images", nargs="+", type=file_path, metavar="IMAGES", help=what)
-    _add_output(parser)
+    _add_output(parser, kind)
     parser.add_argument("--max_images", type=COUNT, default=8, help=f"largest number of {shown}")
 
 
@@ -63,7 +55,7 @@ def build_parser() -> Parser:
     figures.add_argument("--output_dir", type=path, required=True, help=what)
 
     detections = commands.add_parser("detections", help="boxes and masks that a detector finds in images")
-    _add_images(detections, shown="images in the picture")
+    _add_images(detections, photograph, shown="images in the picture")
     what = "checkpoint of object_detection/main.py"
     detections.add_argument("--network", type=file_path, required=True, metavar="CHECKPOINT", help=what)
     detections.add_argument("--threshold", type=FRACTION, default=0.5, help="score from which a detection is drawn")

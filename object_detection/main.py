@@ -45,6 +45,7 @@ from object_detection.evaluation import KINDS, STATISTICS, average_precision, de
 from object_detection.export import export_onnx
 from optim_factory import step_schedule
 from records import curves, logs
+from records.files import check_writable
 
 logger = logging.getLogger("object_detection")
 
@@ -126,6 +127,8 @@ def report_broken(world: utils.World, loader: loaders.EvalLoader) -> None:
 
 
 def evaluate_checkpoint(args: Arguments, world: utils.World) -> None:
+    if args.draw and world.is_main:
+        check_writable(args.draw)
     loader, dataset, detector = prepare_eval(args, world)
     found = evaluate(detector, loader, dataset, world, training.build_precision(args, world.device), args.model)
     report_broken(world, loader)

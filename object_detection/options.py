@@ -57,7 +57,7 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("further modes").add_argument
     add("--switch_to_deploy", type=file_path, help="fuse --finetune, compare both forms, and write this file")
-    add("--draw", type=file_path, help="with --eval true, draw the detections in the first images to this file")
+    add("--draw", type=options.photograph, help="with --eval true, draw detections in the first images to this file")
     add("--draw_images", type=COUNT, default=12, help="number of images that --draw shows")
     add("--draw_threshold", type=FRACTION, default=0.5, help="lowest score of a detection that --draw shows")
     add("--export_onnx", type=file_path, help="write --finetune to this ONNX file and compare it with PyTorch")
@@ -82,6 +82,9 @@ def _check(args: Arguments) -> None:
     if args.lr_steps != sorted(set(args.lr_steps)):
         raise ValueError("--lr_steps must rise")
     trains = not (exports or args.eval or args.switch_to_deploy is not None)
+    for flag in ("annotations", "images"):
+        if not trains and flag in args.typed and f"eval_{flag}" not in args.typed:
+            raise ValueError(f"--{flag} is for training, which this command does not do: did you mean --eval_{flag}?")
     reached = [step for step in args.lr_steps if step < args.epochs]
     if trains and len(reached) < len(args.lr_steps):
         unreached = f"--lr_steps {args.lr_steps[-1]} is never reached in --epochs {args.epochs}"

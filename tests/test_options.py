@@ -120,6 +120,7 @@ def test_every_recipe_parses():
         ("--eval true", ["--eval", "--finetune"]),
         ("--eval true --disable_eval true --finetune a", ["--eval", "--disable_eval"]),
         ("--deploy true", ["--deploy", "--eval true"]),
+        ("--switch_to_deploy x/../a --finetune a", ["--switch_to_deploy", "is the file to fuse"]),
         ("--switch_to_deploy a --deploy true --finetune b", ["--switch_to_deploy", "--deploy"]),
         ("--weight_decay 0 --weight_decay_end 0.1", ["--weight_decay_end", "--weight_decay 0"]),
         ("--model_key model_ema", ["--model_key", "--finetune"]),
