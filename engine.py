@@ -16,7 +16,7 @@ from torch import nn
 
 import utils
 from optim_factory import set_hyperparameters
-from records.checkpoints import CheckpointError, checkpoint_weights, load_weights
+from records.checkpoints import CheckpointError, checkpoint_weights, load_weights, rescaled
 from records.logs import StepLog, SumMeter
 from utils import World
 
@@ -320,6 +320,10 @@ class TrainState:
             raise CheckpointError(
                 f"cannot resume from {path}: it has no {', '.join(absent)}; use --finetune for weights"
             )
+        if not isinstance(checkpoint["epoch"], int):
+            raise CheckpointError(f"cannot resume from {path}: its epoch is {checkpoint['epoch']!r}; use --finetune")
+        if not isinstance(checkpoint["optimizer"], dict) or "param_groups" not in checkpoint["optimizer"]:
+            raise CheckpointError(f"cannot resume from {path}: its optimizer has no state; use --finetune")
         networks = {"model": self.model, **{key: average.module for key, average in self.averages.items()}}
         for key, network in networks.items():
             load_weights(network, checkpoint_weights(checkpoint, key=key, path=path), path=path)
@@ -335,7 +339,7 @@ class TrainState:
         progress.updates = round(
             checkpoint.get("updates", progress.epoch * old_steps) * self.steps_per_epoch / old_steps
         )
-        progress.step = max(round(step * self.steps_per_epoch / old_steps), min(step, 1))
+        progress.step = rescaled(step, self.steps_per_epoch / old_steps)
         self.best.update(checkpoint.get("best", {}))
         self.start_slope = checkpoint.get("start_slope", self.start_slope)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -120,7 +121,7 @@ def place(args: Arguments, model: nn.Module, device: torch.device) -> nn.Module:
     model = model.to(device, memory_format=layout_of(args))
     set_grad_checkpointing(getattr(model, "network", model), args.grad_checkpointing)  # a detector wraps its network
     if args.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)  # torch's would drop the activations in timm's BatchNorms
     return model
 
 
@@ -351,7 +352,7 @@ class RunFolder:
             world.from_main(self.checkpoints.remove_leftovers)
             if args.auto_resume and not path:
                 path = world.from_main(self.checkpoints.newest_valid)
-            elif not path and args.save_ckpt and (earlier := self.checkpoints.all()):
+            elif not path and (earlier := self.checkpoints.all()):
                 earlier = f"{args.output_dir} holds checkpoints of an earlier run ({earlier[0].name})"
                 raise ValueError(f"{earlier}: add --auto_resume true to go on, or choose another --output_dir")
         if not path:
@@ -372,6 +373,11 @@ class RunFolder:
         if newer and args.resume and args.save_ckpt:
             newest = f"{args.output_dir} holds checkpoints newer than --resume {path} ({newer[0].name})"
             raise ValueError(f"{newest}: move them away, or choose another --output_dir")
+
+        # Files of this epoch count the steps of the earlier run, which may have been larger or smaller.
+        if progress.step != step and any(file.samefile(path) for _, file in existing):
+            ratio = self.state.steps_per_epoch / checkpoint["steps_per_epoch"]
+            world.from_main(lambda: self.checkpoints.renumber(progress.epoch, ratio))
 
     def _check_schedules(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
         """Raise ValueError if a resumed run changes --opt, or its schedules without --resume_new_sched."""

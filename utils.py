@@ -176,6 +176,8 @@ def init_world(
         if hosts:
             os.environ.setdefault("MASTER_ADDR", _first_slurm_host(hosts))
             os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+        if not dist_url.startswith(("env://", "tcp://", "file://")):
+            raise ValueError(f"--dist_url {dist_url} must be env:// or tcp://HOST:PORT")
         timeout = timedelta(seconds=dist_timeout)
         store, rank, size = next(dist.rendezvous(dist_url, rank=rank, world_size=size, timeout=timeout))
         store.set_timeout(timeout)

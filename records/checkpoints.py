@@ -233,6 +233,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, path:
     model.load_state_dict(dict(weights), strict=True)
 
 
+def rescaled(step: int, ratio: float) -> int:
+    """Return the step at the same place of an epoch with `ratio` times as many steps; at least 1 if one is done."""
+    return max(round(step * ratio), min(step, 1))
+
+
 class CheckpointFolder:
     """The checkpoints of a run: the newest `keep` numbered ones, `last`, `best` and, for averages, `best-ema...`.
 
@@ -281,6 +286,16 @@ class CheckpointFolder:
                     shutil.copyfile(path, temporary)
         self.delete_old()
         return path
+
+    def renumber(self, epoch: int, ratio: float) -> None:
+        """Rename the files in the middle of `epoch` for a run whose epochs have `ratio` times as many steps.
+
+        A file that gets the number of an earlier one replaces it.
+        """
+        files = [(step, path) for (of, step), path in self.places() if step and of == epoch]  # newest first
+        # The newest of them stays the newest throughout, in case the run is killed here.
+        for step, path in files if ratio > 1 else reversed(files):
+            path.replace(self.folder / f"checkpoint-{epoch}-{rescaled(step, ratio)}.pth")
 
     def delete_old(self) -> None:
         """Delete all but the newest `keep` numbered files, unless none of those can be read."""

@@ -101,7 +101,10 @@ class CsvSink(Sink):
     def __init__(self, path: Path, start: int):
         self.path = path
         rows = read_rows(path) if path.exists() else []
-        self.rows: list[dict[str, object]] = [row for row in rows if int(row["epoch"]) < start]
+        try:
+            self.rows: list[dict[str, object]] = [row for row in rows if int(row["epoch"]) < start]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path} is no table of epochs, and this run would overwrite it: move it away") from None
 
     def log(self, metrics: Metrics, step: int) -> None:
         self.rows.append({"epoch": step, **metrics})

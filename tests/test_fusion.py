@@ -1,15 +1,17 @@
 """Fusion: the algebra of two layers, and the deploy form of a whole network."""
 
 import copy
+import inspect
 
 import pytest
 import timm
 import torch
 from timm.utils.model import reparameterize_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
-from models import Block, SeriesActivation, VanillaNet, fold_bn, merge_pointwise
+from models import Block, SeriesActivation, VanillaNet, fold_bn, fusion, merge_pointwise
 from models.vanillanet import VARIANTS
 
 # timm has the walk in one place or in two, depending on its version.
@@ -279,6 +281,14 @@ def test_device_and_dtype_are_kept():
     model.switch_to_deploy()
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_metal_computes_nothing_in_float64():
+    """Which it lacks; what can be seen of it without a Mac."""
+    with FakeTensorMode():
+        wide = fusion._wide(torch.empty(3, device="mps"))
+    assert (wide.device.type, wide.dtype) == ("cpu", torch.float64)
+    assert ".double()" not in inspect.getsource(fusion).replace(inspect.getsource(fusion._wide), "")
 
 
 @pytest.mark.gpu

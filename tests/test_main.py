@@ -31,6 +31,7 @@ from engine import Progress
 from loading import loaders, transforms
 from loading.transforms import Preprocessing, build_eval_transform
 from optim_factory import cosine_schedule
+from options import parse_args
 from records import logs
 from records.checkpoints import load_checkpoint, load_weights, save_checkpoint
 from runs import BASE, EMBEDDED, ROOT, assert_same_run, rows, torchrun
@@ -226,13 +227,50 @@ def test_resuming_on_other_classes_is_an_error(tiny_fmnist, straight, tmp_path, 
         assert "another order" in capsys.readouterr().err
 
 
-def test_a_used_folder_is_not_overwritten(tiny_fmnist, straight, capsys):
-    before = sorted((path.name, path.stat().st_mtime_ns) for path in straight.glob("*.pth"))
+@pytest.mark.parametrize("saves", ["true", "false"])
+def test_a_used_folder_is_not_overwritten(tiny_fmnist, straight, capsys, saves):
+    def files():
+        return {path: path.stat().st_mtime_ns for path in straight.iterdir() if path.name != "run.lock"}
+
+    before = files()
     with pytest.raises(SystemExit) as ended:
-        run(tiny_fmnist, "--output_dir", straight)
+        run(tiny_fmnist, "--output_dir", straight, "--save_ckpt", saves)
     assert ended.value.code == 2
     assert "--auto_resume true" in capsys.readouterr().err
-    assert before == sorted((path.name, path.stat().st_mtime_ns) for path in straight.glob("*.pth"))
+    assert files() == before
+
+
+def test_a_table_of_something_else_is_not_overwritten(tiny_fmnist, tmp_path, capsys):
+    (tmp_path / "summary.csv").write_text("epoch;lr\n0;0.1\n")
+    with pytest.raises(SystemExit) as ended:
+        run(tiny_fmnist, "--output_dir", tmp_path)
+    assert ended.value.code == 2
+    assert "summary.csv is no table of epochs, and this run would overwrite it" in capsys.readouterr().err
+    assert (tmp_path / "summary.csv").read_text() == "epoch;lr\n0;0.1\n"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"epoch": "best"}, "its epoch is 'best'"), ({"optimizer": {}}, "its optimizer has no state")],
+)
+def test_a_checkpoint_that_cannot_be_resumed_says_what_can_be_done(
+    tiny_fmnist, straight, tmp_path, capsys, changed, message
+):
+    save_checkpoint(load_checkpoint(straight / "checkpoint-1.pth") | changed, tmp_path / "w.pth")
+    with pytest.raises(SystemExit) as ended:
+        run(tiny_fmnist, "--resume", tmp_path / "w.pth")
+    assert ended.value.code == 2
+    assert f"w.pth: {message}; use --finetune" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_synchronized_norms_keep_the_activations_of_timms():
+    args = parse_args([*BASE, "--data_path", "x"])
+    args.sync_bn = True  # the command takes it on GPUs only
+    model, images = timm.create_model("mobilenetv3_small_050").eval(), torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    model = training.place(args, model, torch.device("cpu"))
+    assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()) > 30
+    assert torch.equal(model(images), expected)
 
 
 # -- evaluation
@@ -383,6 +421,21 @@ def test_larger_steps_go_on_with_what_is_left(tiny_fmnist, straight, tmp_path):
     assert [line["step"] for line in lines if line["epoch"] == 1] == [10, 12, 14, 5]
     last = load_checkpoint(tmp_path / "checkpoint-last.pth")
     assert (last["epoch"], last["updates"]) == (1, round(14 * 2 / 8) + 1)
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(16, ["1-2", "1-1"]), (2, ["1-11", "1-6"])])
+def test_files_of_other_steps_are_numbered_anew(tiny_fmnist, straight, tmp_path, monkeypatch, batch_size, expected):
+    """So that the next file of the run is also the newest by its number: 8 steps an epoch become 2 or 15."""
+    for name in ("1-6", "1-3", "0"):
+        shutil.copy(straight / f"checkpoint-{name}.pth", tmp_path)
+    flags = ["--output_dir", tmp_path, "--auto_resume", "true", "--batch_size", batch_size]
+    folder = folder_of(monkeypatch, tiny_fmnist, *flags)
+    assert [path.name for path in folder.checkpoints.numbered()] == [
+        f"checkpoint-{name}.pth" for name in (*expected, "0")
+    ]
+    assert load_checkpoint(tmp_path / f"checkpoint-{expected[0]}.pth")["samples"] == 48
+    progress = folder.state.progress
+    assert (progress.epoch, f"1-{progress.step}", progress.samples) == (1, expected[0], 48)
 
 
 def test_other_averages_are_not_resumed(tiny_fmnist, straight, tmp_path, capsys):
@@ -682,6 +735,7 @@ def test_images_in_a_folder_that_are_not_resized(tmp_path, monkeypatch, capsys):
     run(data, *flags, *short, "--resize", "false", base=base)
     crop = seen[0].transforms[0]
     assert (crop.size, crop.padding) == ((40, 40), 4)
+    assert crop(Image.new("RGB", (30, 50))).size == (40, 40)  # a smaller one is padded further
     network = networks.open(tmp_path / "run" / "checkpoint-last.pth")
     assert network.preprocessing.native
     with Image.open(data / "test" / "frog" / "0.png") as image:

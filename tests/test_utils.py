@@ -237,6 +237,8 @@ def test_metal(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--device mps computes in one process, and 2 were started"):
         utils.init_world("mps")
+    with pytest.raises(ValueError, match="--dist_url localhost:29500 must be env:// or tcp://HOST:PORT"):
+        utils.init_world("cpu", dist_url="localhost:29500")
     with FakeTensorMode():
         assert SumMeter(["loss"], torch.device("mps")).sums.dtype == torch.float32
     assert SumMeter(["loss"], torch.device("cpu")).sums.dtype == torch.float64
