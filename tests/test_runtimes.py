@@ -298,10 +298,12 @@ def test_tensorrt_is_given_numbers_of_8_bits_only(network, images, tmp_path):
     assert difference(runtime(images), network(images).detach()) < TOLERANCE["int8"]
 
 
-def test_a_missing_compiler_is_one_line(network, images, monkeypatch):
-    monkeypatch.setattr(inductor.inductor.cpp, "cxx", ("no-such-compiler",))
+def test_a_missing_compiler_is_one_line(network, images):
     cpp_builder.cpp_compiler_search.cache_clear()
-    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler: install g\+\+"):
+    with (
+        inductor.inductor.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ValueError, match=r"needs a C\+\+ compiler: install g\+\+"),
+    ):
         runtimes.load(network, engine="compile", images=images[:, :, :40, :40])
     cpp_builder.cpp_compiler_search.cache_clear()
 
