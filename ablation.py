@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev, variance
 from textwrap import fill
 
-from options import COUNT, Arguments, Parser, boolean, file_path, parse_args, parse_checked, path
+from options import COUNT, Arguments, Parser, boolean, file_path, parse_args, path
 
 ROOT = Path(__file__).resolve().parent
 RECORDS = ROOT / "results" / "ablation"
@@ -358,7 +358,7 @@ def report() -> None:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="ablation.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="ablation.py", description=__doc__.splitlines()[0], check=_check)
     add, names = parser.add_argument, list(EXPERIMENTS)
     add("--data_path", type=file_path, help="folder with Fashion-MNIST's four idx files, or to download them to")
     what = (
@@ -381,7 +381,7 @@ def _check(args: Arguments) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_checked(build_parser(), argv, _check)
+    args = build_parser().parse_args(argv)
     try:
         if not args.report:
             # Make paths absolute, because the runs start in the project's folder.

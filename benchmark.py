@@ -9,7 +9,7 @@ python benchmark.py --report results/cpu.csv --docs docs/benchmark.md --figures 
 from collections.abc import Sequence
 
 import runtimes
-from options import COUNT, POSITIVE, WHOLE, Arguments, Parser, boolean, file_path, parse_checked, path
+from options import COUNT, POSITIVE, WHOLE, Arguments, Parser, boolean, file_path, path
 
 TRAINING_ENGINES = ("plain", "channels_last", "compile")
 TRAINING_PRECISIONS = {"cpu": ("fp32", "bf16"), "cuda": ("default", "fp32", "tf32", "bf16")}
@@ -29,7 +29,7 @@ CALLS_PER_TURN = {"cpu": 5, "cuda": 50}  # calls on a GPU are short, and the fir
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="benchmark.py", description="Measure networks in engines, beside each other.")
+    parser = Parser(prog="benchmark.py", description="Measure networks in engines, beside each other.", check=_check)
     add = parser.add_argument_group("what is measured").add_argument
     models = "VanillaNet variants, timm models and checkpoints; all: every variant"
     add("--model", "--models", nargs="+", type=file_path, default=[], help=models)
@@ -106,13 +106,8 @@ def _check(args: Arguments) -> None:
             args.engine = [name for name in args.engine if kind in runtimes.find(name).computes]
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Arguments:
-    """Parse and check a command. Errors end the process with exit code 2 and one line on standard error."""
-    return parse_checked(build_parser(), argv, _check)
-
-
 if __name__ == "__main__":
-    ARGS = parse_args()  # report a wrong flag before the slow imports below
+    ARGS = build_parser().parse_args()  # report a wrong flag before the slow imports below
 
 import argparse
 import itertools
@@ -379,7 +374,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
-    args = args or parse_args(argv)
+    args = args or build_parser().parse_args(argv)
     with mistakes_end("benchmark.py"):
         args.threads = args.threads or torch.get_num_threads()
         if args.loading:

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import runtimes
-from deployment.options import add_network_flags, network_choices
-from options import COUNT, NONNEGATIVE, Arguments, Parser, boolean, file_path, parse_checked
+from deployment.options import CHOICES, add_network_flags
+from options import COUNT, NONNEGATIVE, Arguments, Parser, boolean, file_path
 
 WEIGHTS = "safetensors"  # a format that belongs to no engine
 ENGINES = (*sorted(runtimes.FORMATS.values()), WEIGHTS)
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="export.py", description="Write a network in deploy form to a file that an engine runs.")
+    parser = Parser(prog="export.py", description="Write a network in deploy form to an engine's file.", check=_check)
     add = parser.add_argument
     add("source", type=file_path, metavar="MODEL", help="a checkpoint, or the name of a model in timm")
     add(
@@ -66,13 +66,8 @@ def _check(args: Arguments) -> None:
         args.needs("batch_size", args.batch_size == 1 or engine.fixes_batch, mend)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Arguments:
-    """Parse and check a command. Errors end the process with exit code 2 and one line on standard error."""
-    return parse_checked(build_parser(), argv, _check)
-
-
 if __name__ == "__main__":
-    ARGS = parse_args()  # report a wrong flag before the slow imports below
+    ARGS = build_parser().parse_args()  # report a wrong flag before the slow imports below
 
 import sys
 
@@ -83,7 +78,7 @@ from records.files import mistakes_end
 
 
 def run(args: Arguments) -> None:
-    network = open_deployed(args.source, **network_choices(args), others=args.engine != WEIGHTS)
+    network = open_deployed(args.source, **args.pick(*CHOICES), others=args.engine != WEIGHTS)
     if network.weights and network.weights.choice:
         sys.stderr.write(f"export.py: {network.weights.choice}\n")
     metadata = metadata_of(network)
@@ -117,7 +112,7 @@ def run(args: Arguments) -> None:
 
 
 def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
-    args = args or parse_args(argv)
+    args = args or build_parser().parse_args(argv)
     with mistakes_end("export.py"):
         run(args)
 

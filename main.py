@@ -252,16 +252,6 @@ def run_eval(
     )
 
 
-def keep_results(args: Arguments, result: EvalResult, classes: Sequence[str]) -> None:
-    """Write the files of --results_file and --confusion."""
-    if args.results_file:
-        scores.write_scores(args.results_file, result, classes)
-    if args.confusion:
-        from pictures import confusion, style  # here, because importing matplotlib takes a second
-
-        style.save(confusion.confusion_figure(result.confusion.numpy(), classes), Path(args.confusion))
-
-
 def report_eval(name: str, result: EvalResult, broken: int) -> None:
     real = "" if result.real_acc1 is None else f"  ReaL {result.real_acc1:.3f}"
     left_out = f"  ({broken} broken images left out)" if broken else ""
@@ -284,17 +274,6 @@ def prepare_eval(args: Arguments, world: utils.World):
     )
     network.module.to(world.device, memory_format=training.layout_of(args))
     return loader, real, network
-
-
-class _Deployed(nn.Module):
-    """Wraps a runtime as a module, for functions that expect a network."""
-
-    def __init__(self, runtime: runtimes.Runtime):
-        super().__init__()
-        self.runtime = runtime
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.runtime(images)
 
 
 def calibrate(args: Arguments, world: utils.World, preprocessing: Preprocessing) -> runtimes.Calibration:
@@ -350,7 +329,7 @@ def evaluate_checkpoint(args: Arguments, world: utils.World) -> None:
         classes = network.labels
         runtime = open_deployed(args, world, network) if args.engine else None
     if runtime:
-        model, precision = _Deployed(runtime), Precision(world.device)
+        model, precision = runtime, Precision(world.device)
         name = f"{path} in {runtime.name}, {runtime.precision}"
     else:
         model, precision = network.module, training.build_precision(args, world.device)
@@ -363,7 +342,13 @@ def evaluate_checkpoint(args: Arguments, world: utils.World) -> None:
     broken = training.broken_count(world, loader)
     if world.is_main:
         report_eval(name, result, broken)
-        keep_results(args, result, classes)
+        if args.results_file:
+            scores.write_scores(args.results_file, result, classes)
+        if args.confusion:
+            from pictures import style  # here, because importing matplotlib takes a second
+            from pictures.confusion import confusion_figure
+
+            style.save(confusion_figure(result.confusion.numpy(), classes), Path(args.confusion))
 
 
 # -- deploying

@@ -208,9 +208,15 @@ def canonical(token: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with recipes, bare booleans and dashes in flags. Errors are one line on stderr and exit code 2."""
+    """A parser with recipes, bare booleans and dashes in flags. Errors are one line on stderr and exit code 2.
 
-    def __init__(self, **options):
+    Args:
+        check: checks the parsed arguments; its ValueError is such an error.
+        launched: the command continues with `utils.launch`, which logs the notes on the first process.
+    """
+
+    def __init__(self, *, check: Callable[[Arguments], None] = lambda args: None, launched: bool = False, **options):
+        self.check, self.launched = check, launched
         super().__init__(**{"epilog": RECIPES, "formatter_class": _Help, "allow_abbrev": False, **options})
 
     def format_help(self) -> str:
@@ -233,6 +239,12 @@ class Parser(argparse.ArgumentParser):
             similar = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
             hint = f"; did you mean {similar[0]}?" if similar else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        try:
+            self.check(found)
+        except ValueError as error:
+            self.error(str(error))
+        if not self.launched:
+            sys.stderr.writelines(f"{self.prog}: {note}\n" for note in found.notes)
         return found
 
     def parse_known_args(self, args=None, namespace=None):
@@ -396,7 +408,7 @@ def add_training_flags(parser: argparse.ArgumentParser, first: Any) -> None:
 
 def build_parser() -> Parser:
     description = "Train, evaluate (--eval true) or deploy (--switch_to_deploy FILE) VanillaNet."
-    parser = Parser(prog="main.py", description=description)
+    parser = Parser(prog="main.py", description=description, check=_check, launched=True)
     first = parser.add_argument_group("what most runs need")
     add = first.add_argument
     add("--model", default="vanillanet_5", help="a VanillaNet variant or any timm model")
@@ -559,29 +571,9 @@ def _check(args: Arguments) -> None:
         raise ValueError("--data_path is missing")
 
 
-def parse_checked(
-    parser: Parser, argv: Sequence[str] | None, check: Callable[[Arguments], None], *, launched: bool = False
-) -> Arguments:
-    """Parse `argv`, or the process's own command line for None, and check the result.
-
-    An error, including a ValueError from `check`, ends the process with exit code 2 and one line on standard error.
-
-    Args:
-        launched: the command continues with `utils.launch`, which logs the notes on the first process.
-    """
-    args = parser.parse_args(argv)
-    try:
-        check(args)
-    except ValueError as error:
-        parser.error(str(error))
-    if not launched:
-        sys.stderr.writelines(f"{parser.prog}: {note}\n" for note in args.notes)
-    return args
-
-
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
-    """Parse and check the arguments of main.py; see `parse_checked`."""
-    return parse_checked(build_parser(), argv, _check, launched=True)
+    """Parse and check the arguments of main.py."""
+    return build_parser().parse_args(argv)
 
 
 def save_args(args: Arguments, path: Path) -> None:

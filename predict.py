@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import runtimes
-from deployment.options import CALIBRATION_FLAGS, NETWORK_FLAGS, SUFFIXES, add_network_flags, network_choices
-from options import COUNT, Arguments, Parser, file_path, parse_checked
+from deployment.options import CALIBRATION_FLAGS, CHOICES, NETWORK_FLAGS, SUFFIXES, add_network_flags
+from options import COUNT, Arguments, Parser, file_path
 
 DEFAULT_ENGINE = "channels_last"  # a few images are not worth a minute of compiling
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="predict.py", description="Print the likeliest classes of images.")
+    parser = Parser(prog="predict.py", description="Print the likeliest classes of images.", check=_check)
     add = parser.add_argument
     add("source", type=file_path, metavar="MODEL", help="an exported file, a checkpoint, or the name of a timm model")
     add("images", type=file_path, metavar="IMAGE", nargs="+", help="image files, and folders with images under them")
@@ -43,13 +43,8 @@ def _check(args: Arguments) -> None:
         raise ValueError(f"--output {args.output} must end in {' or '.join(SUFFIXES)}")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Arguments:
-    """Parse and check a command. Errors end the process with exit code 2 and one line on standard error."""
-    return parse_checked(build_parser(), argv, _check)
-
-
 if __name__ == "__main__":
-    ARGS = parse_args()  # report a wrong flag before the slow imports below
+    ARGS = build_parser().parse_args()  # report a wrong flag before the slow imports below
 
 import io
 import sys
@@ -68,7 +63,7 @@ def open_runtime(args: Arguments) -> runtimes.Runtime:
     """Open the network in its engine. The runtime always has `metadata`, whatever the source is."""
     if runtimes.of_file(args.source):
         return runtimes.load(args.source, engine=args.engine, precision=args.precision, device=args.device)
-    network = open_deployed(args.source, **network_choices(args))
+    network = open_deployed(args.source, **args.pick(*CHOICES))
     if network.weights and network.weights.choice:
         sys.stderr.write(f"predict.py: {network.weights.choice}\n")
     metadata = metadata_of(network)
@@ -126,7 +121,7 @@ def run(args: Arguments) -> int:
 
 
 def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
-    args = args or parse_args(argv)
+    args = args or build_parser().parse_args(argv)
     with mistakes_end("predict.py"):
         code = run(args)
     if code:

@@ -454,7 +454,7 @@ class RunFolder:
         self.step_sinks.close()
         self.epoch_sinks.close()
         signals = [number for number in self.state.world.gather(stop.received) if number is not None]
-        raise SystemExit(utils.StopRequest.exit_code(max(signals)))
+        raise SystemExit(128 + max(signals))
 
     def close(self) -> None:
         """Close the logs after the last epoch; with --wandb_ckpt, upload the last checkpoint first."""

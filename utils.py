@@ -253,10 +253,6 @@ class StopRequest:
         if self.received is None:
             self.received = number
 
-    @staticmethod
-    def exit_code(number: int) -> int:
-        return 128 + number
-
 
 def setup_logging(rank: int) -> None:
     """Log to standard error: all messages of rank 0, and the other ranks' warnings, prefixed with the rank."""

@@ -64,13 +64,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Arguments:
-    """Parse a command. Errors end the process with exit code 2 and one line on standard error."""
-    return build_parser().parse_args(argv)
-
-
 if __name__ == "__main__":
-    ARGS = parse_args()  # report a wrong flag before the slow imports below
+    ARGS = build_parser().parse_args()  # report a wrong flag before the slow imports below
 
 import sys
 
@@ -128,7 +123,7 @@ def draw_detected(args: Arguments) -> int:
 
 
 def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
-    args = args or parse_args(argv)
+    args = args or build_parser().parse_args(argv)
     draw = {"cam": draw_cam, "curves": draw_curves, "figures": draw_figures, "detections": draw_detected}
     with mistakes_end("visualize.py"):
         broken = draw[args.command](args)

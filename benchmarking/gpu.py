@@ -9,11 +9,11 @@ because starting a process for each would take most of the time. The exit code i
 
 from collections.abc import Sequence
 
-from options import Arguments, Parser, boolean, parse_checked, path
+from options import Arguments, Parser, boolean, path
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="benchmarking.gpu", description="Measure a GPU: latency, then training steps.")
+    parser = Parser(prog="benchmarking.gpu", description="Measure a GPU: latency, then training steps.", check=_check)
     add = parser.add_argument
     add("--device", default="cuda", help="the GPU: cuda or cuda:N")
     add("--dry", type=boolean, default=False, help="walk through it on the CPU, with toy networks")
@@ -28,7 +28,7 @@ def _check(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    ARGS = parse_checked(build_parser(), None, _check)  # report a wrong flag before the slow imports below
+    ARGS = build_parser().parse_args()  # report a wrong flag before the slow imports below
 
 import copy
 import gc
@@ -438,7 +438,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
-    args = args or parse_checked(build_parser(), argv, _check)
+    args = args or build_parser().parse_args(argv)
     with mistakes_end("benchmarking.gpu"):
         if not args.dry and not torch.cuda.is_available():
             raise ValueError("torch finds no GPU here: --dry true (make gpu DRY=1) walks through it on the CPU")

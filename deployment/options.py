@@ -1,10 +1,9 @@
 """Flags for the network to deploy and for the preparation of its images. Does not import torch."""
 
-from typing import Any
+from options import COUNT, SHARE, Parser, boolean, file_path
 
-from options import COUNT, SHARE, Arguments, Parser, boolean, file_path
-
-# The flags of `add_network_flags`. They choose or prepare a network; an exported file has these choices built in.
+# The flags of `add_network_flags`. They choose or prepare a network, as arguments of `deployment.fusing.open_deployed`;
+# an exported file has these choices built in.
 CHOICES = ("model", "model_key", "input_size", "crop_pct", "random_weights")
 CALIBRATION_FLAGS = ("calib_data", "calib_count", "data_set", "int8_depthwise")
 NETWORK_FLAGS = (*CHOICES, *CALIBRATION_FLAGS)
@@ -27,8 +26,3 @@ def add_network_flags(parser: Parser) -> None:
         type=boolean,
         help="quantize the series activations as well, which aotinductor and openvino can leave out [only with AMX]",
     )
-
-
-def network_choices(args: Arguments) -> dict[str, Any]:
-    """Return the values of `CHOICES`, as arguments of `deployment.fusing.open_deployed`."""
-    return {flag: getattr(args, flag) for flag in CHOICES}

@@ -29,13 +29,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Arguments:
-    """Parse a command. Errors end the process with exit code 2 and one line on standard error."""
-    return build_parser().parse_args(argv)
-
-
 if __name__ == "__main__":
-    ARGS = parse_args()  # report a wrong flag before the slow imports below
+    ARGS = build_parser().parse_args()  # report a wrong flag before the slow imports below
 
 import argparse
 import copy
@@ -147,7 +142,7 @@ def run(args: argparse.Namespace, device: torch.device) -> str:
 
 
 def main(argv: Sequence[str] | None = None, *, args: Arguments | None = None) -> None:
-    args = args or parse_args(argv)
+    args = args or build_parser().parse_args(argv)
     utils.setup_logging(0)
     with mistakes_end("object_detection.benchmark"):
         world = utils.init_world(args.device)

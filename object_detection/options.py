@@ -10,6 +10,8 @@ from options import COUNT, FRACTION, POSITIVE, WHOLE, Arguments, Parser, boolean
 def build_parser() -> Parser:
     parser = Parser(
         prog="object_detection/main.py",
+        check=_check,
+        launched=True,
         description="Train, evaluate (--eval true), draw (--draw FILE), fuse (--switch_to_deploy FILE) or export "
         "(--export_onnx FILE) a detector.",
     )
@@ -95,5 +97,5 @@ def _check(args: Arguments) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Arguments:
-    """Parse and check a command; see `options.parse_checked`."""
-    return options.parse_checked(build_parser(), argv, _check, launched=True)
+    """Parse and check a command."""
+    return build_parser().parse_args(argv)

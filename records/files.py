@@ -40,22 +40,17 @@ def mistakes_end(prog: str) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def cannot_write(path: str | Path, error: OSError) -> str:
-    """Return one line for the user: the file, the cause, and what to do."""
-    cause = error.strerror or first_line(error)
-    return (
-        f"cannot write {path}: {cause}; what was there before is kept. Make room or make it writable and start again, "
-        "a training run with --auto_resume true"
-    )
-
-
 @contextlib.contextmanager
 def writing(path: str | Path, kind: type[ValueError] = ValueError) -> Iterator[None]:
     """Turn the OSError of a failed write, which may lack the path, into an error with one line for the user."""
     try:
         yield
     except OSError as error:
-        raise kind(cannot_write(path, error)) from error
+        cause = error.strerror or first_line(error)
+        raise kind(
+            f"cannot write {path}: {cause}; what was there before is kept. Make room or make it writable and start "
+            "again, a training run with --auto_resume true"
+        ) from error
 
 
 def check_writable(path: str | Path) -> None:

@@ -57,10 +57,6 @@ class Sink:
         """Close the sink; most sinks have nothing to close."""
 
 
-def _format(value: float | int) -> str:
-    return f"{value:d}" if isinstance(value, int) else f"{value:.4g}"
-
-
 class ConsoleSink(Sink):
     """One line per call through `logging`, above a progress bar if there is one."""
 
@@ -69,7 +65,8 @@ class ConsoleSink(Sink):
 
     def log(self, metrics: Metrics, step: int) -> None:
         with tqdm.external_write_mode(file=sys.stderr):
-            logger.info("%s %d: %s", self.label, step, "  ".join(f"{k} {_format(v)}" for k, v in metrics.items()))
+            values = (f"{k} {v}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in metrics.items())
+            logger.info("%s %d: %s", self.label, step, "  ".join(values))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

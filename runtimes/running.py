@@ -26,7 +26,7 @@ def set_tf32(precision: str | None, device: str) -> None:
         torch.backends.cudnn.allow_tf32 = precision in ("tf32", "default")
 
 
-class Runtime:
+class Runtime(nn.Module):
     """A network that is ready to run: float32 images (N, C, H, W) in, float32 logits (N, classes) out.
 
     Args:
@@ -47,14 +47,16 @@ class Runtime:
         size: tuple[int, int] | None = None,
         profile: Profile | None = None,
     ):
+        super().__init__()
         self.target, self.metadata, self.size = target, metadata, size
         self.name, self.precision, self.device = target.engine, target.precision, torch.device(target.device)
         if metadata and size is None:
             self.size = (metadata.input_size,) * 2
         self._run, self._profile = run, profile
+        self.eval()
 
     @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self._run(self._prepare(images))
 
     def _prepare(self, images: torch.Tensor) -> torch.Tensor:

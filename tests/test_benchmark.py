@@ -580,7 +580,7 @@ def test_bad_requests(capsys, arguments, named):
 )
 def test_what_is_passed_over_in_a_recipe_has_no_effect(tmp_path, capsys, recipe, arguments):
     (tmp_path / "x.args").write_text(recipe)
-    args = benchmark.parse_args([f"@{tmp_path / 'x.args'}", *arguments.split()])
+    args = benchmark.build_parser().parse_args([f"@{tmp_path / 'x.args'}", *arguments.split()])
     flag = recipe.split()[0].removeprefix("--")
     assert f"--{flag} of a recipe is passed over" in capsys.readouterr().err
     assert getattr(args, flag) == args.defaults[flag]

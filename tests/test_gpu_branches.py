@@ -96,7 +96,7 @@ def test_training_rows_compute_in_the_precision_they_name(monkeypatch):
 
 
 def test_a_gpu_is_compared_with_torchs_default():
-    args = benchmark.parse_args(["--models", "vanillanet_5", "--training", "true", "--device", "cuda"])
+    args = benchmark.build_parser().parse_args(["--models", "vanillanet_5", "--training", "true", "--device", "cuda"])
     assert {precision for _, precision in benchmark._engines(args)} == {"default", "fp32", "tf32", "bf16"}
     rows = [
         {"kind": "inference", "network": "a", "engine": "eager", "precision": precision, "device": "cuda:1",
@@ -388,7 +388,7 @@ def test_a_turn_on_a_gpu_is_of_fifty_calls(monkeypatch):
 
     monkeypatch.setattr(subjects, "costs", lambda spec: {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    args = benchmark.parse_args(["--model", "vanillanet_5", "--device", "cuda", "--calls", "120"])
+    args = benchmark.build_parser().parse_args(["--model", "vanillanet_5", "--device", "cuda", "--calls", "120"])
     one = FakeWorker()
     (row,) = benchmark._measure_group({one: {}}, one, one, {}, args)
     assert set(asked) == {50}

@@ -49,12 +49,12 @@ VanillaNet-13-1.5x,_adaptive_pooling 127.8 48.9 9.72 83.11 87.85
 # The scripts, with what parses their arguments.
 PARSERS = {
     "main.py": parse_args,
-    "visualize.py": visualize.parse_args,
-    "export.py": export.parse_args,
-    "predict.py": predict.parse_args,
-    "benchmark.py": benchmark.parse_args,
+    "visualize.py": visualize.build_parser().parse_args,
+    "export.py": export.build_parser().parse_args,
+    "predict.py": predict.build_parser().parse_args,
+    "benchmark.py": benchmark.build_parser().parse_args,
     "object_detection/main.py": object_detection.options.parse_args,
-    "object_detection.benchmark": object_detection.benchmark.parse_args,
+    "object_detection.benchmark": object_detection.benchmark.build_parser().parse_args,
 }
 # What else a block of commands may call.
 OTHER_COMMANDS = {"curl", ".", "pip", "py-spy"}

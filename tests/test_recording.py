@@ -48,7 +48,8 @@ class RecordedLoader:
 def flags_of(recording: dict) -> list[str]:
     """The command line of a recording: its own keys that are flags, and what follows from the others."""
     criterion = recording["criterion"]
-    defaults = vars(build_parser().parse_args([]))  # a flag at its default is left out: not all go with all others
+    # A flag at its default is left out: not all go with all others.
+    defaults = vars(build_parser().parse_known_args([])[0])
     flags = {key: value for key, value in recording.items() if key not in OWN_KEYS and value != defaults[key]}
     # A loop that was given plain cross-entropy had no smoothing, whatever its flag.
     flags["smoothing"] = 0 if criterion == "CrossEntropyLoss" else recording["smoothing"]
