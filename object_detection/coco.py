@@ -36,6 +36,7 @@ MEANT = {_ID: "a whole number or a text", TEXT: "a text", WHOLE: "a whole number
 LARGEST = 2**53  # bound on the absolute value of a number in a file
 MIN_POLYGON = 6  # numbers in a polygon, for three points; pycocotools reads four numbers as a box
 MAX_COORDINATE = 10**6  # px; pycocotools goes along a polygon's edges in small steps
+MAX_ASPECT = 200  # ratio of the sides of an image; detectors would scale the shorter one to less than a pixel
 MIN_SIDE = 0.01  # px; a smaller side may round to zero in float32 when a box is mirrored or resized
 
 
@@ -234,6 +235,8 @@ class CocoDataset(ImageDataset):
         if picture.size != (width, height):
             found = "x".join(map(str, picture.size))
             raise BrokenImageError(f"it has {found} px, the annotations say {width}x{height}")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise BrokenImageError(f"one side of its {width}x{height} px is more than {MAX_ASPECT} times the other")
         objects = self.objects[image["id"]]
         target = {
             "boxes": torch.tensor([box for box, _, _ in objects], dtype=torch.float32).reshape(-1, 4),

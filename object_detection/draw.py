@@ -9,6 +9,7 @@ from matplotlib import colormaps, get_data_path
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
+from object_detection.coco import MAX_ASPECT
 from object_detection.detectors import Detector
 from object_detection.evaluation import MASK_THRESHOLD
 
@@ -74,10 +75,15 @@ def save_picture(pictures: Sequence[torch.Tensor], path: str | Path) -> None:
 def draw_images(
     detector: Detector, images: Iterable[torch.Tensor], path: str | Path, *, classes: Sequence[str], threshold: float
 ) -> None:
-    """Run a detector in eval mode on images (3, H, W) in [0, 1], one at a time, and write its detections as a grid."""
-    device = next(detector.parameters()).device
-    pictures = [
-        draw_detections(image, detector([image.to(device)])[0], classes=classes, threshold=threshold)
-        for image in images
-    ]
+    """Run a detector in eval mode on images (3, H, W) in [0, 1], one at a time, and write its detections as a grid.
+
+    Raises ValueError for an image with too long a side.
+    """
+    device, pictures = next(detector.parameters()).device, []
+    for image in images:
+        _, height, width = image.shape
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            raise ValueError(f"a detector cannot take an image of {width}x{height} px: leave it out")
+        found = detector([image.to(device)])[0]
+        pictures.append(draw_detections(image, found, classes=classes, threshold=threshold))
     save_picture(pictures, path)

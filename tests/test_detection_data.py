@@ -19,7 +19,7 @@ from loading.images import BrokenImageError
 from loading.processes import Loading
 from object_detection import make_garments
 from object_detection.coco import CocoDataset, collate, encode_segment, read_annotations
-from object_detection.draw import colour, draw_detections, save_picture
+from object_detection.draw import colour, draw_detections, draw_images, save_picture
 from object_detection.evaluation import STATISTICS, average_precision, to_results
 
 SIZE = {"height": 40, "width": 60}
@@ -252,6 +252,32 @@ def test_broken_files(tmp_path):
     Image.new("RGB", (40, 60)).save(images / "polygon.png")
     with pytest.raises(BrokenImageError, match="it has 40x60 px, the annotations say 60x40"):
         CocoDataset(file, images, train=False, masks=True).load(0)
+
+
+@pytest.mark.parametrize(("size", "accepted"), [((2, 401), False), ((1340, 1), False), ((2, 400), True)])
+def test_an_image_with_too_long_a_side_is_broken(tmp_path, size, accepted):
+    """torchvision's detectors would resize it to a side of no pixel."""
+    file, images = write(tmp_path, quirks())
+    data = json.loads(file.read_text())
+    data["annotations"], (width, height) = [], size
+    data["images"][0] |= {"width": width, "height": height}
+    file.write_text(json.dumps(data))
+    Image.new("RGB", size).save(images / data["images"][0]["file_name"])
+    dataset, drawn = CocoDataset(file, images, train=False, masks=True), []
+
+    class Detector(torch.nn.Linear):
+        def forward(self, images):
+            drawn.extend(images)
+            return [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0)}]
+
+    picture = torch.zeros(3, height, width)
+    with (
+        contextlib.nullcontext() if accepted else pytest.raises(BrokenImageError, match="more than 200 times the other")
+    ):
+        assert dataset.load(0)[0].size == size
+    with contextlib.nullcontext() if accepted else pytest.raises(ValueError, match=f"cannot take an image of {width}x"):
+        draw_images(Detector(1, 1), [picture], tmp_path / "x.png", classes=["a"], threshold=0.5)
+    assert len(drawn) == accepted
 
 
 # -- AP
