@@ -26,6 +26,7 @@ from optim_factory import build_optimizer, taken_by
 from options import Arguments, save_args
 from records import curves, logs
 from records.checkpoints import CheckpointFolder, load_checkpoint
+from records.files import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -425,9 +426,12 @@ class RunFolder:
                 import wandb
             except ImportError:
                 raise ValueError("--enable_wandb true needs the package wandb: pip install wandb") from None
-            self.wandb = wandb.init(
-                project=args.wandb_project, name=args.wandb_name, config=vars(args), dir=args.output_dir
-            )
+            try:
+                self.wandb = wandb.init(
+                    project=args.wandb_project, name=args.wandb_name, config=vars(args), dir=args.output_dir
+                )
+            except wandb.errors.Error as error:  # no account, for example
+                raise ValueError(f"--enable_wandb true: wandb refuses: {first_line(error)}") from error
             for label in labels:
                 sinks[label].append(logs.WandbSink(self.wandb, label))
         self.step_sinks, self.epoch_sinks = logs.Sinks(*sinks["step"]), logs.Sinks(*sinks["epoch"])

@@ -130,7 +130,7 @@ def build_train_transform(
         ValueError: timm does not know the policy, the interpolation or the fill mode.
     """
     # Build timm's own transform, which raises errors of many kinds.
-    policy = None if aa in (None, "", "none") else aa
+    policy = None if (aa or "").lower() in ("", "none") else aa
     try:
         unknown = [part for part in (policy or "").split("-")[1:] if not re.search(r"\d|^t", part)]
         if unknown:  # timm ignores them

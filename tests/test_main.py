@@ -682,6 +682,22 @@ def test_weights_and_biases(tiny_fmnist, monkeypatch):
     assert wandb.finished
 
 
+def test_weights_and_biases_without_an_account(tiny_fmnist, monkeypatch, capsys):
+    wandb = FakeWandb()
+    wandb.errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
+
+    def init(**settings):
+        raise wandb.errors.Error("api_key not configured (no-tty). call wandb.login()\nmore")
+
+    wandb.init = init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(SystemExit) as ended:
+        run(tiny_fmnist, "--enable_wandb", "--wandb_project", "p")
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith("--enable_wandb true: wandb refuses: api_key not configured (no-tty). call wandb.login()")
+
+
 def test_flags_of_random_views_reach_them(tiny_fmnist, monkeypatch):
     seen = {}
     build = transforms.build_train_transform
