@@ -90,10 +90,15 @@ def test_a_learning_rate_of_each_step(straight):
 # -- resume
 
 
-def test_two_ranks_train_and_evaluate(tiny_fmnist, tmp_path):
-    """Under torchrun with gloo: the evaluation of two ranks equals that of one."""
-    done = torchrun(2, tiny_fmnist, "--output_dir", tmp_path, "--epochs", 3)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("launcher", ["forked", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_two_ranks_train_and_evaluate(server, tiny_fmnist, tmp_path, launcher):
+    """With gloo: the evaluation of two ranks equals that of one."""
+    arguments = ["--output_dir", tmp_path, "--epochs", 3]
+    if launcher == "torchrun":
+        done = torchrun(2, tiny_fmnist, *arguments)
+        assert done.returncode == 0, done.stderr
+    else:
+        server.finish(2, *harness.flags(tiny_fmnist, None, *arguments, base=BASE))
     state = load_checkpoint(tmp_path / "checkpoint-last.pth")
     assert len(state["ranks"]) == 2
     assert state["updates"] == 3 * 4  # 60 images, 2 x 4 a batch, 2 batches a step
