@@ -376,9 +376,10 @@ class RunFolder:
             raise ValueError(f"{newest}: move them away, or choose another --output_dir")
 
         # Files of this epoch count the steps of the earlier run, which may have been larger or smaller.
-        if progress.step != step and any(file.samefile(path) for _, file in existing):
+        if progress.step != step and self.checkpoints is not None:
             ratio = self.state.steps_per_epoch / checkpoint["steps_per_epoch"]
-            world.from_main(lambda: self.checkpoints.renumber(progress.epoch, ratio))
+            world.gather(None)  # until all ranks have looked at the files above
+            world.from_main(lambda: self.checkpoints.renumber(progress.epoch, ratio, of=path))
 
     def _check_schedules(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
         """Raise ValueError if a resumed run changes --opt, or its schedules without --resume_new_sched."""

@@ -287,12 +287,17 @@ class CheckpointFolder:
         self.delete_old()
         return path
 
-    def renumber(self, epoch: int, ratio: float) -> None:
+    def renumber(self, epoch: int, ratio: float, *, of: str | Path) -> None:
         """Rename the files in the middle of `epoch` for a run whose epochs have `ratio` times as many steps.
 
         A file that gets the number of an earlier one replaces it.
+
+        Args:
+            of: the file that the run resumed; nothing is renamed unless it is one of them.
         """
-        files = [(step, path) for (of, step), path in self.places() if step and of == epoch]  # newest first
+        files = [(step, path) for (began, step), path in self.places() if step and began == epoch]  # newest first
+        if not any(path.samefile(of) for _, path in files):
+            return
         # The newest of them stays the newest throughout, in case the run is killed here.
         for step, path in files if ratio > 1 else reversed(files):
             path.replace(self.folder / f"checkpoint-{epoch}-{rescaled(step, ratio)}.pth")

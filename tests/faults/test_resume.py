@@ -2,6 +2,7 @@
 
 import itertools
 import shlex
+import shutil
 import signal
 
 import pytest
@@ -107,9 +108,13 @@ def test_the_same_batch_size_on_other_ranks(server, data, tmp_path, report):
     folder = tmp_path / "run"
     arguments = ["--batch_size", 4, "--save_ckpt_steps", 7]
     server.finish(1, *flags(data, folder, *arguments, "--early_stop_epochs", 1, base=SHARED))
-    checkpoint = folder / "checkpoint-0-21.pth"  # of 30 steps, after 84 of 120 images
-    run = flags(data, tmp_path / "changed", *arguments, "--resume", checkpoint, base=SHARED)
-    ranks = server.finish(2, *run)
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    shutil.copy(folder / "checkpoint-0-21.pth", changed)  # of 30 steps, after 84 of 120 images
+    ranks = server.finish(2, *flags(data, changed, *arguments, "--auto_resume", "true", base=SHARED))
+    names = {path.name for path in CheckpointFolder(changed).numbered()}
+    assert "checkpoint-0-10.pth" in names  # the same file, of 15 steps
+    assert "checkpoint-0-21.pth" not in names
     steps = [line["step"] for line in rows(tmp_path / "changed")[1]]
     # 36 images are left, in 5 steps of 8, the last of them filled up; then 15 of the other epoch.
     assert len(steps) == 5 + 15
