@@ -202,8 +202,6 @@ class CocoDataset(ImageDataset):
 
     def _find_objects(self, image: Mapping[str, Any], annotations: Sequence[dict[str, Any]]) -> list[tuple]:
         """Return (box, label, RLE or None) of each object that can be learned."""
-        from pycocotools import mask as mask_utils
-
         height, width = image["height"], image["width"]
         found = []
         for annotation in annotations:
@@ -217,6 +215,8 @@ class CocoDataset(ImageDataset):
             x1, y1, x2, y2 = np.float32(box)
             learnable = x2 - x1 > MIN_SIDE and y2 - y1 > MIN_SIDE
             if self.masks:
+                from pycocotools import mask as mask_utils  # which boxes alone do not need
+
                 learnable &= rle is not None and mask_utils.area(rle) > 0
             if learnable and not annotation["iscrowd"]:
                 found.append((box, self.labels[annotation["category_id"]], rle))

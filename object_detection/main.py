@@ -127,7 +127,7 @@ def report_broken(world: utils.World, loader: loaders.EvalLoader) -> None:
 
 
 def evaluate_checkpoint(args: Arguments, world: utils.World) -> None:
-    if args.draw and world.is_main:
+    if args.draw:
         check_writable(args.draw)
     loader, dataset, detector = prepare_eval(args, world)
     found = evaluate(detector, loader, dataset, world, training.build_precision(args, world.device), args.model)

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -252,6 +253,15 @@ def test_broken_files(tmp_path):
     Image.new("RGB", (40, 60)).save(images / "polygon.png")
     with pytest.raises(BrokenImageError, match="it has 40x60 px, the annotations say 60x40"):
         CocoDataset(file, images, train=False, masks=True).load(0)
+
+
+def test_boxes_alone_need_no_pycocotools(tmp_path, monkeypatch):
+    for name in ("pycocotools", "pycocotools.mask"):
+        monkeypatch.setitem(sys.modules, name, None)
+    file, images = write(tmp_path, quirks())
+    assert CocoDataset(file, images, train=True, masks=False).load(0)[1].keys() == {"boxes", "labels"}
+    with pytest.raises(ImportError):
+        CocoDataset(file, images, train=True, masks=True)
 
 
 @pytest.mark.parametrize(("size", "accepted"), [((2, 401), False), ((1340, 1), False), ((2, 400), True)])
