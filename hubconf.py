@@ -27,7 +27,11 @@ def _load() -> types.ModuleType:
     if _NAME not in sys.modules:
         spec = importlib.util.spec_from_file_location(_NAME, _INIT)
         sys.modules[_NAME] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[_NAME])
+        try:
+            spec.loader.exec_module(sys.modules[_NAME])
+        except BaseException:  # a package that is missing, and may be there at the next try
+            del sys.modules[_NAME]
+            raise
     return sys.modules[_NAME]
 
 

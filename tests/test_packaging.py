@@ -1,6 +1,7 @@
 """The network in programs of other people: through torch.hub, and installed by pip as the package `vanillanet`."""
 
 import importlib.util
+import runpy
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,16 @@ torch.testing.assert_close(torch.export.export(network, (images,)).module()(imag
 )
 def test_torch_hub_beside_modules_of_the_same_names(host, program):
     run_elsewhere(program + THEIRS, host)
+
+
+def test_a_failed_load_leaves_nothing_behind(monkeypatch):
+    monkeypatch.delitem(sys.modules, "models")
+    before = set(sys.modules)
+    for name in [name for name in before if name.partition(".")[0] == "timm"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match="timm"):
+        runpy.run_path(str(ROOT / "hubconf.py"))
+    assert not [name for name in set(sys.modules) - before if name.startswith("vanillanet_")]
 
 
 # -- pip
